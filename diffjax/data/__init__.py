@@ -1,0 +1,1 @@
+"""Image sources and the input pipeline; numpy only, no device is touched."""

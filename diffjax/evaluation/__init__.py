@@ -1,0 +1,1 @@
+"""Scores of generated images, and the protocol that makes two scores comparable."""

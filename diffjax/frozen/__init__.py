@@ -1,0 +1,1 @@
+"""Networks that are only used with given weights: autoencoders and feature extractors."""

@@ -1,0 +1,1 @@
+"""Array operations that the models share, each a pure function."""

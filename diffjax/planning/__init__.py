@@ -1,0 +1,1 @@
+"""What can be said about speed and memory from the compiled program."""

@@ -1,0 +1,51 @@
+"""Stateless named random streams.
+
+A random value is a pure function of (seed, stream name, step, example index):
+
+    key = fold_in(fold_in(fold_in(key(seed), crc32(stream)), step), index)
+
+so nothing about it has to be saved, and it does not depend on the number of devices, hosts or micro-batches.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def stream(seed: int, name: str) -> jax.Array:
+    """The typed root key of stream `name` ("params", "train", "sample", ...) under `seed`."""
+    return fold_name(jax.random.key(seed), name)
+
+
+def fold_name(key: jax.Array, name: str) -> jax.Array:
+    """A key for the sub-stream `name` of `key`; also maps over an array of keys."""
+    return fold(key, zlib.crc32(name.encode()))
+
+
+def fold(key: jax.Array, value: int | jax.Array) -> jax.Array:
+    """`jax.random.fold_in`, mapped over `key` when it is an array of keys; `value` is the same for all of them."""
+    if key.ndim == 0:
+        return jax.random.fold_in(key, value)
+    return jax.vmap(lambda k: jax.random.fold_in(k, value))(key)
+
+
+def per_example(key: jax.Array, index: jax.Array) -> jax.Array:
+    """One key per example: index [b] integers -> keys [b]."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def normal(keys: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Standard normal values, float32 [b, *shape], one key [b] per example."""
+    return jax.vmap(lambda k: jax.random.normal(k, tuple(shape), jnp.float32))(keys)
+
+
+def uniform(keys: jax.Array) -> jax.Array:
+    """One uniform value in [0, 1) per key, float32 [b]."""
+    return jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(keys)
+
+
+def integers(keys: jax.Array, high: int) -> jax.Array:
+    """One integer uniform on {0, ..., high - 1} per key, int32 [b]."""
+    return jax.vmap(lambda k: jax.random.randint(k, (), 0, high))(keys)

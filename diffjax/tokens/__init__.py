@@ -1,0 +1,1 @@
+"""Codebooks, token losses and token decoding."""

@@ -1,0 +1,17 @@
+"""Eight simulated CPU devices for every test, and a compilation cache that outlives the test run."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax  # noqa: E402
+
+CACHE = Path(__file__).parent.parent / ".cache" / "jax"
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
+for option, value in (("min_compile_time_secs", 0), ("min_entry_size_bytes", -1)):
+    jax.config.update(f"jax_persistent_cache_{option}", value)
+    os.environ.setdefault(f"JAX_PERSISTENT_CACHE_{option.upper()}", str(value))  # for the programs that tests start
