@@ -6,7 +6,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-import jax  # noqa: E402
+import jax
 
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"
 

@@ -54,7 +54,7 @@ def recipe_weights(info: dict[str, Any]) -> dict[str, np.ndarray]:
     for key, shape in info["shapes"].items():
         if any(key == kept.split()[0] for kept in info["kept_as_initialised"]):
             continue
-        z = np.random.RandomState((zlib.crc32(key.encode()) + info["base_seed"]) % 2**32).standard_normal(shape)  # noqa: NPY002
+        z = np.random.RandomState((zlib.crc32(key.encode()) + info["base_seed"]) % 2**32).standard_normal(shape)
         if key.endswith("logit_scale"):
             z = 3.0 + 1.5 * z
         elif key.endswith("embedding_table.weight"):

@@ -1,0 +1,87 @@
+"""The trainable backbones and the table of their published sizes."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import flax.linen as nn
+
+from diffjax.errors import UserError
+from diffjax.models import dit
+
+FAMILIES: dict[str, type[nn.Module]] = {"DiT": dit.DiT}
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A published size: constructor arguments and what the paper says of it.
+
+    Attributes:
+        params: trainable parameters for 32 x 32 x 4 latents and 1000 classes (DiT's frozen position table not counted).
+        gmacs: multiply-accumulates of one forward pass, in 1e9; what the papers print as GFLOPs.
+    """
+
+    family: str
+    params: int
+    gmacs: float
+    paper: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def _dit(size: str, patch: int, params: int, gmacs: float) -> PublishedModel:
+    depth, width, heads = dit.SIZES[size]
+    kwargs = {"patch": patch, "depth": depth, "width": width, "heads": heads}
+    return PublishedModel("DiT", params, gmacs, "arXiv 2212.09748", kwargs)
+
+
+MODELS: dict[str, PublishedModel] = {
+    "DiT-S/2": _dit("S", 2, 32_865_056, 6.06),
+    "DiT-S/4": _dit("S", 4, 32_920_448, 1.41),
+    "DiT-S/8": _dit("S", 8, 33_142_016, 0.36),
+    "DiT-B/2": _dit("B", 2, 130_315_808, 23.01),
+    "DiT-B/4": _dit("B", 4, 130_426_496, 5.56),
+    "DiT-B/8": _dit("B", 8, 130_869_248, 1.42),
+    "DiT-L/2": _dit("L", 2, 457_840_672, 80.71),
+    "DiT-L/4": _dit("L", 4, 457_988_224, 19.70),
+    "DiT-L/8": _dit("L", 8, 458_578_432, 5.01),
+    "DiT-XL/2": _dit("XL", 2, 674_834_720, 118.64),
+    "DiT-XL/4": _dit("XL", 4, 675_000_704, 29.05),
+    "DiT-XL/8": _dit("XL", 8, 675_664_640, 7.39),
+}
+
+
+def create(name: str, **kwargs: Any) -> nn.Module:
+    """The backbone of a published name ("DiT-XL/2", "dit-xl-2") or of a family ("DiT", every size given).
+
+    Args:
+        name: case does not matter, "-" may stand for "/".
+        kwargs: constructor arguments; they win over those of the published size.
+
+    Raises:
+        UserError: unknown name or argument, a missing size, or values that exclude each other.
+    """
+    family, arguments = _resolve(name)
+    module = FAMILIES[family]
+    valid = [f for f in module.__dataclass_fields__ if f not in ("parent", "name")]
+    if unknown := sorted(set(kwargs) - set(valid)):
+        raise UserError(f"model {name!r} has no argument {', '.join(unknown)}; valid: {', '.join(valid)}")
+    try:
+        model = module(**{**arguments, **kwargs})
+    except TypeError as error:
+        raise UserError(f"model {name!r}: {error}".replace("__init__() ", "")) from error
+    model.validate()
+    return model
+
+
+def _resolve(name: str) -> tuple[str, dict[str, Any]]:
+    wanted = _normal(name)
+    for family in FAMILIES:
+        if wanted == _normal(family):
+            return family, {}
+    for published, row in MODELS.items():
+        if wanted == _normal(published):
+            return row.family, row.kwargs
+    raise UserError(f"model {name!r} is unknown; valid: {', '.join([*FAMILIES, *MODELS])}")
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace("/", "-")

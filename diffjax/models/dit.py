@@ -1,0 +1,169 @@
+"""DiT: a transformer on image patches, conditioned through adaptive LayerNorm (arXiv 2212.09748).
+
+    x = patches(x) + positions,  c = time(t) + label(y)
+    x = x + gate_a Attention(LN(x) (1 + scale_a) + shift_a)          (per block, figure 3: adaLN-Zero)
+    x = x + gate_m Mlp(LN(x) (1 + scale_m) + shift_m)
+    out = Linear(LN(x) (1 + scale) + shift)
+
+where every shift, scale and gate is a linear map of SiLU(c) that starts at zero, so a fresh model returns zeros.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffjax.errors import UserError
+from diffjax.models.layers import (
+    DTYPES,
+    REMAT_POLICIES,
+    LabelEmbed,
+    Mlp,
+    SelfAttention,
+    TimeEmbed,
+    layer_norm,
+    modulate,
+    patchify,
+    sincos_positions,
+    unpatchify,
+    xavier,
+    zeros,
+)
+from diffjax.ops.attention import IMPLEMENTATIONS
+from diffjax.parallel.rules import LogicalAxes, constrain
+
+# Table 1 of the paper: depth, width, heads.
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+LOGICAL_AXES: LogicalAxes = (
+    (r"patch_embed/kernel", ("patch", "embed")),
+    (r"time_embed/fc\d/kernel", (None, "embed")),
+    (r"label_embed/embedding", ("vocab", "embed")),
+    (r"modulation/kernel", ("embed", None)),
+    (r"attention/qkv/kernel", ("embed", "heads", None, "kv")),
+    (r"attention/qkv/bias", ("heads", None, "kv")),
+    (r"attention/out/kernel", ("heads", "kv", "embed")),
+    (r"mlp/fc1/kernel", ("embed", "mlp")),
+    (r"mlp/fc1/bias", ("mlp",)),
+    (r"mlp/fc2/kernel", ("mlp", "embed")),
+    (r"final/linear/kernel", ("embed", "patch")),
+    (r"bias", (None,)),
+)
+
+
+class DiTBlock(nn.Module):
+    heads: int
+    hidden: int
+    dtype: Any
+    attention: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array) -> tuple[jax.Array, None]:
+        """x [b, n, d], c = SiLU(conditioning) [b, d] -> (x, None), the carry of `nn.scan`."""
+        d = x.shape[-1]
+        x = constrain(x, "batch", "length", "embed")
+        parameters = nn.Dense(6 * d, kernel_init=zeros, dtype=self.dtype, name="modulation")(c)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(parameters, 6, axis=-1)
+        attend = SelfAttention(self.heads, self.dtype, self.attention, name="attention")
+        x = x + gate_a[:, None] * attend(modulate(layer_norm(x), shift_a, scale_a))
+        x = constrain(x, "batch", "length", "embed")
+        x = x + gate_m[:, None] * Mlp(self.hidden, self.dtype, name="mlp")(modulate(layer_norm(x), shift_m, scale_m))
+        return constrain(x, "batch", "length", "embed"), None
+
+
+class FinalLayer(nn.Module):
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        parameters = nn.Dense(2 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="modulation")(c)
+        x = modulate(layer_norm(x), *jnp.split(parameters, 2, axis=-1))
+        return nn.Dense(self.features, kernel_init=zeros, dtype=self.dtype, name="linear")(x)
+
+
+class DiT(nn.Module):
+    """The backbone; see the module docstring.
+
+    Attributes:
+        patch: side of a patch in pixels (or latent pixels).
+        channels: of the input; the output has twice as many with `learn_sigma`.
+        num_classes: 0 for an unconditional model.
+        null_class: one more label, index `num_classes`, for classifier-free guidance.
+        dtype: compute dtype, "float32" or "bfloat16".
+        remat: what a block keeps for its backward pass: "none" = everything, "dots" = matrix products without batch
+            dimensions, "full" = nothing but its input.
+        attention: implementation of `diffjax.ops.attention`.
+    """
+
+    patch: int
+    depth: int
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    channels: int = 4
+    num_classes: int = 1000
+    null_class: bool = True
+    learn_sigma: bool = True
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "xla"
+
+    logical_axes = LOGICAL_AXES
+
+    def validate(self) -> None:
+        """Raise UserError for options that exclude each other, before anything is traced."""
+        for option, valid in (("dtype", DTYPES), ("remat", REMAT_POLICIES), ("attention", IMPLEMENTATIONS)):
+            if getattr(self, option) not in valid:
+                raise UserError(f"DiT: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
+        for option in ("patch", "depth", "width", "heads", "channels"):
+            if getattr(self, option) < 1:
+                raise UserError(f"DiT: {option} = {getattr(self, option)}; valid: a positive integer")
+        if self.width % self.heads:
+            raise UserError(f"DiT: width = {self.width} is not divisible by heads = {self.heads}")
+        if self.width % 4:
+            raise UserError(f"DiT: width = {self.width} is not divisible by 4, as its sine-cosine positions need")
+
+    def check_input(self, height: int, width: int) -> None:
+        """Raise UserError unless an image of this size can be cut into patches."""
+        if height % self.patch or width % self.patch:
+            raise UserError(f"image size {height} x {width} is not divisible by the model's patch = {self.patch}")
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False) -> jax.Array:
+        """x [b, h, w, c], t [b] in 0..999, y [b] int32 or None -> float32 [b, h, w, c or 2c].
+
+        `train` changes nothing here: DiT has no dropout but that of labels, which happens before.
+        """
+        del train
+        dtype = DTYPES[self.dtype]
+        height, width = x.shape[1] // self.patch, x.shape[2] // self.patch
+        self.check_input(*x.shape[1:3])
+        x = nn.Dense(self.width, kernel_init=xavier, dtype=dtype, name="patch_embed")(patchify(x, self.patch))
+        x = x + sincos_positions(height, width, self.width).astype(dtype)
+        c = TimeEmbed(self.width, name="time_embed")(t)
+        if self.num_classes:
+            if y is None:
+                raise UserError(f"this DiT has {self.num_classes} classes: it needs labels y, not None")
+            c = c + LabelEmbed(self.num_classes + self.null_class, self.width, name="label_embed")(y)
+        c = constrain(nn.silu(c), "batch", "embed")
+        x, _ = self._blocks()(x, c)
+        out_channels = self.channels * (1 + self.learn_sigma)
+        x = FinalLayer(self.patch**2 * out_channels, dtype, name="final")(x, c)
+        return unpatchify(x, self.patch, height, width).astype(jnp.float32)
+
+    def _blocks(self) -> nn.Module:
+        """All blocks as one scanned module: parameters [depth, ...], compiled once."""
+        block: Any = DiTBlock
+        if self.remat != "none":
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+        )
+        hidden = int(self.width * self.mlp_ratio)
+        return stack(self.heads, hidden, DTYPES[self.dtype], self.attention, name="blocks")

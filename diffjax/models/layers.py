@@ -1,0 +1,130 @@
+"""What the backbones share: embeddings, positions, modulation, attention and feed-forward blocks.
+
+Parameters are float32; `dtype` is the compute dtype. Norm statistics, softmax and the time embedding stay float32.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from diffjax.ops.attention import attention
+from diffjax.parallel.rules import constrain
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+xavier = nn.initializers.xavier_uniform()
+normal = nn.initializers.normal
+zeros = nn.initializers.zeros_init()
+
+
+def sincos_positions(height: int, width: int, d: int) -> np.ndarray:
+    """Fixed 2-D position table of MAE and DiT, float32 [height * width, d], row-major tokens.
+
+    Channels [0, d/2) encode the column and [d/2, d) the row; each half is d/4 sines, then d/4 cosines.
+    """
+    frequencies = 10000.0 ** (-np.arange(d // 4, dtype=np.float64) / (d // 4))
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    angles = [np.outer(position.ravel(), frequencies) for position in (columns, rows)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+def sinusoidal_time(t: jax.Array, d: int = 256) -> jax.Array:
+    """[cos(t f), sin(t f)], f_k = 10000^(-k/(d/2)); t [b] -> float32 [b, d] (DDPM, arXiv 2006.11239).
+
+    The exponent is rounded to float32 before exp, as in the reference: t reaches 1000, so that rounding is visible.
+    """
+    half = d // 2
+    exponent = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    angles = t.astype(jnp.float32)[:, None] * jnp.exp(exponent)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """[b, h * patch, w * patch, c] -> [b, h * w, patch * patch * c]."""
+    return rearrange(x, "b (h ph) (w pw) c -> b (h w) (ph pw c)", ph=patch, pw=patch)
+
+
+def unpatchify(x: jax.Array, patch: int, height: int, width: int) -> jax.Array:
+    """[b, h * w, patch * patch * c] -> [b, h * patch, w * patch, c]; `height` and `width` count tokens."""
+    return rearrange(x, "b (h w) (ph pw c) -> b (h ph) (w pw) c", h=height, w=width, ph=patch, pw=patch)
+
+
+def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """LayerNorm over the last axis without affine parameters; statistics in float32, result in the dtype of x."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """x (1 + scale) + shift, with one shift and scale [b, d] per example for x [b, n, d]."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class TimeEmbed(nn.Module):
+    """Sinusoidal features -> Linear -> SiLU -> Linear; t [b] -> float32 [b, width]."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, t: jax.Array) -> jax.Array:
+        x = nn.Dense(self.width, kernel_init=normal(0.02), name="fc1")(sinusoidal_time(t))
+        return nn.Dense(self.width, kernel_init=normal(0.02), name="fc2")(nn.silu(x))
+
+
+class LabelEmbed(nn.Module):
+    """A row per class, and one more for the null class when there is one; y [b] int32 -> float32 [b, width]."""
+
+    rows: int
+    width: int
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        table = self.param("embedding", normal(0.02), (self.rows, self.width))
+        return jnp.take(table, y, axis=0)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with a fused projection; [b, n, d] -> [b, n, d].
+
+    The projection's outputs are ordered (heads, qkv, k), so that splitting heads over devices splits the kernel.
+    """
+
+    heads: int
+    dtype: Any
+    implementation: str = "xla"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d = x.shape[-1]
+        features = (self.heads, 3, d // self.heads)
+        qkv = nn.DenseGeneral(features, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
+        qkv = constrain(qkv, "batch", "length", "heads")
+        x = attention(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :], implementation=self.implementation)
+        return nn.DenseGeneral(d, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="out")(x)
+
+
+class Mlp(nn.Module):
+    """Linear -> GELU (tanh form) -> Linear; [b, n, d] -> [b, n, d]."""
+
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d = x.shape[-1]
+        x = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
+        x = nn.gelu(constrain(x, "batch", "length", "mlp"), approximate=True)
+        return nn.Dense(d, kernel_init=xavier, dtype=self.dtype, name="fc2")(x)

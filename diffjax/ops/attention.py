@@ -1,0 +1,28 @@
+"""Scaled dot-product attention."""
+
+import jax
+import jax.numpy as jnp
+
+from diffjax.errors import UserError
+
+IMPLEMENTATIONS = ("xla", "cudnn")
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str = "xla") -> jax.Array:
+    """softmax(q k^T / sqrt(width)) v, bidirectional (Vaswani et al., arXiv 1706.03762, eq. 1).
+
+    Args:
+        q: [b, n, heads, k]. k, v: [b, m, heads, k], same dtype.
+        implementation: "xla" (any backend; logits and softmax in float32) or "cudnn" (fused, CUDA, 16-bit types).
+
+    Returns:
+        [b, n, heads, k] in the dtype of v.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"attention implementation {implementation!r} is unknown; valid: {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    scale = q.shape[-1] ** -0.5
+    logits = jnp.einsum("bnhk,bmhk->bhnm", q * scale, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhnm,bmhk->bnhk", weights, v)

@@ -1,0 +1,52 @@
+"""The device mesh: `data` and `fsdp` share the batch, `fsdp` and `tensor` share the parameters."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from diffjax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes `AXES`; one size may be -1 and takes what is left of `devices` (default: all there are).
+
+    Raises:
+        UserError: unknown axis, or sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if unknown := set(sizes) - set(AXES):
+        raise UserError(f"parallel.mesh has unknown axes {sorted(unknown)}; valid: {', '.join(AXES)}")
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise UserError(f"parallel.mesh = {dict(zip(AXES, shape))}: sizes are positive, at most one is -1 (the rest)")
+    if -1 in shape:
+        known = int(np.prod([size for size in shape if size != -1]))
+        shape[shape.index(-1)] = max(len(devices) // known, 1)
+    if np.prod(shape) != len(devices):
+        raise UserError(f"parallel.mesh = {dict(zip(AXES, shape))} does not fit the {len(devices)} devices present")
+    grid = np.asarray(devices).reshape(shape)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over `BATCH_AXES`, everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1, processes: int = 1) -> None:
+    """Raise UserError unless every device gets the same whole number of examples of every micro-batch."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or batch_size % (shards * microbatches) or batch_size % processes:
+        raise UserError(
+            f"batch_size = {batch_size} is not divisible by data x fsdp x optim.accumulate = "
+            f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {microbatches}, or by the {processes} processes"
+        )

@@ -1,0 +1,104 @@
+"""From logical axis names to mesh axes: one table per strategy, for parameters; one for activations.
+
+A model names the axes of its parameters (`embed`, `mlp`, `heads`, ...) in a table of path patterns and the axes of
+its activations in calls of `constrain`; only this file knows the mesh. The names of a parameter are those of its
+*last* dimensions: a stacked layer axis in front is never sharded, and the same patterns match the optimizer's and
+the average's copies, whose paths end alike.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffjax.errors import UserError
+from diffjax.parallel.mesh import BATCH_AXES
+
+LogicalAxes = Sequence[tuple[str, tuple[str | None, ...]]]
+
+STRATEGIES: dict[str, dict[str, str]] = {
+    "dp": {},
+    "fsdp": {"embed": "fsdp"},
+    "fsdp_tp": {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"},
+}
+
+ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "length": None,
+    "embed": None,
+    "heads": "tensor",
+    "mlp": "tensor",
+}
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Fix the sharding of an activation by the names of its leading axes; without a mesh in context, nothing.
+
+    Without these on block inputs and outputs and on the conditioning vector the partitioner gathers activations.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(ACTIVATIONS[name] if name else None for name in names)))
+
+
+def shardings(tree: Any, mesh: Mesh, strategy: str, axes: LogicalAxes, replicate_below: int) -> Any:
+    """A NamedSharding for every leaf of a tree of arrays or shapes (parameters, optimizer state, averages).
+
+    Args:
+        strategy: a key of `STRATEGIES`.
+        axes: the model's table, path pattern -> names of the last dimensions; the first match counts.
+        replicate_below: leaves of fewer bytes are kept whole on every device.
+
+    Raises:
+        UserError: unknown strategy; a mesh axis the strategy leaves idle; a leaf that cannot be divided.
+    """
+    table = rule_table(mesh, strategy)
+
+    def leaf_sharding(path: tuple, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, _leaf_spec(key_path(path), leaf, mesh, table, axes, replicate_below))
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def rule_table(mesh: Mesh, strategy: str) -> dict[str, str]:
+    """The strategy's table, checked against the mesh."""
+    if strategy not in STRATEGIES:
+        raise UserError(f"parallel.strategy = {strategy!r} is unknown; valid: {', '.join(STRATEGIES)}")
+    table = STRATEGIES[strategy]
+    for axis in ("fsdp", "tensor"):
+        if mesh.shape[axis] > 1 and axis not in table.values():
+            able = [name for name, rules in STRATEGIES.items() if axis in rules.values()]
+            raise UserError(
+                f"parallel.mesh gives axis {axis} {mesh.shape[axis]} devices, but parallel.strategy = {strategy!r} "
+                f"shards nothing on it; use {' or '.join(able)}, or put the devices on data"
+            )
+    return table
+
+
+def key_path(path: tuple) -> str:
+    """`params/blocks/mlp/fc1/kernel` for a key path of `jax.tree_util`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _leaf_spec(
+    path: str, leaf: Any, mesh: Mesh, table: dict[str, str], axes: LogicalAxes, replicate_below: int
+) -> PartitionSpec:
+    if leaf.ndim == 0:
+        return PartitionSpec()
+    names = next((names for pattern, names in axes if re.search(pattern + "$", path)), None)
+    if names is None:
+        raise ValueError(f"no row of the model's table of logical axes matches {path} {leaf.shape}")
+    small = math.prod(leaf.shape) * leaf.dtype.itemsize < replicate_below
+    spec: list[str | None] = [None] * (leaf.ndim - len(names))
+    for name, size in zip(names, leaf.shape[-len(names) :]):
+        mesh_axis = table.get(name) if name else None
+        if mesh_axis and size % mesh.shape[mesh_axis] and not (small and mesh_axis == "fsdp"):
+            raise UserError(
+                f"{path} {leaf.shape}: its {name} axis of {size} is not divisible by the {mesh.shape[mesh_axis]} "
+                f"devices of mesh axis {mesh_axis}; choose parallel.mesh.{mesh_axis} among the divisors of {size}"
+            )
+        spec.append(mesh_axis)
+    return PartitionSpec() if small else PartitionSpec(*spec)
