@@ -29,7 +29,6 @@ class Checkpoints:
             policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            save_decision_policy=checkpoint_managers.AnySavePolicy([]),  # the loop decides; saves are forced
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
 

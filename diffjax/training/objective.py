@@ -107,11 +107,7 @@ def _sampler(config: ConfigDict) -> Callable:
             scale=sampling.guidance,
             channels=sampling.guidance_channels or None,
         )
-        x = rng.normal(rng.fold_name(keys, "x_T"), shape)
-
-        def noise(k: jax.Array) -> jax.Array:
-            return rng.normal(rng.fold(rng.fold_name(keys, "noise"), k), shape)
-
+        x, noise = samplers.initial_noise(keys, shape), samplers.step_noise(keys, shape)
         if sampling.sampler == "ddpm":
             return samplers.ddpm(process, denoise, x, noise, clip=sampling.clip)
         return samplers.ddim(process, denoise, x, noise, eta=sampling.eta, clip=sampling.clip)
