@@ -21,14 +21,20 @@ ITEMS = ("state", "ema", "data", "meta")
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(self, workdir: Path, *, keep: int = 1, keep_every_steps: int = 0):
-        """Keeps the latest `keep` steps, and every multiple of `keep_every_steps` (0: none) for good."""
+    def __init__(self, workdir: Path, *, keep: int = 1, keep_every_steps: int = 0, read_only: bool = False):
+        """Keeps the latest `keep` steps, and every multiple of `keep_every_steps` (0: none) for good.
+
+        Args:
+            read_only: never write, make or delete anything.
+        """
         self.directory = (workdir / "checkpoints").absolute()
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if keep_every_steps:
             policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            create=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
 
@@ -66,6 +72,27 @@ class Checkpoints:
         """One item alone, for instance the average without the optimizer's state."""
         return self._restore(step, {item: ocp.args.StandardRestore(abstract)})[item]
 
+    def restore_params(self, step: int, abstract: Any) -> Any:
+        """The parameters out of the state, without the optimizer's."""
+        folder = self.directory / str(step) / "state"
+        shapes = {"params": abstract}
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                arguments = ocp.checkpoint_utils.construct_restore_args(shapes)
+                return reader.restore(folder, item=shapes, restore_args=arguments, partial_restore=True)["params"]
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+
+    def restore_arrays(self, item: str, step: int) -> Any:
+        """One item as nested dicts of numpy arrays, whatever its structure was."""
+        try:
+            self._check_items(step, {item: None})
+            metadata = self._manager.item_metadata(step)[item]
+            shapes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _plain(metadata))
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(shapes)}))[item]
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+
     def meta(self, step: int) -> dict[str, Any]:
         return self._restore(step, {"meta": ocp.args.JsonRestore()})["meta"]
 
@@ -74,9 +101,12 @@ class Checkpoints:
             self._check_items(step, items)
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
-            logging.debug("restoring step %d failed", step, exc_info=True)
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"checkpoint {self.directory / str(step)} cannot be read: {reason}") from error
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> UserError:
+        logging.debug("restoring step %d failed", step, exc_info=True)
+        reason = " ".join(str(error).split())[:300]
+        return UserError(f"checkpoint {self.directory / str(step)} cannot be read: {reason}")
 
     def _check_items(self, step: int, items: Mapping[str, Any]) -> None:
         folder = self.directory / str(step)

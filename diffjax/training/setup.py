@@ -99,6 +99,12 @@ def init_params(model: nn.Module, config: ConfigDict, key: jax.Array) -> Any:
     return model.init(key, x, jnp.zeros((1,)), y)["params"]
 
 
+def abstract_params(config: ConfigDict, mesh: Mesh) -> Any:
+    """Shapes of the parameters, replicated over the mesh: what a restore for sampling needs."""
+    shapes = jax.eval_shape(lambda key: init_params(build_model(config), config, key), jax.random.key(0))
+    return with_shardings(shapes, jax.tree.map(lambda leaf: replicated(mesh), shapes))
+
+
 def check_numbers(config: ConfigDict) -> None:
     """Raise UserError for counts that are not counts."""
     positive = {
