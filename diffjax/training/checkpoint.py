@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
@@ -74,22 +76,22 @@ class Checkpoints:
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The parameters out of the state, without the optimizer's."""
-        folder = self.directory / str(step) / "state"
         shapes = {"params": abstract}
-        try:
-            with ocp.PyTreeCheckpointer() as reader:
-                arguments = ocp.checkpoint_utils.construct_restore_args(shapes)
-                return reader.restore(folder, item=shapes, restore_args=arguments, partial_restore=True)["params"]
-        except Exception as error:
-            raise self._unreadable(step, error) from error
+        arguments = ocp.checkpoint_utils.construct_restore_args(shapes)
+        return self._read("state", step, shapes, arguments)["params"]
 
     def restore_arrays(self, item: str, step: int) -> Any:
-        """One item as nested dicts of numpy arrays, whatever its structure was."""
+        """One item as nested containers of numpy arrays, whatever mesh it was saved from."""
+        return self._read(item, step)
+
+    def _read(self, item: str, step: int, shapes: Any = None, arguments: Any = None) -> Any:
+        folder = self.directory / str(step) / item
         try:
-            self._check_items(step, {item: None})
-            metadata = self._manager.item_metadata(step)[item]
-            shapes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _plain(metadata))
-            return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(shapes)}))[item]
+            with ocp.PyTreeCheckpointer() as reader:
+                if shapes is None:
+                    shapes = reader.metadata(folder).item_metadata.tree
+                    arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+                return reader.restore(folder, item=shapes, restore_args=arguments, partial_restore=True)
         except Exception as error:
             raise self._unreadable(step, error) from error
 
