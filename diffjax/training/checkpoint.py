@@ -4,6 +4,7 @@ Saving is asynchronous and atomic: a step is written under a temporary name and 
 process leaves the earlier steps as they were. Nothing here ever deletes a step but the retention rule.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ from diffjax.errors import UserError
 from diffjax.training.state import TrainState
 
 ITEMS = ("state", "ema", "data", "meta")
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The latest complete checkpoint of a run folder, None when there is none yet."""
+    if not (workdir / "checkpoints").is_dir():
+        return None
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        return checkpoints.latest()
 
 
 class Checkpoints:
@@ -36,6 +45,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             create=not read_only,
+            cleanup_tmp_directories=not read_only,  # what killed saves left behind
             read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
@@ -69,6 +79,17 @@ class Checkpoints:
         restored = self._restore(step, items)
         state = TrainState(ema=restored["ema"], **restored["state"])
         return state, restored["data"]
+
+    def restore_or_advise(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """`restore`; a step that cannot be read is a UserError that names the last good one and how to use it."""
+        try:
+            self._check_incomplete(step)
+            return self.restore(abstract, step)
+        except UserError as error:
+            good = next(
+                (s for s in reversed(self.steps()) if s < self._damaged(step) and self._readable(abstract, s)), None
+            )
+            raise UserError(f"{error}; {self._advice(good)}") from error
 
     def restore_item(self, item: str, step: int, abstract: Any) -> Any:
         """One item alone, for instance the average without the optimizer's state."""
@@ -114,6 +135,34 @@ class Checkpoints:
         folder = self.directory / str(step)
         if missing := [item for item in items if not (folder / item).is_dir()]:
             raise ValueError(f"item {', '.join(missing)} is missing")
+
+    def _step_folders(self) -> list[int]:
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def _damaged(self, step: int) -> int:
+        return max([step, *self._step_folders()])
+
+    def _check_incomplete(self, latest: int) -> None:
+        """Raise UserError for a later step that is there under its final name but not complete: someone damaged it."""
+        if incomplete := [step for step in self._step_folders() if step > latest]:
+            raise UserError(f"checkpoint {self.directory / str(incomplete[-1])} is not complete")
+
+    def _readable(self, abstract: TrainState, step: int) -> bool:
+        try:
+            self.restore(abstract, step)
+        except UserError:
+            return False
+        return True
+
+    def _advice(self, good: int | None) -> str:
+        if good is None:
+            return "no other step can be read; nothing was deleted"
+        later = " ".join(str(self.directory / str(step)) for step in self._step_folders() if step > good)
+        aside = self.directory.parent / "damaged"
+        return (
+            f"the last good step is {good}; to go on from it: mkdir {aside} && mv {later} {aside}, and run the same "
+            "command again; nothing was deleted"
+        )
 
     def reached_preemption(self, step: int) -> bool:
         """True on every process at the same step, once one of them was told to stop."""

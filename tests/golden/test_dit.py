@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from diffjax.models.layers import patchify
 from diffjax.weights import from_reference, to_reference
 from tests.golden.cases import Case, cases
 
