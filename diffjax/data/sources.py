@@ -1,0 +1,128 @@
+"""What a data set is: a name, random access to its examples, and an identity.
+
+`load(data)` reads the data section of a config. A source only describes and reads; order, flips and batches are the
+pipeline's (pipeline.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffjax.data import draws, embedded
+from diffjax.errors import UserError
+
+
+class RandomAccess(Protocol):
+    """Examples by number: {"image": array, "label": int}. Picklable, since worker processes receive a copy."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def pixels(images: np.ndarray, mirrored: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
+    """Images uint8 [b, h, w, c], left-right mirrored where `mirrored` bool [b], as float32 in [-1, 1].
+
+    Nothing else is random here, so `positions` and `seed` have no effect.
+    """
+    flipped = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+    return flipped.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    examples: RandomAccess = field(repr=False)
+    size: int  # side of the square image or latent
+    channels: int
+    num_classes: int  # 0: unlabelled, every label is 0
+    fingerprint: dict[str, Any]  # json-able identity: another data set, split or file list has another one
+    # (stored [b, ...], mirrored bool [b], stream positions int64 [b], seed) -> float32 [b, h, w, c] for training
+    draw: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray] = pixels
+
+
+def load(data: ConfigDict) -> Source:
+    """The source that the config's data section describes.
+
+    Every source reads `name, split, size, channels, num_classes`; what else it reads is said in its own docstring
+    below. `UserError` for an unknown name, missing files, and sizes or classes that the data contradicts.
+    """
+    if data.name not in SOURCES:
+        raise UserError(f"data.name={data.name!r} is not a data source; valid: {', '.join(sorted(SOURCES))}")
+    source = SOURCES[data.name](data)
+    if len(source.examples) == 0:
+        raise UserError(f"data source {source.name}, split {data.split!r}, has no examples")
+    for leaf in ("size", "channels", "num_classes"):
+        if getattr(source, leaf) != data[leaf]:
+            raise UserError(f"data.{leaf}={data[leaf]}, but {source.name} has {leaf}={getattr(source, leaf)}")
+    return source
+
+
+def arrays(source: Source, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The first `limit` (None: all) examples in stored order: images uint8 [n, h, w, c], labels int32 [n]."""
+    if source.draw is not pixels:
+        raise UserError(f"data source {source.name} holds latents, not pixels; evaluation needs an image source")
+    count = len(source.examples) if limit is None else min(limit, len(source.examples))
+    examples = [source.examples[i] for i in range(count)]
+    return np.stack([example["image"] for example in examples]), np.array(
+        [example["label"] for example in examples], np.int32
+    )
+
+
+@dataclass(frozen=True)
+class ArrayExamples:
+    """Examples held in memory: images uint8 [n, h, w, c], labels [n]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+
+def digits(data: ConfigDict) -> Source:
+    """Handwritten digits, 8x8x1, 10 classes, embedded in the package: splits train (1,500) and test (297)."""
+    return _embedded("digits", "digits8.npz", data.split, held_out=297)
+
+
+def emoji32(data: ConfigDict) -> Source:
+    """Noto emoji, 32x32x3, 9 classes, embedded in the package: splits train (1,700) and test (206)."""
+    return _embedded("emoji32", "emoji32.npz", data.split, held_out=206)
+
+
+def _embedded(name: str, file: str, split: str, held_out: int) -> Source:
+    stored = embedded.read(file)
+    train, test = stratified_split(stored["labels"], held_out)
+    chosen = {"train": train, "test": test}.get(split)
+    if chosen is None:
+        raise UserError(f"data.split={split!r} is not a split of {name}; valid: train, test")
+    examples = ArrayExamples(stored["images"][chosen], stored["labels"][chosen])
+    size, channels = stored["images"].shape[2:]
+    identity = {"name": name, "split": split, "length": len(chosen), "sha256": embedded.SHA256[file]}
+    return Source(name, examples, size, channels, len(stored["names"]), identity)
+
+
+def stratified_split(labels: np.ndarray, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """A fixed split of labels [n]: ascending indices int64 [n - held_out] and [held_out], classes in equal proportion.
+
+    Each class is shuffled and its members get the scores (rank + 1/2) / class size; the lowest scores are held out.
+    """
+    shuffled = draws.permutation(0, "split", 0, len(labels))
+    scores = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = shuffled[labels[shuffled] == label]
+        scores[members] = (np.arange(len(members)) + 0.5) / len(members)
+    order = np.argsort(scores, kind="stable")
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
+    "digits": digits,
+    "emoji32": emoji32,
+}

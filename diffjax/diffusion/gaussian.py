@@ -1,0 +1,334 @@
+"""Discrete-time Gaussian diffusion: schedule, targets and losses (DDPM 2006.11239, improved DDPM 2102.09672).
+
+Data x0 is destroyed in T steps of variance β_t. With ᾱ_t = Π_{s<=t} (1 - β_s) each x_t can be drawn directly:
+
+    (1)  x_t = √ᾱ_t x0 + √(1-ᾱ_t) eps,   eps ~ N(0, I)                               DDPM eq. 4
+    (2)  q(x_{t-1} | x_t, x0) = N(m_t(x0, x_t), β~_t),   β~_t = β_t (1-ᾱ_{t-1})/(1-ᾱ_t)    DDPM eq. 6, 7
+         m_t(x0, x_t) = β_t √ᾱ_{t-1}/(1-ᾱ_t) x0 + (1-ᾱ_{t-1}) √(1-β_t)/(1-ᾱ_t) x_t
+
+The model undoes one step: p(x_{t-1} | x_t) = N(m_t(x̂0, x_t), σ_t²), where x̂0 is the network's output or follows from
+its noise prediction by inverting (1), and the variance is fixed or interpolated by a second output v:
+
+    (3)  x̂0 = √(1/ᾱ_t) x_t - √(1/ᾱ_t - 1) eps^                                       DDPM eq. 15
+    (4)  log σ_t² = f log β_t + (1-f) log β~_t,   f = (v+1)/2                          improved DDPM eq. 15
+
+Training minimises the squared error of the prediction, which learns the mean, plus one term of the variational bound in
+bits per dimension, which through a stop-gradient on the mean learns the variance alone (improved DDPM eq. 16):
+
+    (5)  L_t = KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) / ln 2  for t > 0,   L_0 = -log2 p(x0 | x_1)
+
+A respaced process keeps the steps s_0 < s_1 < ... of the original one and takes new variances from their ᾱ (improved
+DDPM section 4, eq. 19), so that the marginals (1) at the kept steps stay what the network was trained on:
+
+    (6)  β'_k = 1 - ᾱ_{s_k} / ᾱ_{s_{k-1}}
+
+Everywhere k counts the steps of the process at hand, from 0; the network is told the original step s_k. Tables are
+float64 on the host; a gathered value becomes float32 before it is used.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax import rng
+from diffjax.errors import UserError
+
+OPTIONS = {
+    "prediction": ("epsilon", "x0"),
+    "variance": ("learned_range", "fixed_small", "fixed_large"),
+    "loss": ("mse", "rescaled_mse", "rescaled_kl"),
+}
+
+
+class PMeanVariance(NamedTuple):
+    """p(x_{k-1} | x_k): mean and x0 [b, ..., c] float32; log_variance the same or [b, 1, ...], broadcasting to it."""
+
+    mean: jax.Array
+    log_variance: jax.Array
+    x0: jax.Array
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianDiffusion:
+    """One process of K steps; see the module docstring. Build it with `gaussian_diffusion`.
+
+    betas: [K] float64. timestep_map: [K] int64, the original step s_k of each step. original_steps: T before respacing.
+    prediction: what the network predicts. variance: where σ² comes from; "learned_range" needs twice the channels,
+    [..., :c] the prediction and [..., c:] v; the fixed ones are β~ ("fixed_small") and β ("fixed_large").
+    loss: "mse" is (squared error) + (5); "rescaled_mse" weights (5) with K/1000; "rescaled_kl" is K times (5) alone.
+    """
+
+    betas: np.ndarray
+    timestep_map: np.ndarray
+    prediction: str
+    variance: str
+    loss: str
+    original_steps: int
+
+    def __post_init__(self) -> None:
+        for name, valid in OPTIONS.items():
+            if getattr(self, name) not in valid:
+                raise UserError(f"diffusion {name} {getattr(self, name)!r} is unknown; valid: {', '.join(valid)}")
+        if self.num_steps < 2:
+            raise UserError(f"a diffusion process needs at least 2 steps, not {self.num_steps}")
+
+    @property
+    def num_steps(self) -> int:
+        """K."""
+        return len(self.betas)
+
+    @cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        return np.cumprod(1.0 - self.betas)
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> np.ndarray:
+        return np.append(1.0, self.alphas_cumprod[:-1])
+
+    @cached_property
+    def alphas_cumprod_next(self) -> np.ndarray:
+        return np.append(self.alphas_cumprod[1:], 0.0)
+
+    @cached_property
+    def sqrt_alphas_cumprod(self) -> np.ndarray:
+        return np.sqrt(self.alphas_cumprod)
+
+    @cached_property
+    def sqrt_one_minus_alphas_cumprod(self) -> np.ndarray:
+        return np.sqrt(1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def log_one_minus_alphas_cumprod(self) -> np.ndarray:
+        return np.log(1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def sqrt_recip_alphas_cumprod(self) -> np.ndarray:
+        return np.sqrt(1.0 / self.alphas_cumprod)
+
+    @cached_property
+    def sqrt_recipm1_alphas_cumprod(self) -> np.ndarray:
+        return np.sqrt(1.0 / self.alphas_cumprod - 1.0)
+
+    @cached_property
+    def posterior_variance(self) -> np.ndarray:
+        """β~ of (2)."""
+        return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_log_variance_clipped(self) -> np.ndarray:
+        """log β~; β~_0 is zero, so the first entry repeats the second."""
+        return np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
+
+    @cached_property
+    def posterior_mean_coef1(self) -> np.ndarray:
+        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_mean_coef2(self) -> np.ndarray:
+        return (1.0 - self.alphas_cumprod_prev) * np.sqrt(1.0 - self.betas) / (1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def fixed_large_log_variance(self) -> np.ndarray:
+        """log β; the first entry is that of β~ above, which gives the better likelihood there."""
+        return np.log(np.append(self.posterior_variance[1], self.betas[1:]))
+
+    def model_time(self, k: jax.Array) -> jax.Array:
+        """The original step of step k [b] int32, as the network receives it: float32 [b]."""
+        return jnp.asarray(self.timestep_map, jnp.float32)[k]
+
+    def sample_times(self, keys: jax.Array) -> jax.Array:
+        """A step uniform on {0, ..., K-1} for each key [b]: int32 [b]."""
+        return rng.integers(keys, self.num_steps)
+
+    def q_sample(self, x0: jax.Array, k: jax.Array, eps: jax.Array) -> jax.Array:
+        """x_k from data x0 and noise eps, both [b, ..., c], at steps k [b]: equation (1)."""
+        return at(self.sqrt_alphas_cumprod, k, x0) * x0 + at(self.sqrt_one_minus_alphas_cumprod, k, x0) * eps
+
+    def posterior(self, x0: jax.Array, xt: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean [b, ..., c] and clipped log variance [b, 1, ...] of q(x_{k-1} | x_k, x0): equation (2)."""
+        mean = at(self.posterior_mean_coef1, k, xt) * x0 + at(self.posterior_mean_coef2, k, xt) * xt
+        return mean, at(self.posterior_log_variance_clipped, k, xt)
+
+    def x0_from_eps(self, xt: jax.Array, k: jax.Array, eps: jax.Array) -> jax.Array:
+        """The data that (1) turns into xt with noise eps: equation (3)."""
+        return at(self.sqrt_recip_alphas_cumprod, k, xt) * xt - at(self.sqrt_recipm1_alphas_cumprod, k, xt) * eps
+
+    def eps_from_x0(self, xt: jax.Array, k: jax.Array, x0: jax.Array) -> jax.Array:
+        """The noise with which (1) turns x0 into xt: equation (3) solved for eps."""
+        return (at(self.sqrt_recip_alphas_cumprod, k, xt) * xt - x0) / at(self.sqrt_recipm1_alphas_cumprod, k, xt)
+
+    def p_mean_variance(
+        self, model_output: jax.Array, xt: jax.Array, k: jax.Array, clip: bool = False
+    ) -> PMeanVariance:
+        """p(x_{k-1} | x_k) for the network's output [b, ..., c or 2c] at xt [b, ..., c], k [b].
+
+        clip limits x0 to [-1, 1]; it suits pixels, never latents.
+        """
+        prediction, v = self.split(model_output, xt)
+        x0 = prediction if self.prediction == "x0" else self.x0_from_eps(xt, k, prediction)
+        if clip:
+            x0 = jnp.clip(x0, -1.0, 1.0)
+        mean, log_variance = self.posterior(x0, xt, k)
+        if v is not None:
+            # improved DDPM eq. 15; v is free, so σ² may leave the range between the two
+            fraction = (v + 1.0) / 2.0
+            log_variance = fraction * at(np.log(self.betas), k, xt) + (1.0 - fraction) * log_variance
+        elif self.variance == "fixed_large":
+            log_variance = at(self.fixed_large_log_variance, k, xt)
+        return PMeanVariance(mean, log_variance, x0)
+
+    def losses(
+        self, model_output: jax.Array, x0: jax.Array, xt: jax.Array, k: jax.Array, eps: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Loss terms of each example, float32 [b]: "loss", and "mse" and "vb" (as they enter it) where they apply.
+
+        model_output [b, ..., c or 2c] is the network's at (xt, model_time(k)); xt = q_sample(x0, k, eps).
+        """
+        if self.loss == "rescaled_kl":
+            vb = self.variational_bound(model_output, x0, xt, k) * self.num_steps
+            return {"loss": vb, "vb": vb}
+        prediction, v = self.split(model_output, xt)
+        target = x0 if self.prediction == "x0" else eps
+        mse = mean_per_example((target - prediction) ** 2)
+        if v is None:
+            return {"loss": mse, "mse": mse}
+        frozen = jnp.concatenate([jax.lax.stop_gradient(prediction), v], axis=-1)
+        vb = self.variational_bound(frozen, x0, xt, k)
+        if self.loss == "rescaled_mse":
+            vb = vb * (self.num_steps / 1000)
+        return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+    def variational_bound(self, model_output: jax.Array, x0: jax.Array, xt: jax.Array, k: jax.Array) -> jax.Array:
+        """L_k of equation (5) in bits per dimension, float32 [b]."""
+        true_mean, true_log_variance = self.posterior(x0, xt, k)
+        mean, log_variance, _ = self.p_mean_variance(model_output, xt, k)
+        kl = mean_per_example(normal_kl(true_mean, true_log_variance, mean, log_variance))
+        nll = -mean_per_example(discretized_log_likelihood(x0, mean, 0.5 * log_variance))
+        return jnp.where(k == 0, nll, kl) / np.float32(np.log(2.0))
+
+    def split(self, model_output: jax.Array, xt: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """The network's output as float32 (prediction [b, ..., c], v the same or None when the variance is fixed)."""
+        channels = xt.shape[-1]
+        expected = channels * (2 if self.variance == "learned_range" else 1)
+        if model_output.shape[-1] != expected:
+            raise UserError(
+                f"diffusion variance {self.variance!r} needs {expected} output channels for {channels} input channels, "
+                f"the model gives {model_output.shape[-1]}"
+            )
+        output = model_output.astype(jnp.float32)
+        return output[..., :channels], output[..., channels:] if expected > channels else None
+
+
+def gaussian_diffusion(
+    *,
+    respacing: str = "",
+    prediction: str = "epsilon",
+    variance: str = "learned_range",
+    loss: str = "mse",
+    num_steps: int = 1000,
+) -> GaussianDiffusion:
+    """The linear-schedule process with `num_steps` original steps, of which `respacing` keeps some: equation (6).
+
+    The defaults are those of DiT. Options: see `GaussianDiffusion` and `respaced_steps`. UserError on an unknown one.
+    """
+    # Also with nothing left out the variances are recovered from ᾱ, so that every process goes through one path.
+    kept = np.array(respaced_steps(num_steps, respacing), np.int64)
+    alphas_cumprod = np.cumprod(1.0 - linear_betas(num_steps))[kept]
+    betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+    return GaussianDiffusion(betas, kept, prediction, variance, loss, num_steps)
+
+
+def linear_betas(num_steps: int = 1000) -> np.ndarray:
+    """β from 1e-4 to 0.02 for 1000 steps (DDPM section 4), both ends scaled by 1000/T for T steps: float64 [T]."""
+    scale = 1000 / num_steps if num_steps > 0 else np.inf
+    if scale * 0.02 >= 1.0:
+        raise UserError(f"the linear schedule needs more than 20 steps, not {num_steps}")
+    return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
+
+
+def respaced_steps(num_steps: int, spec: str) -> list[int]:
+    """The original steps, rising, that `spec` keeps of 0, ..., num_steps - 1 (improved DDPM section 4).
+
+    "" keeps all. "250" or "10,15,20" splits the steps into that many nearly equal sections and spreads the given
+    number of steps over each, both ends included. "ddim50" takes every i-th step from 0, with the smallest stride i
+    that gives 50 (DDIM 2010.02502 appendix D.2). UserError when the spec reads otherwise or cannot be met.
+    """
+    if not spec:
+        return list(range(num_steps))
+    if spec.startswith("ddim") and spec[4:].isdecimal():
+        return strided_steps(num_steps, int(spec[4:]))
+    parts = spec.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f'respacing {spec!r} is not understood; valid: "", "250", "10,15,20" or "ddim50"')
+    base, longer = divmod(num_steps, len(parts))
+    kept: set[int] = set()
+    start = 0
+    for section, count in enumerate(int(part) for part in parts):
+        size = base + (section < longer)
+        if count > size:
+            raise UserError(f"respacing {spec!r} asks for {count} of the {size} steps in section {section}")
+        kept.update(start + offset for offset in spread(size, count))
+        start += size
+    return sorted(kept)
+
+
+def strided_steps(num_steps: int, count: int) -> list[int]:
+    """Every i-th of `num_steps` steps with the smallest stride i >= 1 that gives exactly `count`; else UserError."""
+    for stride in range(1, num_steps):
+        steps = range(0, num_steps, stride)
+        if len(steps) == count:
+            return list(steps)
+    raise UserError(f"respacing 'ddim{count}': no integer stride gives {count} of {num_steps} steps")
+
+
+def spread(size: int, count: int) -> list[int]:
+    """`count` offsets spread evenly over 0, ..., size - 1, both ends included; one alone is 0."""
+    stride = (size - 1) / (count - 1) if count > 1 else 1.0
+    offsets, position = [], 0.0
+    for _ in range(count):
+        offsets.append(round(position))
+        position += stride  # summed, not multiplied: the rounding of published samples depends on it
+    return offsets
+
+
+def at(table: np.ndarray, k: jax.Array, like: jax.Array) -> jax.Array:
+    """table[k] for steps k [b] as float32 [b, 1, ...], ready to multiply `like` [b, ...]."""
+    return jnp.asarray(table, jnp.float32)[k].reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def mean_per_example(x: jax.Array) -> jax.Array:
+    """The mean over all axes but the first: [b, ...] -> [b]."""
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+
+def normal_kl(mean1: jax.Array, log_variance1: jax.Array, mean2: jax.Array, log_variance2: jax.Array) -> jax.Array:
+    """KL(N(mean1, exp(log_variance1)) || N(mean2, exp(log_variance2))) per element, in nats."""
+    return 0.5 * (
+        -1.0
+        + log_variance2
+        - log_variance1
+        + jnp.exp(log_variance1 - log_variance2)
+        + (mean1 - mean2) ** 2 * jnp.exp(-log_variance2)
+    )
+
+
+def discretized_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
+    """Log probability (nats, per element) of the 8-bit bin around x under N(mean, exp(log_scale)²): DDPM eq. 13.
+
+    x lies on the grid of 256 levels over [-1, 1]; the outer bins are open. Latents are not 8-bit images, yet the
+    published models were trained with this term on them, so it is kept for an equal loss.
+    """
+    centered, inverse_scale = x - mean, jnp.exp(-log_scale)
+    upper = approximate_normal_cdf(inverse_scale * (centered + 1.0 / 255.0))
+    lower = approximate_normal_cdf(inverse_scale * (centered - 1.0 / 255.0))
+    probability = jnp.where(x < -0.999, upper, jnp.where(x > 0.999, 1.0 - lower, upper - lower))
+    return jnp.log(jnp.maximum(probability, 1e-12))
+
+
+def approximate_normal_cdf(x: jax.Array) -> jax.Array:
+    """The standard normal cumulative distribution by the tanh formula that the published losses use."""
+    return 0.5 * (1.0 + jnp.tanh(np.float32(np.sqrt(2.0 / np.pi)) * (x + 0.044715 * x**3)))

@@ -1,0 +1,111 @@
+"""The process itself: options, respacing, the limits its formulas must meet."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax import rng
+from diffjax.diffusion.gaussian import gaussian_diffusion, linear_betas, respaced_steps
+from diffjax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "num_steps, spec, expected",
+    [
+        (5, "", [0, 1, 2, 3, 4]),
+        (10, "1", [0]),
+        (10, "4", [0, 3, 6, 9]),
+        (10, "2,3", [0, 4, 5, 7, 9]),
+        (11, "1,1,2", [0, 4, 8, 10]),  # sections of 4, 4 and 3
+        (6, "0,2", [3, 5]),
+        (6, "3", [0, 2, 5]),  # 2.5 rounds half to even
+        (1000, "ddim4", [0, 250, 500, 750]),
+        (10, "ddim5", [0, 2, 4, 6, 8]),
+    ],
+)
+def test_respaced_steps(num_steps, spec, expected):
+    assert respaced_steps(num_steps, spec) == expected
+
+
+@pytest.mark.parametrize("spec", ["1001", "10,x", "ddim", "ddim300", "ddim-5", "2.5", "-3", "10,", " "])
+def test_impossible_respacing_is_named(spec):
+    with pytest.raises(UserError, match="respacing"):
+        respaced_steps(1000, spec)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prediction": "v"}, {"variance": "learned"}, {"loss": "l1"}, {"num_steps": 20}, {"respacing": "1"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(UserError):
+        gaussian_diffusion(**options)
+
+
+def test_output_channels_must_fit_the_variance():
+    x, k = jnp.zeros((2, 4, 4, 3)), jnp.array([0, 5])
+    with pytest.raises(UserError, match="needs 6 output channels"):
+        gaussian_diffusion().p_mean_variance(x, x, k)
+    with pytest.raises(UserError, match="needs 3 output channels"):
+        gaussian_diffusion(variance="fixed_small").losses(jnp.zeros((2, 4, 4, 6)), x, x, k, x)
+
+
+def test_respacing_keeps_the_marginals():
+    full, short = gaussian_diffusion(), gaussian_diffusion(respacing="10,15,20")
+    np.testing.assert_allclose(short.alphas_cumprod, full.alphas_cumprod[short.timestep_map], rtol=1e-12)
+    np.testing.assert_allclose(full.betas, linear_betas(), rtol=1e-9)
+
+
+def test_sample_times_covers_every_step_evenly():
+    process = gaussian_diffusion(respacing="10")
+    keys = rng.per_example(jax.random.key(0), jnp.arange(5000))
+    k = process.sample_times(keys)
+    counts = np.bincount(k, minlength=10)
+    assert k.dtype == jnp.int32
+    assert counts.sum() == 5000
+    assert len(counts) == 10
+    assert (abs(counts - 500) < 5 * np.sqrt(450)).all()
+    np.testing.assert_array_equal(process.sample_times(keys[7:9]), k[7:9])
+
+
+def test_a_perfect_prediction_has_no_squared_error_and_inverts_the_noising():
+    process = gaussian_diffusion(variance="fixed_small")
+    x0, eps = np.random.default_rng(0).standard_normal((2, 4, 3, 3, 2)).astype(np.float32)
+    k = jnp.array([0, 10, 500, 999])
+    xt = process.q_sample(x0, k, eps)
+    assert not process.losses(eps, x0, xt, k, eps)["loss"].any()
+    # at the last step ᾱ is 4e-5, so one rounding of xt is 160 roundings of x0
+    np.testing.assert_allclose(process.x0_from_eps(xt, k, eps), x0, atol=2e-4)
+    np.testing.assert_allclose(process.eps_from_x0(xt, k, x0), eps, atol=2e-4)
+
+
+def test_bound_of_the_true_posterior_is_zero_and_grows_with_the_error():
+    process = gaussian_diffusion(prediction="x0", variance="fixed_small", loss="rescaled_kl")
+    x0 = np.random.default_rng(1).uniform(-1, 1, (3, 4, 4, 2)).astype(np.float32)
+    k = jnp.array([1, 300, 999])
+    xt = process.q_sample(x0, k, jnp.ones_like(x0))
+    exact = process.losses(x0, x0, xt, k, None)["loss"]
+    worse = process.losses(x0 + 0.1, x0, xt, k, None)["loss"]
+    np.testing.assert_allclose(exact, 0.0, atol=1e-3)
+    assert (worse > exact).all()
+
+
+def test_eight_bit_bins_add_up_to_one():
+    """exp(-L_0) over all 256 levels is a probability distribution."""
+    process = gaussian_diffusion(prediction="x0", variance="fixed_large", loss="rescaled_kl")
+    levels = (jnp.arange(256.0) / 127.5 - 1.0).reshape(256, 1, 1, 1)
+    k = jnp.zeros(256, jnp.int32)
+    bits = process.variational_bound(jnp.full_like(levels, 0.1), levels, jnp.full_like(levels, 0.1), k)
+    np.testing.assert_allclose(jnp.sum(2.0**-bits), 1.0, atol=1e-4)
+
+
+def test_low_precision_outputs_give_float32_losses():
+    process = gaussian_diffusion()
+    x = jnp.ones((2, 2, 2, 1))
+    k = jnp.array([3, 0])
+    terms = process.losses(jnp.zeros((2, 2, 2, 2), jnp.bfloat16), x, x, k, x)
+    assert {term: (value.dtype, value.shape) for term, value in terms.items()} == dict.fromkeys(
+        ["loss", "mse", "vb"], (jnp.float32, (2,))
+    )
