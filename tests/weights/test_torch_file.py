@@ -115,7 +115,9 @@ def test_refusal_names_the_class_and_the_way_out(tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize("data", [b"\x80\x02ccollections\nOrderedDict\nN}S'update'\nK\x01s\x86b.", b"\x80\x02]r\xff\xff\xff\xff."])
+@pytest.mark.parametrize(
+    "data", [b"\x80\x02ccollections\nOrderedDict\nN}S'update'\nK\x01s\x86b.", b"\x80\x02]r\xff\xff\xff\xff."]
+)
 def test_crafted_state_stays_in_its_file(tmp_path, data):
     """Neither setting attributes on an allowed class nor a giant memo index reaches beyond the one reading."""
     path = write_zip(tmp_path / "a.pt", None, data=data)
