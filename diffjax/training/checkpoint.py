@@ -89,9 +89,7 @@ class Checkpoints:
             self._check_items(step, {item: None})
             metadata = self._manager.item_metadata(step)[item]
             shapes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _plain(metadata))
-            return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(shapes)}))[
-                item
-            ]
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(shapes)}))[item]
         except Exception as error:
             raise self._unreadable(step, error) from error
 

@@ -94,9 +94,7 @@ def write(config: ConfigDict, path: Path) -> None:
 def read(path: Path) -> ConfigDict:
     """The locked config of a run folder's config.json."""
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; a run folder is made by `python -m diffjax train --workdir={path.parent}`"
-        )
+        raise UserError(f"{path}: no such file; a run folder is made by `python -m diffjax train --workdir={path.parent}`")
     try:
         return ConfigDict(json.loads(path.read_text())).lock()
     except json.JSONDecodeError as error:

@@ -91,9 +91,7 @@ def _enter(config: ConfigDict, workdir: Path, accepted: tuple[str, ...]) -> None
             workdir.mkdir(parents=True, exist_ok=True)
             configs.write(config, stored)
         except OSError as error:
-            raise UserError(
-                f"--workdir={workdir} cannot be written: {error.strerror}; give a writable folder"
-            ) from error
+            raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; give a writable folder") from error
 
 
 def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, stop: StopRequest) -> None:
@@ -220,7 +218,9 @@ def step_flops(setup: Setup) -> float:
     return 6.0 * setup.config.batch_size * count_macs(setup.apply, setup.abstract.params, x, t, y)
 
 
-def _initial_or_restored(setup: Setup, checkpoints: Checkpoints, batches: pipeline.Batches) -> tuple[TrainState, int]:
+def _initial_or_restored(
+    setup: Setup, checkpoints: Checkpoints, batches: pipeline.Batches
+) -> tuple[TrainState, int]:
     latest = checkpoints.latest()
     if latest is None:
         return setup.init(), 0

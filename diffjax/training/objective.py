@@ -52,9 +52,7 @@ def build_objective(config: ConfigDict) -> Objective:
         raise UserError(f"diffusion.label_drop = {diffusion.label_drop}: valid: 0 (no null class) to below 1")
     sampling = config.sampling
     if sampling.guidance != 1.0 and not (diffusion.label_drop and config.data.num_classes):
-        raise UserError(
-            "sampling.guidance needs labels and a null class: data.num_classes and diffusion.label_drop > 0"
-        )
+        raise UserError("sampling.guidance needs labels and a null class: data.num_classes and diffusion.label_drop > 0")
     if sampling.sampler not in SAMPLERS:
         raise UserError(f"sampling.sampler = {sampling.sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
     return Objective(_training_loss(config), _sampler(config))

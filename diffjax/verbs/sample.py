@@ -81,9 +81,7 @@ def _load(values: flags.FlagValues, overrides: list[str], mesh: Any) -> tuple[Co
         params = store.load_params(Path(values.params), abstract_params(config, mesh))
         return config, params, {"params": values.params, "sha256": store.tree_sha256(params)}
     if values.config:
-        raise UserError(
-            "sample: --workdir has its own config; override its leaves with --config.sampling.steps=... alone"
-        )
+        raise UserError("sample: --workdir has its own config; override its leaves with --config.sampling.steps=... alone")
     workdir = Path(values.workdir)
     config = configs.override(configs.read(workdir / "config.json"), overrides)
     checkpoints = Checkpoints(workdir, read_only=True)

@@ -78,7 +78,7 @@ def tree_sha256(tree: Any) -> str:
     for path, leaf in sorted(_leaves(tree).items()):
         array = np.ascontiguousarray(jax.device_get(leaf))
         digest.update(f"{path} {array.dtype.name} {np.shape(leaf)}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
