@@ -61,7 +61,9 @@ def _run(argv: list[str]) -> None:
         positional = values(["diffjax", *own])[1:]
     except flags.Error as error:
         raise UserError(f"{verb}: {' '.join(str(error).split())}; see `python -m diffjax {verb} --help`") from error
-    if positional:
+    if positional and (name := getattr(module, "REST", None)) and values[name].present:
+        values[name].value = [*values[name].value, *positional]
+    elif positional:
         raise UserError(f"{verb}: {positional[0]!r} is not a flag; write --name=value")
     overrides = [argument for argument in rest if argument not in own]
     if overrides and "config" not in values:

@@ -38,14 +38,14 @@ def unwrap(checkpoint: Any) -> dict[str, Any]:
 
     Training checkpoints keep both beside the optimizer; the published results use the averaged weights.
     """
+    if not isinstance(checkpoint, Mapping):
+        raise UserError(f"the checkpoint holds no weights but a {type(checkpoint).__name__}")
     for name in ("ema", "model"):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
+        if isinstance(checkpoint.get(name), Mapping):
             return dict(checkpoint[name])
-    if not isinstance(checkpoint, Mapping) or not any(hasattr(value, "shape") for value in checkpoint.values()):
-        found = (
-            f"keys {', '.join(map(str, checkpoint))}" if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
-        )
-        raise UserError(f"the checkpoint holds no weights: found {found[:200]}; expected ema, model or named arrays")
+    if not any(hasattr(value, "shape") for value in checkpoint.values()):
+        found = ", ".join(map(str, checkpoint))[:200] or "nothing"
+        raise UserError(f"the checkpoint holds no weights: found {found}; expected ema, model or named arrays")
     return dict(checkpoint)
 
 
