@@ -86,9 +86,8 @@ class Checkpoints:
             self._check_incomplete(step)
             return self.restore(abstract, step)
         except UserError as error:
-            good = next(
-                (s for s in reversed(self.steps()) if s < self._damaged(step) and self._readable(abstract, s)), None
-            )
+            earlier = [s for s in reversed(self.steps()) if s < max(self._step_folders())]
+            good = next((s for s in earlier if self._readable(abstract, s)), None)
             raise UserError(f"{error}; {self._advice(good)}") from error
 
     def restore_item(self, item: str, step: int, abstract: Any) -> Any:
@@ -138,9 +137,6 @@ class Checkpoints:
 
     def _step_folders(self) -> list[int]:
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
-
-    def _damaged(self, step: int) -> int:
-        return max([step, *self._step_folders()])
 
     def _check_incomplete(self, latest: int) -> None:
         """Raise UserError for a later step that is there under its final name but not complete: someone damaged it."""
