@@ -4,14 +4,17 @@
 pipeline's (pipeline.py).
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from diffjax.data import draws, embedded
+from diffjax.data.images import SUFFIXES, FolderExamples, PreparedExamples, class_names, list_images
 from diffjax.errors import UserError
 
 
@@ -122,7 +125,104 @@ def stratified_split(labels: np.ndarray, held_out: int) -> tuple[np.ndarray, np.
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
+def folder(data: ConfigDict) -> Source:
+    """Image files below `data.dir` (below its folder `data.split` when that is not ""), cropped to `data.size`.
+
+    The class is the rank of the top-level sub-folder. Without sub-folders, or when `data.num_classes` is 0, the source
+    is unlabelled.
+    """
+    root = _existing(data, f"it should hold images ({', '.join(SUFFIXES)}), for labels one sub-folder per class")
+    files = list_images(root)
+    names = class_names(files) if data.num_classes else []
+    ranks = {name: rank for rank, name in enumerate(names)}
+    labels = np.array([ranks.get(file.split("/")[0], 0) for file in files], np.int32)
+    identity = {
+        "name": "folder",
+        "split": data.split,
+        "size": data.size,
+        "length": len(files),
+        "files_sha256": hashlib.sha256("\n".join(files).encode()).hexdigest(),
+        "classes": len(names),
+    }
+    return Source("folder", FolderExamples(root, files, labels, data.size), data.size, 3, len(names), identity)
+
+
+def _existing(data: ConfigDict, wanted: str) -> Path:
+    root = Path(data.dir) / data.split
+    if not data.dir or not root.is_dir():
+        raise UserError(f"data.dir={data.dir!r} with data.split={data.split!r} is no folder: {str(root)!r}; {wanted}")
+    return root
+
+
+def tfds(data: ConfigDict) -> Source:
+    """A data set prepared by tensorflow_datasets as ArrayRecord, read without tensorflow.
+
+    `data.dataset` is its name, under `data.dir` ("": the default folder of tensorflow_datasets); with "" as its name
+    `data.dir` is the folder of the prepared version itself. `data.split` may be an expression like "train[:90%]".
+    `data.crop` is "adm" (centre crop to `data.size`) or "none" (every image must have that size).
+    With `data.num_classes` 0 the labels are not read.
+    """
+    if data.crop not in ("adm", "none"):
+        raise UserError(f"data.crop={data.crop!r} is not a crop; valid: adm, none")
+    builder = _prepared(data)
+    features = builder.info.features
+    shape = features["image"].shape
+    channels = 1 if shape[-1] == 1 else 3
+    num_classes = features["label"].num_classes if data.num_classes and "label" in features else 0
+    found = data.size if data.crop == "adm" or shape[0] is None else shape[0]
+    records = _records(builder, data.split)
+    examples = PreparedExamples(records, data.size, channels, data.crop == "adm", num_classes > 0)
+    identity = {
+        "name": "tfds",
+        "dataset": builder.info.full_name,
+        "split": data.split,
+        "length": len(records),
+        "size": data.size,
+        "crop": data.crop,
+    }
+    return Source("tfds", examples, found, channels, num_classes, identity)
+
+
+def _prepared(data: ConfigDict) -> Any:
+    """The builder of a data set that lies ready on disk as ArrayRecord, with an image in each example."""
+    import tensorflow_datasets as tfds
+
+    folder = f" --data_dir={data.dir}" if data.dir else ""
+    command = f"tfds build {data.dataset or '<name>'}{folder} --file_format=array_record"
+    advice = f"prepare it with: pip install 'diffjax[prepare]' && {command}"
+    try:
+        if data.dataset:
+            builder = tfds.builder(data.dataset, data_dir=data.dir or None)
+        else:
+            builder = tfds.builder_from_directory(data.dir)
+    except (OSError, ValueError) as error:  # no such folder; no such name
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"data.dataset={data.dataset!r}, data.dir={data.dir!r}: {reason}; {advice}") from error
+    if not builder.is_prepared():
+        raise UserError(f"{builder.info.full_name} is not prepared in {builder.data_path}; {advice}")
+    if builder.info.file_format.value != "array_record":
+        raise UserError(
+            f"{builder.data_path} is in format {builder.info.file_format.value}, not array_record; {advice}"
+        )
+    if "image" not in builder.info.features:
+        raise UserError(f"{builder.info.full_name} has no feature 'image', only {', '.join(builder.info.features)}")
+    return builder
+
+
+def _records(builder: Any, split: str) -> Any:
+    """Random access to the examples of `split` with the images still encoded: one decoder, Pillow, for all sources."""
+    import tensorflow_datasets as tfds
+
+    try:
+        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except (KeyError, ValueError) as error:
+        known = ", ".join(builder.info.splits)
+        raise UserError(f"data.split={split!r} is not a split of {builder.info.full_name}; valid: {known}") from error
+
+
 SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
     "digits": digits,
     "emoji32": emoji32,
+    "folder": folder,
+    "tfds": tfds,
 }
