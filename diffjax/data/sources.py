@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import grain
 import numpy as np
 from ml_collections import ConfigDict
 
 from diffjax.data import draws, embedded
 from diffjax.data.images import SUFFIXES, FolderExamples, PreparedExamples, class_names, list_images
+from diffjax.data.latents import LatentExamples, Sample, read_manifest
 from diffjax.errors import UserError
 
 
@@ -199,7 +201,8 @@ def _prepared(data: ConfigDict) -> Any:
         reason = str(error).partition("\n")[0]
         raise UserError(f"data.dataset={data.dataset!r}, data.dir={data.dir!r}: {reason}; {advice}") from error
     if not builder.is_prepared():
-        raise UserError(f"{builder.info.full_name} is not prepared in {builder.data_path}; {advice}")
+        files = " --manual_dir=<folder of its files>" if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
+        raise UserError(f"{builder.info.full_name} is not prepared in {builder.data_path}; {advice}{files}")
     if builder.info.file_format.value != "array_record":
         raise UserError(
             f"{builder.data_path} is in format {builder.info.file_format.value}, not array_record; {advice}"
@@ -220,9 +223,35 @@ def _records(builder: Any, split: str) -> Any:
         raise UserError(f"data.split={split!r} is not a split of {builder.info.full_name}; valid: {known}") from error
 
 
+def latents(data: ConfigDict) -> Source:
+    """Latents in `data.dir` (in its folder `data.split` when that is not ""), sampled anew at each visit.
+
+    `data.scale` must be the one in the manifest; it is applied here unless it was when the latents were written.
+    `data.flip` needs latents written with their mirror images. With `data.num_classes` 0 the labels are not read.
+    """
+    root = Path(data.dir) / data.split
+    manifest = read_manifest(root)
+    if data.scale != manifest["scale"]:
+        raise UserError(f"data.scale={data.scale}, but the latents in {root} have scale={manifest['scale']}")
+    if data.flip and manifest["views"] == 1:
+        raise UserError(f"data.flip=True, but the latents in {root} hold no mirror images; set data.flip=False")
+    records = grain.sources.ArrayRecordDataSource([str(root / shard) for shard in manifest["shards"]])
+    if len(records) != manifest["count"]:
+        raise UserError(f"{root} holds {len(records)} latents, its manifest says {manifest['count']}")
+    height, width, channels = manifest["shape"]
+    num_classes = manifest["num_classes"] if data.num_classes else 0
+    examples = LatentExamples(records, (height, width, channels), num_classes > 0)
+    identity = {"name": "latents", "split": data.split} | {
+        key: manifest[key] for key in ("count", "records_sha256", "scale")
+    }
+    draw = Sample(1.0 if manifest["scale_applied"] else data.scale)
+    return Source("latents", examples, height, channels, num_classes, identity, draw)
+
+
 SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
     "digits": digits,
     "emoji32": emoji32,
     "folder": folder,
     "tfds": tfds,
+    "latents": latents,
 }
