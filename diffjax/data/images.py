@@ -4,9 +4,10 @@ import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image
 
 from diffjax.data.transforms import adm_center_crop, decode
 from diffjax.errors import UserError
@@ -45,7 +46,8 @@ class FolderExamples:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = decode(self.root / self.files[index])
+        path = self.root / self.files[index]
+        image = _decode(path, str(path), channels=3)
         return {"image": adm_center_crop(image, self.size), "label": int(self.labels[index])}
 
 
@@ -64,7 +66,7 @@ class PreparedExamples:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        image = decode(io.BytesIO(record["image"]), self.channels)
+        image = _decode(io.BytesIO(record["image"]), f"example {index}", self.channels)
         if not self.crop and image.size != (self.size, self.size):
             width, height = image.size
             raise UserError(
@@ -72,3 +74,10 @@ class PreparedExamples:
                 "data.crop='adm' crops and resizes"
             )
         return {"image": adm_center_crop(image, self.size), "label": int(record["label"]) if self.labelled else 0}
+
+
+def _decode(file: Path | BinaryIO, name: str, channels: int) -> Image.Image:
+    try:
+        return decode(file, channels)
+    except OSError as error:
+        raise UserError(f"{name} cannot be decoded: {error}") from error

@@ -92,6 +92,17 @@ def test_folder_refusals(tree):
         sources.load(folder(tree / "empty", num_classes=0))
 
 
+@pytest.mark.parametrize("workers, threads", [(0, 0), (0, 2), (1, 0)])
+def test_a_damaged_image_is_named_also_by_threads_and_workers(tmp_path, workers, threads):
+    picture(0).save(tmp_path / "whole.jpeg")
+    (tmp_path / "half.jpeg").write_bytes((tmp_path / "whole.jpeg").read_bytes()[:1000])
+    source = sources.load(folder(tmp_path, num_classes=0))
+    batches = Batches(source, batch_size=2, seed=0, flip=False, workers=workers, threads=threads)
+    with pytest.raises(UserError, match=r"half\.jpeg cannot be decoded: image file is truncated"):
+        next(batches)
+    batches.close()
+
+
 COUNT = 7
 
 
