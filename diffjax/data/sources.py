@@ -133,7 +133,12 @@ def folder(data: ConfigDict) -> Source:
     The class is the rank of the top-level sub-folder. Without sub-folders, or when `data.num_classes` is 0, the source
     is unlabelled.
     """
-    root = _existing(data, f"it should hold images ({', '.join(SUFFIXES)}), for labels one sub-folder per class")
+    root = Path(data.dir) / data.split
+    if not data.dir or not root.is_dir():
+        raise UserError(
+            f"data.dir={data.dir!r} with data.split={data.split!r} is no folder; it should hold images "
+            f"({', '.join(SUFFIXES)}), for labels in one sub-folder per class"
+        )
     files = list_images(root)
     names = class_names(files) if data.num_classes else []
     ranks = {name: rank for rank, name in enumerate(names)}
@@ -147,13 +152,6 @@ def folder(data: ConfigDict) -> Source:
         "classes": len(names),
     }
     return Source("folder", FolderExamples(root, files, labels, data.size), data.size, 3, len(names), identity)
-
-
-def _existing(data: ConfigDict, wanted: str) -> Path:
-    root = Path(data.dir) / data.split
-    if not data.dir or not root.is_dir():
-        raise UserError(f"data.dir={data.dir!r} with data.split={data.split!r} is no folder: {str(root)!r}; {wanted}")
-    return root
 
 
 def tfds(data: ConfigDict) -> Source:
@@ -181,6 +179,7 @@ def tfds(data: ConfigDict) -> Source:
         "length": len(records),
         "size": data.size,
         "crop": data.crop,
+        "classes": num_classes,
     }
     return Source("tfds", examples, found, channels, num_classes, identity)
 
@@ -189,9 +188,12 @@ def _prepared(data: ConfigDict) -> Any:
     """The builder of a data set that lies ready on disk as ArrayRecord, with an image in each example."""
     import tensorflow_datasets as tfds
 
-    folder = f" --data_dir={data.dir}" if data.dir else ""
-    command = f"tfds build {data.dataset or '<name>'}{folder} --file_format=array_record"
-    advice = f"prepare it with: pip install 'diffjax[prepare]' && {command}"
+    place = f"data_dir={data.dir!r}, " if data.dir else ""
+    call = f"tfds.builder({data.dataset or '<name>'!r}, {place}file_format='array_record').download_and_prepare()"
+    advice = (
+        "prepare it once with: pip install 'diffjax[prepare]' && "
+        f'python -c "import tensorflow_datasets as tfds; {call}"'
+    )
     try:
         if data.dataset:
             builder = tfds.builder(data.dataset, data_dir=data.dir or None)
@@ -201,8 +203,9 @@ def _prepared(data: ConfigDict) -> Any:
         reason = str(error).partition("\n")[0]
         raise UserError(f"data.dataset={data.dataset!r}, data.dir={data.dir!r}: {reason}; {advice}") from error
     if not builder.is_prepared():
-        files = " --manual_dir=<folder of its files>" if builder.MANUAL_DOWNLOAD_INSTRUCTIONS else ""
-        raise UserError(f"{builder.info.full_name} is not prepared in {builder.data_path}; {advice}{files}")
+        if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+            advice += f" after placing its files in {data.dir or '~/tensorflow_datasets'}/downloads/manual"
+        raise UserError(f"{builder.info.full_name} is not prepared in {builder.data_path}; {advice}")
     if builder.info.file_format.value != "array_record":
         raise UserError(
             f"{builder.data_path} is in format {builder.info.file_format.value}, not array_record; {advice}"
@@ -241,9 +244,8 @@ def latents(data: ConfigDict) -> Source:
     height, width, channels = manifest["shape"]
     num_classes = manifest["num_classes"] if data.num_classes else 0
     examples = LatentExamples(records, (height, width, channels), num_classes > 0)
-    identity = {"name": "latents", "split": data.split} | {
-        key: manifest[key] for key in ("count", "records_sha256", "scale")
-    }
+    identity = {"name": "latents", "split": data.split, "classes": num_classes}
+    identity |= {key: manifest[key] for key in ("count", "records_sha256", "scale")}
     draw = Sample(1.0 if manifest["scale_applied"] else data.scale)
     return Source("latents", examples, height, channels, num_classes, identity, draw)
 

@@ -76,7 +76,7 @@ def test_exif_rotation_is_not_applied(tmp_path):
 
 
 def test_folder_refusals(tree):
-    with pytest.raises(UserError, match=r"data\.dir='' .* one sub-folder per class"):
+    with pytest.raises(UserError, match=r"data\.dir='' .* in one sub-folder per class"):
         sources.load(folder(""))
     with pytest.raises(UserError, match=r"missing.* is no folder"):
         sources.load(folder(tree / "missing"))
@@ -185,14 +185,15 @@ def test_tfds_refuses_a_size_that_would_need_a_crop(prepared, tmp_path):
 
 
 def test_tfds_refusals_print_the_command(prepared, tmp_path):
-    command = rf"tfds build cifar10 --data_dir={tmp_path} --file_format=array_record"
-    with pytest.raises(
-        UserError, match=rf"cifar10/\S+ is not prepared in .* pip install 'diffjax\[prepare\]' && {command}"
-    ):
+    call = f"tfds.builder('cifar10', data_dir='{tmp_path}', file_format='array_record').download_and_prepare()"
+    with pytest.raises(UserError, match=r"cifar10/\S+ is not prepared in .* pip install 'diffjax\[prepare\]'") as error:
         sources.load(tfds("cifar10", tmp_path))
-    with pytest.raises(UserError, match=r"Dataset cifar11 not found\.; prepare it with"):
+    assert str(error.value).endswith(f'python -c "import tensorflow_datasets as tfds; {call}"')
+    with pytest.raises(UserError, match=rf"after placing its files in {tmp_path}/downloads/manual$"):
+        sources.load(tfds("imagenet2012", tmp_path, num_classes=1000))
+    with pytest.raises(UserError, match=r"Dataset cifar11 not found\.; prepare it once with"):
         sources.load(tfds("cifar11", tmp_path))
-    with pytest.raises(UserError, match=r"Could not read dataset info .* tfds build <name> --data_dir"):
+    with pytest.raises(UserError, match=r"Could not read dataset info .* tfds\.builder\('<name>', data_dir="):
         sources.load(tfds("", tmp_path))
     with pytest.raises(UserError, match=r"data\.split='test' is not a split of tiny/1\.0\.0; valid: train"):
         sources.load(tfds("", prepared.data_path, split="test"))
