@@ -25,7 +25,7 @@ def list_images(root: Path) -> list[str]:
 
 
 def class_names(files: list[str]) -> list[str]:
-    """The top-level folders of `files`, sorted: a label is a rank in this list. None when no file is in a folder."""
+    """The top-level folders of `files`, sorted: a label is a rank in this list. Empty when no file is in a folder."""
     if loose := [file for file in files if "/" not in file]:
         if len(loose) < len(files):
             raise UserError(f"image {loose[0]} lies beside class folders; move it into one of them")
