@@ -4,14 +4,19 @@
 pipeline's (pipeline.py).
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
+import grain
 import numpy as np
 from ml_collections import ConfigDict
 
 from diffjax.data import draws, embedded
+from diffjax.data.images import SUFFIXES, FolderExamples, PreparedExamples, class_names, list_images
+from diffjax.data.latents import LatentExamples, Sample, read_manifest
 from diffjax.errors import UserError
 
 
@@ -122,7 +127,133 @@ def stratified_split(labels: np.ndarray, held_out: int) -> tuple[np.ndarray, np.
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
+def folder(data: ConfigDict) -> Source:
+    """Image files below `data.dir` (below its folder `data.split` when that is not ""), cropped to `data.size`.
+
+    The class is the rank of the top-level sub-folder. Without sub-folders, or when `data.num_classes` is 0, the source
+    is unlabelled.
+    """
+    root = Path(data.dir) / data.split
+    if not data.dir or not root.is_dir():
+        raise UserError(
+            f"data.dir={data.dir!r} with data.split={data.split!r} is no folder; it should hold images "
+            f"({', '.join(SUFFIXES)}), for labels in one sub-folder per class"
+        )
+    files = list_images(root)
+    names = class_names(files) if data.num_classes else []
+    ranks = {name: rank for rank, name in enumerate(names)}
+    labels = np.array([ranks.get(file.split("/")[0], 0) for file in files], np.int32)
+    identity = {
+        "name": "folder",
+        "split": data.split,
+        "size": data.size,
+        "length": len(files),
+        "files_sha256": hashlib.sha256("\n".join(files).encode()).hexdigest(),
+        "classes": len(names),
+    }
+    return Source("folder", FolderExamples(root, files, labels, data.size), data.size, 3, len(names), identity)
+
+
+def tfds(data: ConfigDict) -> Source:
+    """A data set prepared by tensorflow_datasets as ArrayRecord, read without tensorflow.
+
+    `data.dataset` is its name, under `data.dir` ("": the default folder of tensorflow_datasets); with "" as its name
+    `data.dir` is the folder of the prepared version itself. `data.split` may be an expression like "train[:90%]".
+    `data.crop` is "adm" (centre crop to `data.size`) or "none" (every image must have that size).
+    With `data.num_classes` 0 the labels are not read.
+    """
+    if data.crop not in ("adm", "none"):
+        raise UserError(f"data.crop={data.crop!r} is not a crop; valid: adm, none")
+    builder = _prepared(data)
+    features = builder.info.features
+    shape = features["image"].shape
+    channels = 1 if shape[-1] == 1 else 3
+    num_classes = features["label"].num_classes if data.num_classes and "label" in features else 0
+    found = data.size if data.crop == "adm" or shape[0] is None else shape[0]
+    records = _records(builder, data.split)
+    examples = PreparedExamples(records, data.size, channels, data.crop == "adm", num_classes > 0)
+    identity = {
+        "name": "tfds",
+        "dataset": builder.info.full_name,
+        "split": data.split,
+        "length": len(records),
+        "size": data.size,
+        "crop": data.crop,
+        "classes": num_classes,
+    }
+    return Source("tfds", examples, found, channels, num_classes, identity)
+
+
+def _prepared(data: ConfigDict) -> Any:
+    """The builder of a data set that lies ready on disk as ArrayRecord, with an image in each example."""
+    import tensorflow_datasets as tfds
+
+    place = f"data_dir={data.dir!r}, " if data.dir else ""
+    call = f"tfds.builder({data.dataset or '<name>'!r}, {place}file_format='array_record').download_and_prepare()"
+    advice = (
+        "prepare it once with: pip install 'diffjax[prepare]' && "
+        f'python -c "import tensorflow_datasets as tfds; {call}"'
+    )
+    try:
+        if data.dataset:
+            builder = tfds.builder(data.dataset, data_dir=data.dir or None)
+        else:
+            builder = tfds.builder_from_directory(data.dir)
+    except (OSError, ValueError) as error:  # no such folder; no such name
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"data.dataset={data.dataset!r}, data.dir={data.dir!r}: {reason}; {advice}") from error
+    if not builder.is_prepared():
+        if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+            advice += f" after placing its files in {data.dir or '~/tensorflow_datasets'}/downloads/manual"
+        raise UserError(f"{builder.info.full_name} is not prepared in {builder.data_path}; {advice}")
+    if builder.info.file_format.value != "array_record":
+        raise UserError(
+            f"{builder.data_path} is in format {builder.info.file_format.value}, not array_record; {advice}"
+        )
+    if "image" not in builder.info.features:
+        raise UserError(f"{builder.info.full_name} has no feature 'image', only {', '.join(builder.info.features)}")
+    return builder
+
+
+def _records(builder: Any, split: str) -> Any:
+    """Random access to the examples of `split` with the images still encoded: one decoder, Pillow, for all sources."""
+    import tensorflow_datasets as tfds
+
+    try:
+        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except (KeyError, ValueError) as error:
+        known = ", ".join(builder.info.splits)
+        raise UserError(f"data.split={split!r} is not a split of {builder.info.full_name}; valid: {known}") from error
+
+
+def latents(data: ConfigDict) -> Source:
+    """Latents in `data.dir` (in its folder `data.split` when that is not ""), sampled anew at each visit.
+
+    `data.scale` must be the one in the manifest; it is applied here unless it was when the latents were written.
+    `data.flip` needs latents written with their mirror images. With `data.num_classes` 0 the labels are not read.
+    """
+    root = Path(data.dir) / data.split
+    manifest = read_manifest(root)
+    if data.scale != manifest["scale"]:
+        raise UserError(f"data.scale={data.scale}, but the latents in {root} have scale={manifest['scale']}")
+    if data.flip and manifest["views"] == 1:
+        raise UserError(f"data.flip=True, but the latents in {root} hold no mirror images; set data.flip=False")
+    records = grain.sources.ArrayRecordDataSource([str(root / shard) for shard in manifest["shards"]])
+    if len(records) != manifest["count"]:
+        raise UserError(f"{root} holds {len(records)} latents, its manifest says {manifest['count']}")
+    height, width, channels = manifest["shape"]
+    num_classes = manifest["num_classes"] if data.num_classes else 0
+    examples = LatentExamples(records, (height, width, channels), num_classes > 0)
+    identity = {"name": "latents", "split": data.split, "classes": num_classes}
+    identity |= {key: manifest[key] for key in ("count", "records_sha256", "scale")}
+    draw = Sample(1.0 if manifest["scale_applied"] else data.scale)
+    return Source("latents", examples, height, channels, num_classes, identity, draw)
+
+
 SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
     "digits": digits,
     "emoji32": emoji32,
+    "folder": folder,
+    "tfds": tfds,
+    "latents": latents,
 }

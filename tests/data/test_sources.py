@@ -39,6 +39,16 @@ def test_splits_are_disjoint_complete_and_stratified(make, file):
     assert np.abs(shares - held_out / len(labels)).max() < 1 / np.bincount(labels).min()
 
 
+def test_splits_never_change():
+    """Scores of one version and references of another must mean the same images."""
+    held_out = [
+        sources.stratified_split(embedded.read(file)["labels"], count)[1]
+        for file, count in (("digits8.npz", 297), ("emoji32.npz", 206))
+    ]
+    assert [list(each[:5]) for each in held_out] == [[4, 5, 9, 10, 15], [5, 9, 10, 15, 17]]
+    assert [int(each.sum()) for each in held_out] == [272395, 192667]
+
+
 def test_arrays_are_in_stored_order_and_limited():
     source = sources.load(configs.digits(split="test"))
     images, labels = sources.arrays(source, limit=5)
