@@ -25,7 +25,7 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EP
 
 def main(argv: list[str]) -> int:
     """Run the verb that `argv` (without the program's name) asks for; returns the exit code."""
-    logging.set_verbosity(os.environ.get("DIFFJAX_LOG", "warning"))
+    logging.set_verbosity(os.environ.get("DIFFJAX_LOG", "error"))
     try:
         _run(argv)
     except UserError as error:
@@ -62,7 +62,7 @@ def _run(argv: list[str]) -> None:
     except flags.Error as error:
         raise UserError(f"{verb}: {' '.join(str(error).split())}; see `python -m diffjax {verb} --help`") from error
     if positional and (name := getattr(module, "REST", None)) and values[name].present:
-        values[name].value = [*values[name].value, *positional]
+        values[name].value = getattr(values, name) + positional
     elif positional:
         raise UserError(f"{verb}: {positional[0]!r} is not a flag; write --name=value")
     overrides = [argument for argument in rest if argument not in own]

@@ -4,10 +4,13 @@ Saving is asynchronous and atomic: a step is written under a temporary name and 
 process leaves the earlier steps as they were. Nothing here ever deletes a step but the retention rule.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
@@ -16,6 +19,14 @@ from diffjax.errors import UserError
 from diffjax.training.state import TrainState
 
 ITEMS = ("state", "ema", "data", "meta")
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The latest complete checkpoint of a run folder, None when there is none yet."""
+    if not (workdir / "checkpoints").is_dir():
+        return None
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        return checkpoints.latest()
 
 
 class Checkpoints:
@@ -34,6 +45,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             create=not read_only,
+            cleanup_tmp_directories=not read_only,  # what killed saves left behind
             read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
@@ -68,28 +80,38 @@ class Checkpoints:
         state = TrainState(ema=restored["ema"], **restored["state"])
         return state, restored["data"]
 
+    def restore_or_advise(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """`restore`; a step that cannot be read is a UserError that names the last good one and how to use it."""
+        try:
+            self._check_incomplete(step)
+            return self.restore(abstract, step)
+        except UserError as error:
+            earlier = [s for s in reversed(self.steps()) if s < max(self._step_folders())]
+            good = next((s for s in earlier if self._readable(abstract, s)), None)
+            raise UserError(f"{error}; {self._advice(good)}") from error
+
     def restore_item(self, item: str, step: int, abstract: Any) -> Any:
         """One item alone, for instance the average without the optimizer's state."""
         return self._restore(step, {item: ocp.args.StandardRestore(abstract)})[item]
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The parameters out of the state, without the optimizer's."""
-        folder = self.directory / str(step) / "state"
         shapes = {"params": abstract}
-        try:
-            with ocp.PyTreeCheckpointer() as reader:
-                arguments = ocp.checkpoint_utils.construct_restore_args(shapes)
-                return reader.restore(folder, item=shapes, restore_args=arguments, partial_restore=True)["params"]
-        except Exception as error:
-            raise self._unreadable(step, error) from error
+        arguments = ocp.checkpoint_utils.construct_restore_args(shapes)
+        return self._read("state", step, shapes, arguments)["params"]
 
     def restore_arrays(self, item: str, step: int) -> Any:
-        """One item as nested dicts of numpy arrays, whatever its structure was."""
+        """One item as nested containers of numpy arrays, whatever mesh it was saved from."""
+        return self._read(item, step)
+
+    def _read(self, item: str, step: int, shapes: Any = None, arguments: Any = None) -> Any:
+        folder = self.directory / str(step) / item
         try:
-            self._check_items(step, {item: None})
-            metadata = self._manager.item_metadata(step)[item]
-            shapes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), _plain(metadata))
-            return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(shapes)}))[item]
+            with ocp.PyTreeCheckpointer() as reader:
+                if shapes is None:
+                    shapes = reader.metadata(folder).item_metadata.tree
+                    arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+                return reader.restore(folder, item=shapes, restore_args=arguments, partial_restore=True)
         except Exception as error:
             raise self._unreadable(step, error) from error
 
@@ -112,6 +134,31 @@ class Checkpoints:
         folder = self.directory / str(step)
         if missing := [item for item in items if not (folder / item).is_dir()]:
             raise ValueError(f"item {', '.join(missing)} is missing")
+
+    def _step_folders(self) -> list[int]:
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def _check_incomplete(self, latest: int) -> None:
+        """Raise UserError for a later step that is there under its final name but not complete: someone damaged it."""
+        if incomplete := [step for step in self._step_folders() if step > latest]:
+            raise UserError(f"checkpoint {self.directory / str(incomplete[-1])} is not complete")
+
+    def _readable(self, abstract: TrainState, step: int) -> bool:
+        try:
+            self.restore(abstract, step)
+        except UserError:
+            return False
+        return True
+
+    def _advice(self, good: int | None) -> str:
+        if good is None:
+            return "no other step can be read; nothing was deleted"
+        later = " ".join(str(self.directory / str(step)) for step in self._step_folders() if step > good)
+        aside = self.directory.parent / "damaged"
+        return (
+            f"the last good step is {good}; to go on from it: mkdir {aside} && mv {later} {aside}, and run the same "
+            "command again; nothing was deleted"
+        )
 
     def reached_preemption(self, step: int) -> bool:
         """True on every process at the same step, once one of them was told to stop."""

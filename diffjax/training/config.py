@@ -94,7 +94,7 @@ def write(config: ConfigDict, path: Path) -> None:
 def read(path: Path) -> ConfigDict:
     """The locked config of a run folder's config.json."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a run folder is made by `python -m diffjax train --workdir={path.parent}`")
+        raise UserError(f"{path}: no such file; `python -m diffjax train --workdir={path.parent}` makes a run folder")
     try:
         return ConfigDict(json.loads(path.read_text())).lock()
     except json.JSONDecodeError as error:
@@ -112,7 +112,7 @@ def check_same_run(stored: ConfigDict, given: ConfigDict, accepted: tuple[str, .
     refused = [line for line in found if line not in allowed]
     if refused:
         raise UserError(
-            f"the folder holds a run with another config: {'; '.join(refused)} (stored -> given); use another --workdir, "
-            "or name the leaves in --accept=... to go on with the new values"
+            f"the folder holds a run with another config: {'; '.join(refused)} (stored -> given); "
+            "use another --workdir, or name the leaves in --accept=... to go on with the new values"
         )
     return allowed

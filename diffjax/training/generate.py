@@ -37,12 +37,15 @@ def generate(
         here = np.arange(start, start + batch_size)
         chosen = np.minimum(here, len(labels) - 1)
         with jax.set_mesh(mesh):
-            indices, of_chosen = (
-                jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda i, a=array: a[i])
-                for array in ((first + chosen).astype(np.int32), labels[chosen].astype(np.int32))
-            )
-            images = jax.jit(jnp.copy, out_shardings=replicated(mesh))(sampler(params, indices, of_chosen))
+            indices, classes = (_spread(array, mesh) for array in (first + chosen, labels[chosen]))
+            images = jax.jit(jnp.copy, out_shardings=replicated(mesh))(sampler(params, indices, classes))
         yield jax.device_get(images)[: len(labels) - start]
+
+
+def _spread(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array that every host has whole -> int32, split over the mesh."""
+    values = array.astype(np.int32)
+    return jax.make_array_from_callback(values.shape, batch_sharding(mesh), lambda index: values[index])
 
 
 def interleaved_labels(num: int, num_classes: int) -> np.ndarray:

@@ -21,7 +21,7 @@ class StopRequest:
         self.signal_name = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Give the signals back to whoever had them."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -33,7 +33,7 @@ from diffjax.ops.macs import count_macs
 from diffjax.parallel import hosts
 from diffjax.training import config as configs
 from diffjax.training import generate
-from diffjax.training.checkpoint import Checkpoints
+from diffjax.training.checkpoint import Checkpoints, latest_step
 from diffjax.training.interrupt import StopRequest
 from diffjax.training.metrics import NonFiniteError, Reporter
 from diffjax.training.setup import Setup, build
@@ -60,58 +60,63 @@ def train(config: ConfigDict, workdir: Path, accepted: tuple[str, ...] = ()) -> 
         accepted: leaves in which `config` may differ from the folder's own.
 
     Raises:
-        UserError: anything the user can mend. NonFiniteError: the run diverged.
+        UserError: anything the user can mend, before anything is written. NonFiniteError: the run diverged.
     """
-    stop = StopRequest(sigterm=jax.process_count() == 1)
-    try:
-        _enter(config, workdir, accepted)
-        checkpoints = Checkpoints(
-            workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps
-        )
-        with contextlib.closing(checkpoints):
-            if checkpoints.latest() == config.total_steps:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(contextlib.closing(StopRequest(sigterm=jax.process_count() == 1)))
+        changed = _check_folder(config, workdir, accepted)
+        if latest_step(workdir) == config.total_steps:
+            if hosts.is_lead():
                 print(f"{workdir} is finished: step {config.total_steps} of {config.total_steps}", flush=True)
-                return
-            _run(config, workdir, checkpoints, stop)
-    finally:
-        stop.release()
+            return
+        setup = build(config)
+        draw_samples = SampleGrid(setup, workdir)
+        batches = stack.enter_context(contextlib.closing(open_batches(config)))
+        _make_folder(config, workdir)
+        checkpoints = stack.enter_context(
+            contextlib.closing(
+                Checkpoints(workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps)
+            )
+        )
+        stack.enter_context(jax.set_mesh(setup.mesh))
+        state, start = _initial_or_restored(setup, checkpoints, batches)
+        reporter = stack.enter_context(contextlib.closing(_reporter(setup, workdir, start)))
+        _announce(setup, reporter, start, changed)
+        _loop(setup, state, start, workdir, checkpoints, batches, draw_samples, reporter, stop)
 
 
-def _enter(config: ConfigDict, workdir: Path, accepted: tuple[str, ...]) -> None:
-    """Make the run folder, or check that it belongs to this config."""
+def _check_folder(config: ConfigDict, workdir: Path, accepted: tuple[str, ...]) -> list[str]:
+    """Raise UserError unless the folder is new or belongs to this config; return the differences that may be."""
     stored = workdir / "config.json"
     if stored.is_file():
-        changed = configs.check_same_run(configs.read(stored), config, accepted)
-        if changed and hosts.is_lead():
-            print(f"going on with {'; '.join(changed)}", flush=True)
-    elif (workdir / "checkpoints").exists():
+        return configs.check_same_run(configs.read(stored), config, accepted)
+    if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} has checkpoints but no config.json: not a run folder; use another --workdir")
-    if hosts.is_lead():
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            configs.write(config, stored)
-        except OSError as error:
-            raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; give a writable folder") from error
+    return []
 
 
-def _run(config: ConfigDict, workdir: Path, checkpoints: Checkpoints, stop: StopRequest) -> None:
-    setup = build(config)
-    batches = open_batches(config)
-    with contextlib.closing(batches), jax.set_mesh(setup.mesh):
-        state, start = _initial_or_restored(setup, checkpoints, batches)
-        reporter = Reporter(
-            workdir,
-            total_steps=config.total_steps,
-            batch_size=config.batch_size,
-            every_steps=config.log.every_steps,
-            flops_per_step=step_flops(setup),
-            tensorboard=config.log.tensorboard,
-            start=start,
-            lead=hosts.is_lead(),
-        )
-        with contextlib.closing(reporter):
-            _announce(setup, reporter, start)
-            _loop(setup, state, start, workdir, checkpoints, batches, reporter, stop)
+def _make_folder(config: ConfigDict, workdir: Path) -> None:
+    if not hosts.is_lead():
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        configs.write(config, workdir / "config.json")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; give a writable folder") from error
+
+
+def _reporter(setup: Setup, workdir: Path, start: int) -> Reporter:
+    config = setup.config
+    return Reporter(
+        workdir,
+        total_steps=config.total_steps,
+        batch_size=config.batch_size,
+        every_steps=config.log.every_steps,
+        flops_per_step=step_flops(setup),
+        tensorboard=config.log.tensorboard,
+        start=start,
+        lead=hosts.is_lead(),
+    )
 
 
 def _loop(
@@ -121,11 +126,11 @@ def _loop(
     workdir: Path,
     checkpoints: Checkpoints,
     batches: pipeline.Batches,
+    draw_samples: "SampleGrid",
     reporter: Reporter,
     stop: StopRequest,
 ) -> None:
     config = setup.config
-    draw_samples = SampleGrid(setup, workdir, reporter)
     pending = Pending()
     saved = start if start else None
     meta = _meta(setup)
@@ -144,7 +149,7 @@ def _loop(
             for step in range(start, config.total_steps):
                 if step > start and _due(step, config.evals.samples.every_steps):
                     pending.flush(reporter)
-                    draw_samples(step, state)
+                    draw_samples(step, state, reporter)
                 if step > start and _due(step, config.checkpoint.every_steps):
                     save(step)
                 if stop.signal_name or checkpoints.reached_preemption(step):
@@ -158,7 +163,7 @@ def _loop(
                 pending.flush(reporter)
                 pending = Pending(step + 1, metrics)
             pending.flush(reporter)
-            draw_samples(config.total_steps, state)
+            draw_samples(config.total_steps, state, reporter)
             save(config.total_steps)
         checkpoints.wait()
     except NonFiniteError as error:
@@ -172,16 +177,21 @@ def _loop(
 class SampleGrid:
     """Draws the same images of the average's model at every call: samples/step_*.png and TensorBoard."""
 
-    def __init__(self, setup: Setup, workdir: Path, reporter: Reporter):
-        self._setup, self._folder, self._reporter = setup, workdir / "samples", reporter
+    def __init__(self, setup: Setup, workdir: Path):
+        self._setup, self._folder = setup, workdir / "samples"
         config = setup.config
         self._num = config.evals.samples.num if config.evals.samples.every_steps else 0
+        if self._num and config.data.channels not in (1, 3):
+            raise UserError(
+                f"evals.samples draws pictures, but data.channels = {config.data.channels}; "
+                "set evals.samples.every_steps=0 for latents"
+            )
         self._sampler = generate.compile_sampler(setup.objective, setup.apply, setup.mesh, config.seed)
 
-    def __call__(self, step: int, state: TrainState) -> None:
+    def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         if not self._num:
             return
-        self._reporter.pause()
+        reporter.pause()
         labels = generate.interleaved_labels(self._num, self._setup.config.data.num_classes)
         with jax.transfer_guard("allow"):
             batches = generate.generate(self._sampler, state.ema, labels, self._setup.mesh, self._num)
@@ -190,7 +200,7 @@ class SampleGrid:
             grid = samples.grid(images)
             self._folder.mkdir(exist_ok=True)
             samples.write_png(self._folder / f"step_{step:08d}.png", grid)
-            self._reporter.image("samples", step, grid)
+            reporter.image("samples", step, grid)
 
 
 def open_batches(config: ConfigDict, start: int = 0) -> pipeline.Batches:
@@ -218,23 +228,23 @@ def step_flops(setup: Setup) -> float:
     return 6.0 * setup.config.batch_size * count_macs(setup.apply, setup.abstract.params, x, t, y)
 
 
-def _initial_or_restored(
-    setup: Setup, checkpoints: Checkpoints, batches: pipeline.Batches
-) -> tuple[TrainState, int]:
+def _initial_or_restored(setup: Setup, checkpoints: Checkpoints, batches: pipeline.Batches) -> tuple[TrainState, int]:
     latest = checkpoints.latest()
     if latest is None:
         return setup.init(), 0
-    state, position = checkpoints.restore(setup.abstract, latest)
+    state, position = checkpoints.restore_or_advise(setup.abstract, latest)
     batches.set_state(position)
     return state, latest
 
 
-def _announce(setup: Setup, reporter: Reporter, start: int) -> None:
+def _announce(setup: Setup, reporter: Reporter, start: int, changed: list[str]) -> None:
     params = setup.abstract.params
     logging.info("\n%s", parameter_overview.get_parameter_overview(params, include_stats=False))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     device = jax.devices()[0].device_kind
+    if changed:
+        reporter.say(f"going on with {'; '.join(changed)}")
     verb = f"resuming at step {start}" if start else "starting"
     reporter.say(f"{verb}: {setup.config.model.name}, {count:,} parameters, mesh {mesh} of {device}")
 

@@ -159,5 +159,5 @@ def _board(workdir: Path) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise UserError("log.tensorboard needs the package tensorboardX; install it or set log.tensorboard=false") from error
+        raise UserError("log.tensorboard needs the package tensorboardX, or set log.tensorboard=false") from error
     return SummaryWriter(str(workdir / "tensorboard"))

@@ -52,7 +52,7 @@ def build_objective(config: ConfigDict) -> Objective:
         raise UserError(f"diffusion.label_drop = {diffusion.label_drop}: valid: 0 (no null class) to below 1")
     sampling = config.sampling
     if sampling.guidance != 1.0 and not (diffusion.label_drop and config.data.num_classes):
-        raise UserError("sampling.guidance needs labels and a null class: data.num_classes and diffusion.label_drop > 0")
+        raise UserError("sampling.guidance needs a null class: data.num_classes and diffusion.label_drop above 0")
     if sampling.sampler not in SAMPLERS:
         raise UserError(f"sampling.sampler = {sampling.sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
     return Objective(_training_loss(config), _sampler(config))
@@ -68,6 +68,15 @@ def _process(diffusion: ConfigDict, respacing: str = "") -> gaussian.GaussianDif
     )
 
 
+def bind(model: nn.Module) -> Apply:
+    """`apply(params, x, t, y, train=False)` of a model."""
+
+    def apply(params: Any, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False) -> Any:
+        return model.apply({"params": params}, x, t, y, train=train)
+
+    return apply
+
+
 def _training_loss(config: ConfigDict) -> Callable:
     process = _process(config.diffusion)
     drop, null = config.diffusion.label_drop, config.data.num_classes
@@ -79,9 +88,8 @@ def _training_loss(config: ConfigDict) -> Callable:
         x0 = batch["image"]
         k = process.sample_times(keys("time"))
         eps = rng.normal(keys("noise"), x0.shape[1:])
-        y = batch["label"] if null else None
-        if null and drop:
-            y = jnp.where(rng.uniform(keys("label_drop")) < drop, null, y)
+        dropped = rng.uniform(keys("label_drop")) < drop
+        y = jnp.where(dropped, null, batch["label"]) if null else None
         xt = process.q_sample(x0, k, eps)
         output = apply(params, xt, process.model_time(k), y, train=True)
         terms = {name: jnp.mean(value) for name, value in process.losses(output, x0, xt, k, eps).items()}

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
-from diffjax.training.objective import Objective, build_model, build_objective
+from diffjax.training.objective import Apply, Objective, bind, build_model, build_objective
 from diffjax.training.optimizer import optimizer
 from diffjax.training.state import TrainState, initial_state, state_shardings, with_shardings
 from diffjax.training.step import train_step
@@ -38,14 +38,12 @@ class Setup:
     config: ConfigDict
     mesh: Mesh
     model: nn.Module
+    apply: Apply
     objective: Objective
     abstract: TrainState
     init: Callable[[], TrainState]
     step: Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     key: jax.Array
-
-    def apply(self, params: Any, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False) -> jax.Array:
-        return self.model.apply({"params": params}, x, t, y, train=train)
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's part of a batch -> arrays of the global batch, sharded over the mesh."""
@@ -69,9 +67,7 @@ def build(config: ConfigDict, devices: Any = None) -> Setup:
     sharding = state_shardings(shapes, mesh, config.parallel, model.logical_axes)
     jitted_init = jax.jit(init, out_shardings=sharding)
 
-    def apply(params: Any, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False) -> jax.Array:
-        return model.apply({"params": params}, x, t, y, train=train)
-
+    apply = bind(model)
     step = functools.partial(
         train_step,
         loss=functools.partial(objective.loss, apply),
@@ -83,6 +79,7 @@ def build(config: ConfigDict, devices: Any = None) -> Setup:
         config=config,
         mesh=mesh,
         model=model,
+        apply=apply,
         objective=objective,
         abstract=with_shardings(shapes, sharding),
         init=lambda: jitted_init(params_key),

@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -24,7 +23,7 @@ from diffjax.parallel.mesh import make_mesh
 from diffjax.training import config as configs
 from diffjax.training import generate
 from diffjax.training.checkpoint import Checkpoints
-from diffjax.training.objective import build_model, build_objective
+from diffjax.training.objective import bind, build_model, build_objective
 from diffjax.training.setup import abstract_params
 from diffjax.weights import store
 
@@ -43,6 +42,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "labels", "interleaved", ["interleaved", "uniform"], "classes in equal parts, or drawn", flag_values=values
     )
+    flags.DEFINE_bool(
+        "raw", False, "write the float32 values as they are (arr_0), for latents or comparisons", flag_values=values
+    )
     text("out", None, "samples file, .npz", flag_values=values)
     flags.mark_flags_as_required(["num", "out"], values)
 
@@ -54,19 +56,24 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh({"data": -1})
     config, params, origin = _load(values, overrides, mesh)
+    if config.data.channels not in (1, 3) and not values.raw:
+        raise UserError(
+            f"sample: this model makes latents of {config.data.channels} channels, not pictures; "
+            "--raw writes them as they are"
+        )
     model, objective = build_model(config), build_objective(config)
-
-    def apply(params: Any, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False) -> jax.Array:
-        return model.apply({"params": params}, x, t, y, train=train)
-
     labels = _labels(values, config.data.num_classes)
-    sampler = generate.compile_sampler(objective, apply, mesh, values.seed)
+    sampler = generate.compile_sampler(objective, bind(model), mesh, values.seed)
     batches = generate.generate(sampler, params, labels, mesh, values.batch_size, values.first)
     quiet = not hosts.is_lead()
     count = math.ceil(len(labels) / values.batch_size)
-    images = [samples.to_uint8(batch) for batch in tqdm(batches, total=count, unit="batch", disable=quiet or None)]
+    convert = (lambda batch: batch) if values.raw else samples.to_uint8
+    images = np.concatenate([convert(b) for b in tqdm(batches, total=count, unit="batch", disable=quiet or None)])
     if hosts.is_lead():
-        samples.write_samples(out, np.concatenate(images), labels, _protocol(values, config, origin))
+        if values.raw:
+            np.savez(out, arr_0=images, arr_1=labels)
+        else:
+            samples.write_samples(out, images, labels, _protocol(values, config, origin))
         print(f"wrote {len(labels)} images of {_describe(origin)} to {out}")
 
 
@@ -81,7 +88,7 @@ def _load(values: flags.FlagValues, overrides: list[str], mesh: Any) -> tuple[Co
         params = store.load_params(Path(values.params), abstract_params(config, mesh))
         return config, params, {"params": values.params, "sha256": store.tree_sha256(params)}
     if values.config:
-        raise UserError("sample: --workdir has its own config; override its leaves with --config.sampling.steps=... alone")
+        raise UserError("sample: --workdir has its own config; give only leaves, such as --config.sampling.steps=50")
     workdir = Path(values.workdir)
     config = configs.override(configs.read(workdir / "config.json"), overrides)
     checkpoints = Checkpoints(workdir, read_only=True)
