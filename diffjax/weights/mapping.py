@@ -124,7 +124,7 @@ def _shape(pattern: str, sizes: Sizes) -> tuple[int | None, ...]:
 
 
 def _solve(groups: list[list[str]], shape: Sequence[int], sizes: Sizes) -> list[tuple[str, int]]:
-    """The sizes that one array tells, of each dimension with a single unknown factor; none if it contradicts `sizes`."""
+    """The sizes that one array tells, of each dimension with one unknown factor; none if it contradicts `sizes`."""
     if len(groups) != len(shape):
         return []
     told = []

@@ -58,5 +58,3 @@ def test_mistakes(tmp_path, checkpoint, capsys, flags, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-
-

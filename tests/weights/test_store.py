@@ -1,6 +1,6 @@
 """Parameters on disk, their hash, and the whole way from a torch file."""
 
-import json
+import hashlib
 
 import jax
 import numpy as np
@@ -59,7 +59,11 @@ def test_hash_sees_paths_types_shapes_and_values():
     a = {"x": np.zeros((2, 3), np.float32), "y": {"z": np.float32(1)}}
     b = {"y": {"z": jax.numpy.float32(1)}, "x": jax.numpy.zeros((2, 3))}
     assert store.tree_sha256(a) == store.tree_sha256(b)
-    changes = [{"w": a["x"], "y": a["y"]}, a | {"x": np.zeros((3, 2), np.float32)}, a | {"x": np.zeros((2, 3), np.int32)}]
+    changes = [
+        {"w": a["x"], "y": a["y"]},
+        a | {"x": np.zeros((3, 2), np.float32)},
+        a | {"x": np.zeros((2, 3), np.int32)},
+    ]
     changes += [a | {"x": -a["x"]}, a | {"y": {"z": np.float32(2)}}, a | {"y": {"z": np.ones(1, np.float32)}}]
     hashes = {store.tree_sha256(tree) for tree in [a, *changes]}
     assert len(hashes) == 1 + len(changes)
@@ -69,7 +73,5 @@ def test_hash_is_a_fixed_function():
     """Stored hashes must stay valid: a change of the rule breaks this."""
     tree = {"b": np.arange(3, dtype=np.float32), "a": [np.int32(7)]}
     text = b"a/0 int32 ()\n" + np.int32(7).tobytes() + b"b float32 (3,)\n" + tree["b"].tobytes()
-    import hashlib
-
     assert store.tree_sha256(tree) == hashlib.sha256(text).hexdigest()
     json.dumps(store.tree_sha256(tree))
