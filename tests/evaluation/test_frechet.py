@@ -63,19 +63,26 @@ def test_distance_of_singular_gaussians():
     wide_a, same = basis[:, :10] @ a @ basis[:, :10].T, basis[:, :10] @ b @ basis[:, :10].T
     other = basis[:, 10:20] @ b @ basis[:, 10:20].T
     zero = np.zeros(60)
-    np.testing.assert_allclose(frechet.distance(zero, wide_a, zero, other), np.trace(a) + np.trace(b), rtol=1e-6)
+    np.testing.assert_allclose(frechet.distance(zero, wide_a, zero, other), np.trace(a) + np.trace(b), rtol=1e-12)
     narrow = frechet.distance(np.zeros(10), a, np.zeros(10), b)
-    np.testing.assert_allclose(frechet.distance(zero, wide_a, zero, same), narrow, rtol=1e-6)
+    np.testing.assert_allclose(frechet.distance(zero, wide_a, zero, same), narrow, rtol=1e-12)
 
 
 @pytest.mark.parametrize("rank", [None, 10])
 def test_distance_to_itself(rank):
     a = covariance(60, rank)
-    assert 0 <= frechet.distance(np.ones(60), a, np.ones(60), a) < 1e-6 * np.trace(a)
+    assert 0 <= frechet.distance(np.ones(60), a, np.ones(60), a) < 1e-12 * np.trace(a)
 
 
 @pytest.mark.parametrize("n, m, d", [(20, 30, 100), (300, 50, 7), (2, 3, 40)])
 def test_distance_of_samples_is_that_of_their_statistics(n, m, d):
     a, b = 5 + rng.standard_normal((n, d)), 2 * rng.standard_normal((m, d)) + np.arange(d)
     fitted = [value for found in map(statistics.of, (a, b)) for value in (found.mean, found.covariance)]
-    np.testing.assert_allclose(frechet.distance_of_samples(a, b), frechet.distance(*fitted), rtol=1e-6)
+    np.testing.assert_allclose(frechet.distance_of_samples(a, b), frechet.distance(*fitted), rtol=1e-10)
+
+
+def test_distance_to_a_point():
+    a = covariance(5)
+    point = np.zeros((5, 5))
+    np.testing.assert_allclose(frechet.distance(np.ones(5), a, np.zeros(5), point), 5 + np.trace(a), rtol=1e-12)
+    assert frechet.distance(np.ones(5), point, np.zeros(5), point) == 5
