@@ -23,7 +23,7 @@ class Statistics:
 
     @property
     def covariance(self) -> np.ndarray:
-        """float64 [d, d], unbiased (divided by count - 1)."""
+        """float64 [d, d], unbiased (divided by count - 1); UserError for a single row."""
         if self.count < 2:
             raise UserError(f"the covariance of {self.count} images is undefined; score at least 2")
         return self.scatter / (self.count - 1)

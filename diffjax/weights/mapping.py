@@ -8,7 +8,7 @@ must have, and can be read off the arrays. A trailing digit tells apart axes of 
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,23 +26,23 @@ LISTED = 6  # keys named in an error, per kind
 def infer(table: Table, state_dict: Mapping[str, Any], known: Sizes) -> dict[str, int]:
     """The sizes of the table's axes: `known`, and what the shapes and the numbers in the keys tell.
 
-    Where arrays disagree the majority counts, so that one wrong array does not make all others look wrong. An axis
-    that nothing tells (two unknown factors of one dimension, all keys missing) is left out.
+    The size that most arrays agree on is settled first, and arrays that contradict a settled size are not asked for
+    others: so one wrong array does not make all others look wrong. An axis that nothing tells (two unknown factors of
+    one dimension, all keys missing) is left out.
     """
     sizes = dict(known)
-    while True:
-        votes: dict[str, Counter[int]] = defaultdict(Counter)
-        for template, _, pattern in table:
-            matches = {key: match for key in state_dict if (match := _regex(template).fullmatch(key))}
-            for axis in _placeholders(template) if matches else []:
-                votes[axis][1 + max(int(match[axis]) for match in matches.values())] += 1
-            for key in matches:
-                for axis, size in _solve(_groups(pattern), getattr(state_dict[key], "shape", ()), sizes):
-                    votes[axis][size] += 1
-        new = {axis: counts.most_common(1)[0][0] for axis, counts in votes.items() if axis not in sizes}
-        if not new:
-            return sizes
-        sizes |= new
+    counted: dict[str, Counter[int]] = defaultdict(Counter)
+    arrays = []
+    for template, _, pattern in table:
+        matches = {key: match for key in state_dict if (match := _regex(template).fullmatch(key))}
+        arrays += [(_groups(pattern), getattr(state_dict[key], "shape", ())) for key in matches]
+        for axis in _placeholders(template) if matches else []:
+            counted[axis][1 + max(int(match[axis]) for match in matches.values())] += 1
+    sizes |= {axis: counts.most_common(1)[0][0] for axis, counts in counted.items()}
+    while votes := Counter(vote for groups, shape in arrays for vote in _solve(groups, shape, sizes)):
+        axis, size = votes.most_common(1)[0][0]
+        sizes[axis] = size
+    return sizes
 
 
 def check(table: Table, sizes: Sizes, state_dict: Mapping[str, Any], family: str) -> None:
@@ -123,13 +123,19 @@ def _shape(pattern: str, sizes: Sizes) -> tuple[int | None, ...]:
     return tuple(None if None in group else math.prod(group) for group in factors)  # type: ignore[arg-type]
 
 
-def _solve(groups: list[list[str]], shape: Sequence[int], sizes: Sizes) -> Iterator[tuple[str, int]]:
-    """The sizes that one array tells: of each dimension with a single unknown factor."""
-    for group, size in zip(groups, shape) if len(groups) == len(shape) else ():
+def _solve(groups: list[list[str]], shape: Sequence[int], sizes: Sizes) -> list[tuple[str, int]]:
+    """The sizes that one array tells, of each dimension with one unknown factor; none if it contradicts `sizes`."""
+    if len(groups) != len(shape):
+        return []
+    told = []
+    for group, size in zip(groups, shape):
         unknown = [_base(axis) for axis in group if _base(axis) not in sizes]
         rest = math.prod(sizes.get(_base(axis), 1) for axis in group)
-        if len(unknown) == 1 and size % rest == 0:
-            yield unknown[0], size // rest
+        if size % rest or (not unknown and size != rest):
+            return []
+        if len(unknown) == 1:
+            told.append((unknown[0], size // rest))
+    return told
 
 
 def _text(shape: Sequence[int | None]) -> str:

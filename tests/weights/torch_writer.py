@@ -48,6 +48,7 @@ class Tensor:
 
 
 def tensor(array: np.ndarray, key: str) -> Tensor:
+    array = np.ascontiguousarray(array)
     strides = tuple(stride // array.itemsize for stride in array.strides)
     return Tensor(Storage(array.ravel(), key), 0, array.shape, strides)
 
