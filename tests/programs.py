@@ -30,6 +30,8 @@ def train_arguments(workdir: Path, *overrides: str) -> list[str]:
 def start(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen:
     """`python -m diffjax ...` on one CPU device, in a process group of its own."""
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", **environment}
+    if "NPROC" not in environment:
+        variables.pop("NPROC", None)  # meant for the eight devices of this process
     with log.open("a") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "diffjax", *arguments],

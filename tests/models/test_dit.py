@@ -64,7 +64,9 @@ def test_parameter_count_and_gmacs_are_the_published_ones(name):
 def test_gmacs_of_xl_at_512_pixels():
     model, x = models.create("DiT-XL/2"), jax.ShapeDtypeStruct((1, 64, 64, 4), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), x, T, Y)["params"]
-    gmacs = count_macs(lambda p: model.apply({"params": p}, jnp.zeros(x.shape), jnp.zeros(1), jnp.zeros(1, int)), params)
+    gmacs = count_macs(
+        lambda p: model.apply({"params": p}, jnp.zeros(x.shape), jnp.zeros(1), jnp.zeros(1, int)), params
+    )
     assert gmacs / 1e9 == pytest.approx(524.538, abs=1e-3)
 
 
@@ -75,7 +77,9 @@ def test_names_do_not_depend_on_case_or_slash(name):
 
 def test_a_fresh_model_returns_zeros():
     model = tiny()
-    params = model.init(jax.random.key(0), *(jnp.zeros((1, *leaf.shape[1:]), leaf.dtype) for leaf in inputs()))["params"]
+    params = model.init(jax.random.key(0), *(jnp.zeros((1, *leaf.shape[1:]), leaf.dtype) for leaf in inputs()))[
+        "params"
+    ]
     np.testing.assert_array_equal(model.apply({"params": params}, *inputs()), 0)
 
 

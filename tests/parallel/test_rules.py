@@ -64,7 +64,9 @@ def test_optimizer_and_average_follow_their_parameters():
 
 def test_heads_that_do_not_divide_are_an_error_naming_the_leaf():
     model, params = abstract_params("DiT-S/2", heads=3, depth=1)
-    with pytest.raises(UserError, match="attention/.*heads axis of 3 is not divisible by the 2 devices of mesh axis tensor"):
+    with pytest.raises(
+        UserError, match="attention/.*heads axis of 3 is not divisible by the 2 devices of mesh axis tensor"
+    ):
         shardings(params, make_mesh({"data": -1, "tensor": 2}), "fsdp_tp", model.logical_axes, 2**20)
 
 

@@ -60,7 +60,10 @@ def test_losses_and_initial_values_equal_those_of_one_device(one, layout, tmp_pa
     fresh = one[0].init()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(fresh.params))
     kernel = state.params["blocks"]["mlp"]["fc1"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape)[1:] == {"dp8": (64, 256), "fsdp8": (8, 256), "2x2x2": (32, 128)}[layout]
+    assert (
+        kernel.sharding.shard_shape(kernel.shape)[1:]
+        == {"dp8": (64, 256), "fsdp8": (8, 256), "2x2x2": (32, 128)}[layout]
+    )
 
     half = STEPS // 2
     first, state = run(setup, state, 0, half)

@@ -43,9 +43,7 @@ def test_one_step_is_adamw_and_the_average():
     params, key = {"w": jnp.ones(5)}, jax.random.key(0)
     optim = optax.adamw(0.1)
     state = initial_state(params, optim)
-    state, metrics = train_step(
-        state, example_batch(), key, loss=loss, optimizer=optim, ema_decay=0.9, microbatches=1
-    )
+    state, metrics = train_step(state, example_batch(), key, loss=loss, optimizer=optim, ema_decay=0.9, microbatches=1)
     gradient = jax.grad(lambda p: loss(p, example_batch(), jax.random.fold_in(key, 0))[0])(params)["w"]
     moved = params["w"] - 0.1 * (jnp.sign(gradient) + 1e-4 * params["w"])  # the first step of Adam is the sign
     np.testing.assert_allclose(state.params["w"], moved, rtol=1e-4)
