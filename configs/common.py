@@ -52,6 +52,7 @@ def base() -> ConfigDict:
     c.data.channels = 3
     c.data.num_classes = 0  # 0: unlabelled
     c.data.crop = "adm"  # how folder and tfds images reach `size`: adm, none
+    c.data.scale = 0.18215  # latents only: what the model sees is the autoencoder output times this
     c.data.flip = False  # horizontal, probability 0.5
     c.data.workers = 0  # processes; 0 reads in threads of this one
     c.data.threads = 4

@@ -8,7 +8,7 @@
 from configs import common
 
 MODELS = {
-    "dit": {"name": "DiT", "patch": 2, "depth": 6, "width": 192, "heads": 6},
+    "dit": {"name": "DiT", "patch": 2, "depth": 4, "width": 96, "heads": 3},
 }
 
 
@@ -29,7 +29,8 @@ def get_config(arg: str | None = None):
     c.sampling.sampler, c.sampling.steps, c.sampling.clip = "ddim", 50, True
     c.sampling.guidance = 1.5
 
-    c.optim.lr, c.optim.warmup_steps, c.optim.schedule = 1e-3, 100, "cosine"
+    c.optim.lr, c.optim.warmup_steps, c.optim.schedule = 4e-3, 100, "cosine"
+    c.optim.clip = 1.0
     c.ema.decay = 0.995
     c.checkpoint.every_steps = 500
     c.log.every_steps = 50

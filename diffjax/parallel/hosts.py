@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -48,7 +49,8 @@ def give_threads_to_simulated_devices() -> None:
     for each other until XLA aborts the program.
     """
     forced = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    devices = max(int(forced.group(1)) if forced else 1, jax.config.jax_num_cpu_devices)
+    config: Any = jax.config
+    devices = max(int(forced.group(1)) if forced else 1, config.jax_num_cpu_devices)
     if devices > 1:
         os.environ.setdefault("NPROC", str(8 * devices))  # read by XLA
 
