@@ -8,9 +8,12 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 
+from diffjax.parallel import hosts
+
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"
 
 jax.config.update("jax_num_cpu_devices", 8)
+hosts.give_threads_to_simulated_devices()
 jax.config.update("jax_compilation_cache_dir", os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
 for option, value in (("min_compile_time_secs", 0), ("min_entry_size_bytes", -1)):
     jax.config.update(f"jax_persistent_cache_{option}", value)

@@ -1,6 +1,8 @@
 """Start-up of several hosts, and what one of them does for all."""
 
 import os
+import re
+from typing import Any
 
 import jax
 
@@ -27,6 +29,7 @@ def start(mode: str = "auto") -> None:
     """
     if mode not in ("auto", "on", "off"):
         raise UserError(f"--distributed={mode} is unknown; valid: auto, on, off")
+    give_threads_to_simulated_devices()
     found = [name for name, several in _LAUNCHERS.items() if (value := os.environ.get(name)) and several(value)]
     if mode == "off" or (mode == "auto" and not found):
         return
@@ -37,6 +40,19 @@ def start(mode: str = "auto") -> None:
         )
     except ValueError as error:
         raise UserError(f"cannot join the other processes ({found or 'no launcher found'}): {error}") from error
+
+
+def give_threads_to_simulated_devices() -> None:
+    """Enlarge XLA's CPU thread pool for simulated devices; must run before any device is touched.
+
+    Each of them blocks a thread in every collective it waits at. In a pool as small as the number of cores they wait
+    for each other until XLA aborts the program.
+    """
+    forced = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    config: Any = jax.config
+    devices = max(int(forced.group(1)) if forced else 1, config.jax_num_cpu_devices)
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(8 * devices))  # read by XLA
 
 
 def is_lead() -> bool:

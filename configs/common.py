@@ -1,0 +1,93 @@
+"""What every recipe shares: the argument string, and the full set of leaves with their defaults.
+
+A recipe calls `parse` to read what stands after the colon of `--config=configs/recipe.py:model=dit-b,runlocal`, takes
+`base()`, and sets what its paper says. Afterwards any leaf can be overridden: `--config.optim.lr=2e-4`.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def parse(arg: str | None, **defaults: Any) -> ConfigDict:
+    """Read "name=value,name=value,switch" against declared defaults, whose types the values take.
+
+    Raises:
+        ValueError: an undeclared name, or a value that is not of the declared type.
+    """
+    options = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        name, _, text = item.partition("=")
+        if name not in defaults:
+            raise ValueError(f"config argument {name!r} is unknown; valid: {', '.join(defaults)}")
+        options[name] = _value(name, text, type(defaults[name]))
+    return ConfigDict(options)
+
+
+def _value(name: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() not in ("", "true", "false"):
+            raise ValueError(f"config argument {name}={text!r}: valid: true, false, or the bare name")
+        return text.lower() != "false"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"config argument {name}={text!r} is not of type {kind.__name__}") from None
+
+
+def base() -> ConfigDict:
+    """Every leaf that the training loop, the sampler and the data read; `model` gets its arguments from the recipe."""
+    c = ConfigDict()
+    c.seed = 0
+    c.total_steps = 400_000
+    c.batch_size = 256  # global
+    c.model = ConfigDict({"name": "", "dtype": "float32", "remat": "none", "attention": "xla"})
+
+    c.data = ConfigDict()
+    c.data.name = ""  # digits, emoji32, folder, tfds, latents
+    c.data.dir = ""  # for folder, tfds, latents
+    c.data.dataset = ""  # for tfds: the builder's name
+    c.data.split = "train"
+    c.data.size = 32  # side of an image (or latent)
+    c.data.channels = 3
+    c.data.num_classes = 0  # 0: unlabelled
+    c.data.crop = "adm"  # how folder and tfds images reach `size`: adm, none
+    c.data.scale = 0.18215  # latents only: what the model sees is the autoencoder output times this
+    c.data.flip = False  # horizontal, probability 0.5
+    c.data.workers = 0  # processes; 0 reads in threads of this one
+    c.data.threads = 4
+
+    c.diffusion = ConfigDict()
+    c.diffusion.process = "gaussian"
+    c.diffusion.steps = 1000
+    c.diffusion.prediction = "epsilon"  # epsilon, x0
+    c.diffusion.variance = "learned_range"  # learned_range, fixed_small, fixed_large
+    c.diffusion.loss = "mse"  # mse, rescaled_mse, rescaled_kl
+    c.diffusion.label_drop = 0.1  # probability of the null class in training; 0: no null class
+
+    c.sampling = ConfigDict()
+    c.sampling.sampler = "ddpm"  # ddpm, ddim
+    c.sampling.steps = 250
+    c.sampling.eta = 0.0  # ddim only: 0 deterministic, 1 as noisy as ddpm
+    c.sampling.clip = False  # clip predicted x0 to [-1, 1]: for pixels, never for latents
+    c.sampling.guidance = 1.0  # classifier-free guidance scale; 1: none
+    c.sampling.guidance_channels = 0  # 0: all; 3: what DiT and U-DiT published
+
+    c.optim = ConfigDict()
+    c.optim.lr = 1e-4
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+    c.optim.weight_decay = 0.0
+    c.optim.schedule = "constant"  # constant, cosine (to zero at total_steps)
+    c.optim.warmup_steps = 0
+    c.optim.clip = 0.0  # global gradient norm; 0: none
+    c.optim.accumulate = 1  # micro-batches per step
+
+    c.ema = ConfigDict({"decay": 0.9999})
+    c.parallel = ConfigDict({"mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "strategy": "dp"})
+    c.parallel.replicate_below = 2**20  # bytes; smaller parameters stay whole on every device
+    c.checkpoint = ConfigDict({"every_steps": 10_000, "keep": 3, "keep_every_steps": 0})  # 0: none is permanent
+    c.log = ConfigDict({"every_steps": 100, "tensorboard": True})
+    c.evals = ConfigDict({"samples": {"every_steps": 10_000, "num": 64}})  # a grid of images; 0 steps: never
+    return c

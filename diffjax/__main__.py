@@ -1,0 +1,80 @@
+"""`python -m diffjax VERB --flag=value ...`: flags, start-up of several hosts, dispatch to a verb.
+
+Exit codes: 0 done; 2 the user's mistake, one line on stderr; 1 anything else, with its traceback.
+"""
+
+import errno
+import importlib
+import os
+import sys
+
+from absl import flags, logging
+
+from diffjax.errors import UserError
+
+VERBS = {
+    "train": "train a config in a run folder; the same command again resumes",
+    "sample": "images from a run folder or from converted parameters",
+    "evaluate": "score a samples file, or compare two result files",
+    "convert": "public weights -> diffjax parameters",
+    "inspect": "steps, sizes and sha256 of a run's parameters, average and optimizer state, as json",
+    "bench": "steps/s, images/s and MFU of a config, and what the loop adds to the bare step",
+}
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG)
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb that `argv` (without the program's name) asks for; returns the exit code."""
+    logging.set_verbosity(os.environ.get("DIFFJAX_LOG", "error"))
+    try:
+        _run(argv)
+    except UserError as error:
+        print(f"diffjax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        print(f"diffjax: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "--helpfull"):
+        print("python -m diffjax VERB --flag=value ...   (VERB --help lists its flags)\n")
+        print("\n".join(f"  {name:<10} {text}" for name, text in VERBS.items()))
+        return
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        raise UserError(f"verb {verb!r} is unknown; valid: {', '.join(VERBS)}")
+    module = importlib.import_module(f"diffjax.verbs.{verb}")
+    values = flags.FlagValues()
+    flags.DEFINE_enum(
+        "distributed", "auto", ["auto", "on", "off"], "join the other processes of this job", flag_values=values
+    )
+    module.define_flags(values)
+    if "--help" in rest:
+        print(f"{module.__doc__}\n{values.get_help()}")
+        return
+    own = [argument for argument in rest if not argument.lstrip("-").startswith(("config.", "noconfig."))]
+    try:
+        positional = values(["diffjax", *own])[1:]
+    except flags.Error as error:
+        raise UserError(f"{verb}: {' '.join(str(error).split())}; see `python -m diffjax {verb} --help`") from error
+    if positional and (name := getattr(module, "REST", None)) and values[name].present:
+        values[name].value = getattr(values, name) + positional
+    elif positional:
+        raise UserError(f"{verb}: {positional[0]!r} is not a flag; write --name=value")
+    overrides = [argument for argument in rest if argument not in own]
+    if overrides and "config" not in values:
+        raise UserError(f"{verb}: {overrides[0]} has no effect, {verb} takes no --config")
+    flags.FLAGS(["diffjax"], known_only=True)  # libraries read their own flags from the global table
+
+    from diffjax.parallel import hosts
+
+    hosts.start(values.distributed)
+    module.run(values, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

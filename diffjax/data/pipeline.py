@@ -1,0 +1,160 @@
+"""The training stream: host-local batches as a pure function of (source, seed, batch size, batch number).
+
+Position p = 0, 1, 2, ... of the endless global stream shows example order_e[p mod n] of epoch e = p // n, where order_e
+is a random permutation of the n examples drawn for (seed, e); its flip and its other random numbers are drawn for
+(seed, p). Batch k is the positions k b .. (k + 1) b - 1, and host i of h takes every h-th of them from the i-th on. So
+the stream depends neither on hosts nor on workers nor threads, and resuming at batch k is asking for batch k.
+
+The order is computed for whole batches rather than by one Grain node per example, which costs tens of microseconds
+per example; Grain does the reading ahead, in threads and in worker processes.
+"""
+
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from diffjax.data import draws
+from diffjax.data.sources import Source
+from diffjax.errors import UserError
+
+
+class Batches:
+    """An iterator of host-local batches, resumable at any batch number.
+
+    Each batch: `image` float32 [b, h, w, c] (pixels in [-1, 1]), `label` int32 [b], `index` int32 [b], the place of the
+    example within the global batch, so that (batch number, index) names it whatever the number of hosts.
+
+    batch_size  examples of all hosts together; divisible by `process_count`
+    flip        mirror left-right with probability 1/2
+    workers     processes that prepare batches; 0: this process
+    threads     threads per process that prepare batches ahead; 0: each batch is prepared when asked for
+    start       number of the first batch
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        seed: int,
+        flip: bool,
+        workers: int = 0,
+        threads: int = 2,
+        process_index: int = 0,
+        process_count: int = 1,
+        start: int = 0,
+    ):
+        if batch_size < 1 or batch_size % process_count:
+            raise UserError(f"batch_size={batch_size} cannot be divided among {process_count} processes")
+        if workers < 0 or threads < 0:
+            raise UserError(f"data.workers={workers} and data.threads={threads} must not be negative")
+        self._stream = Stream(source, batch_size, seed, flip, process_index, process_count)
+        self._fingerprint = {"seed": seed, "batch_size": batch_size, "flip": flip, "source": source.fingerprint}
+        self._workers, self._threads = workers, threads
+        self._open(start)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._iterator)
+        self._next_batch += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Json-able: the number of the next batch and what the stream depends on besides."""
+        return {"next_batch": self._next_batch, "fingerprint": self._fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue where `get_state` was called. `UserError` naming what differs when it was another stream's."""
+        stored, own = _leaves(state["fingerprint"]), _leaves(self._fingerprint)
+        differing = [key for key in sorted(stored | own) if stored.get(key) != own.get(key)]
+        if differing:
+            pairs = ", ".join(f"{key} was {stored.get(key)} and is {own.get(key)}" for key in differing)
+            raise UserError(f"the saved data position belongs to another stream: {pairs}")
+        self.close()
+        self._open(state["next_batch"])
+
+    def close(self) -> None:
+        """Stop the threads and workers."""
+        self._iterator.close()
+
+    def _open(self, start: int) -> None:
+        batches = grain.MapDataset.source(self._stream)[start:]
+        ahead = 2 * self._threads
+        stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=ahead))
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads its flags, also in programs that never parse any
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+            stream = stream.mp_prefetch(options, worker_init_fn=_exit_with_parent)
+        self._iterator = iter(stream)
+        self._next_batch = start
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The endless stream as a random-access list of host-local batches; see the module's docstring."""
+
+    source: Source
+    batch_size: int
+    seed: int
+    flip: bool
+    process_index: int
+    process_count: int
+
+    def __len__(self) -> int:
+        return 2**40  # batches; never reached
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        rows = np.arange(self.process_index, self.batch_size, self.process_count)
+        first = number * self.batch_size
+        mirrored = np.zeros(len(rows), bool)
+        if self.flip:
+            mirrored = draws.coins(self.seed, "flip", first, self.batch_size)[rows]
+        examples = [self.source.examples[i] for i in self._example_numbers(first + rows)]
+        stored = np.stack([example["image"] for example in examples])
+        return {
+            "image": self.source.draw(stored, mirrored, first + rows, self.seed),
+            "label": np.array([example["label"] for example in examples], np.int32),
+            "index": rows.astype(np.int32),
+        }
+
+    def _example_numbers(self, positions: np.ndarray) -> list[int]:
+        length = len(self.source.examples)
+        epochs, places = np.divmod(positions, length)
+        return [int(_order(self.seed, int(epoch), length)[place]) for epoch, place in zip(epochs, places)]
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, length: int) -> np.ndarray:
+    return draws.permutation(seed, "order", epoch, length)
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {"a.b": leaf}, its values as json gives them back."""
+    leaves: dict[str, Any] = {}
+    for key, value in json.loads(json.dumps(tree)).items():
+        leaves.update(_leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return leaves
+
+
+def _exit_with_parent(worker: int, workers: int) -> None:
+    """Runs in each worker: a killed parent closes no queue, and the worker would wait, and hold its memory, forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name=f"exit-with-parent-{worker}-of-{workers}").start()

@@ -1,0 +1,92 @@
+"""Result files: {"values": {score: {"value": ...}}, "protocol": {...}, "subject": {...}}.
+
+The protocol says how the numbers came about, the subject what they are about (model, weights, samples file). Two
+results are comparable when every field of their protocols is recorded and equal.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffjax.errors import UserError
+
+# what the maker of the samples knows; the scorer knows the rest
+SAMPLING_FIELDS = ("sampling", "labels", "rounding", "precision", "seed", "first", "code_version")
+
+
+def result(
+    values: Mapping[str, Mapping[str, float]],
+    *,
+    features: str,
+    features_sha256: str,
+    resize: str,
+    reference: Mapping[str, Any],
+    num: int,
+    samples: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A result, json-able.
+
+    Args:
+        features: the network and layer that the scores look at, with the hash of its weights ("none" without any).
+        resize: how images reached the network's size.
+        reference: name, sha256 and number of images of the reference set.
+        num: how many images were scored.
+        samples: the json beside the samples file; {} leaves the fields of SAMPLING_FIELDS unrecorded (null).
+    """
+    scorer = {"features": features, "features_sha256": features_sha256, "resize": resize}
+    sampling = {field: samples.get(field) for field in SAMPLING_FIELDS}
+    origin = samples.get("origin")
+    averaged = None if origin is None else origin.get("weights", "as converted")
+    subject = {field: value for field, value in samples.items() if field not in SAMPLING_FIELDS}
+    return {
+        "values": dict(values),
+        "protocol": {**scorer, "reference": dict(reference), "num": num, **sampling, "ema": averaged},
+        "subject": subject,
+    }
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """{score: (value of a, value of b)} for the scores that both results have.
+
+    Raises:
+        UserError: a field of the protocols differs or is not recorded; names all of them.
+    """
+    fields_a, fields_b = _leaves(a["protocol"]), _leaves(b["protocol"])
+    names = sorted(fields_a | fields_b)
+    pairs = {name: (fields_a.get(name), fields_b.get(name)) for name in names}
+    differing = [f"{name} ({x} and {y})" for name, (x, y) in pairs.items() if x != y]
+    unknown = [name for name, pair in pairs.items() if pair == (None, None)]
+    if differing:
+        raise UserError(f"these results cannot be compared, their protocols differ in {', '.join(differing)}")
+    if unknown:
+        raise UserError(f"these results cannot be compared, their protocols do not record {', '.join(unknown)}")
+    common = [score for score in a["values"] if score in b["values"]]
+    return {score: (a["values"][score]["value"], b["values"][score]["value"]) for score in common}
+
+
+def write(path: Path, result: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file; UserError when it is missing or something else."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such result file; `python -m diffjax evaluate --out={path}` writes one")
+    try:
+        result = json.loads(path.read_text())
+        complete = isinstance(result["protocol"], dict) and all("value" in score for score in result["values"].values())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        complete = False
+    if not complete:
+        raise UserError(f"{path}: not a result file, a json with values and protocol")
+    return result
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {"a.b": leaf}."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves.update(_leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
+    return leaves

@@ -1,0 +1,118 @@
+"""Configs: a Python file with `get_config(arg)`, overrides of its leaves, and the copy that a run folder keeps."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from diffjax.errors import UserError
+
+# How a run is laid out on a machine, not what it computes: these may change between two starts of one run.
+LAYOUT_LEAVES = ("parallel.", "data.workers", "data.threads")
+
+
+def load(path_and_argument: str, overrides: list[str] | None = None) -> ConfigDict:
+    """The locked config of "configs/recipe.py:argument", with overrides such as "--config.optim.lr=2e-4".
+
+    Raises:
+        UserError: no such file, an argument the recipe refuses, an unknown leaf, or a value of another type.
+    """
+    path, _, argument = path_and_argument.partition(":")
+    try:
+        config = _module(Path(path)).get_config(argument or None)
+    except ValueError as error:
+        raise UserError(f"--config={path_and_argument}: {error}") from error
+    return override(config.lock(), overrides or [])
+
+
+def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
+    """Set leaves from command-line arguments, each parsed as the type of the leaf it replaces."""
+    leaves = set(flatten(config))
+    for argument in arguments:
+        leaf = argument.removeprefix("--config.").partition("=")[0]
+        if leaf not in leaves and not leaf.startswith("no"):
+            near = [name for name in sorted(leaves) if name.split(".")[-1] == leaf.split(".")[-1] or leaf in name]
+            hint = f"did you mean {', '.join(near)}?" if near else f"sections: {', '.join(config)}"
+            raise UserError(f"the config has no leaf {leaf!r}; {hint}")
+    argv = ["diffjax", *arguments]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return config
+
+
+def _module(path: Path) -> Any:
+    if not path.is_file():
+        near = ", ".join(sorted(p.stem for p in path.parent.glob("*.py") if p.stem not in ("__init__", "common")))
+        raise UserError(f"--config={path}: no such file" + (f"; {path.parent} has {near}" if near else ""))
+    root = str(path.resolve().parent.parent)  # recipes import `configs.common`
+    if root not in sys.path:
+        sys.path.append(root)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={path}: the file defines no get_config(arg)")
+    return module
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 1e-4, ...} for a nested config or dict."""
+    leaves = {}
+    for key, value in config.items():
+        if isinstance(value, (ConfigDict, dict)):
+            leaves.update(flatten(value, f"{prefix}{key}."))
+        else:
+            leaves[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """The leaves that differ, as "name: old -> new"."""
+    a, b = flatten(old), flatten(new)
+    absent = "(absent)"
+    names = sorted(set(a) | set(b))
+    return [f"{n}: {a.get(n, absent)!r} -> {b.get(n, absent)!r}" for n in names if a.get(n, absent) != b.get(n, absent)]
+
+
+def write(config: ConfigDict, path: Path) -> None:
+    """Keep a config as json; complete or not there at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read(path: Path) -> ConfigDict:
+    """The locked config of a run folder's config.json."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `python -m diffjax train --workdir={path.parent}` makes a run folder")
+    try:
+        return ConfigDict(json.loads(path.read_text())).lock()
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid json ({error})") from error
+
+
+def check_same_run(stored: ConfigDict, given: ConfigDict, accepted: tuple[str, ...] = ()) -> list[str]:
+    """Raise UserError when `given` computes something else than `stored`; return the differences that may be.
+
+    Args:
+        accepted: leaves whose change the user has asked for by name.
+    """
+    found = differences(stored, given)
+    allowed = [line for line in found if line.startswith((*LAYOUT_LEAVES, *(f"{name}:" for name in accepted)))]
+    refused = [line for line in found if line not in allowed]
+    if refused:
+        raise UserError(
+            f"the folder holds a run with another config: {'; '.join(refused)} (stored -> given); "
+            "use another --workdir, or name the leaves in --accept=... to go on with the new values"
+        )
+    return allowed

@@ -1,0 +1,59 @@
+"""Images by number: image i is a function of (seed, i), its label and the parameters alone."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from diffjax import rng
+from diffjax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
+from diffjax.training.objective import Apply, Objective
+
+
+def compile_sampler(objective: Objective, apply: Apply, mesh: Mesh, seed: int) -> Callable:
+    """(params, indices [b] int32, labels [b] int32) -> float32 images [b, h, w, c], the batch split over the mesh."""
+
+    def sample(params: Any, indices: jax.Array, labels: jax.Array) -> jax.Array:
+        keys = rng.per_example(rng.stream(seed, "sample"), indices)
+        return objective.sample(apply, params, labels, keys)
+
+    return jax.jit(sample, out_shardings=batch_sharding(mesh))
+
+
+def generate(
+    sampler: Callable, params: Any, labels: np.ndarray, mesh: Mesh, batch_size: int, first: int = 0
+) -> Iterator[np.ndarray]:
+    """Images first, first + 1, ..., one per label, in batches of at most `batch_size` (every host gets all of them).
+
+    The last batch is filled up with repetitions that are thrown away, so that one program serves all.
+    """
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    batch_size = min(batch_size, len(labels))
+    batch_size = -(-batch_size // shards) * shards
+    for start in range(0, len(labels), batch_size):
+        here = np.arange(start, start + batch_size)
+        chosen = np.minimum(here, len(labels) - 1)
+        with jax.set_mesh(mesh):
+            indices, classes = (_spread(array, mesh) for array in (first + chosen, labels[chosen]))
+            images = jax.jit(jnp.copy, out_shardings=replicated(mesh))(sampler(params, indices, classes))
+        yield jax.device_get(images)[: len(labels) - start]
+
+
+def _spread(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array that every host has whole -> int32, split over the mesh."""
+    values = array.astype(np.int32)
+    return jax.make_array_from_callback(values.shape, batch_sharding(mesh), lambda index: values[index])
+
+
+def interleaved_labels(num: int, num_classes: int) -> np.ndarray:
+    """0, 1, ..., num_classes - 1, 0, 1, ...: classes in equal parts; zeros for an unconditional model. int32 [num]."""
+    return (np.arange(num) % max(num_classes, 1)).astype(np.int32)
+
+
+def uniform_labels(seed: int, num: int, num_classes: int) -> np.ndarray:
+    """One class per image drawn uniformly from (seed, i), as DiT's 50,000 images were; int32 [num]."""
+    keys = rng.per_example(rng.stream(seed, "sample_label"), jnp.arange(num))
+    return np.asarray(rng.integers(keys, max(num_classes, 1)), np.int32)

@@ -1,0 +1,265 @@
+"""The one training loop, which every backbone and every objective goes through.
+
+The order of a pass is a contract:
+
+    evaluate the state -> save it -> draw a batch -> step -> report the step before
+
+Saving precedes drawing, so the position of the data that is saved is the one the state has seen. The scalars of a
+step are fetched after the next one has been dispatched, so that reporting never makes a device wait; before a save
+they are all fetched, so that a state that came from a non-finite gradient is never written.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+import diffjax
+from diffjax.data import pipeline, sources
+from diffjax.errors import UserError
+from diffjax.evaluation import samples
+from diffjax.ops.macs import count_macs
+from diffjax.parallel import hosts
+from diffjax.training import config as configs
+from diffjax.training import generate
+from diffjax.training.checkpoint import Checkpoints, latest_step
+from diffjax.training.interrupt import StopRequest
+from diffjax.training.metrics import NonFiniteError, Reporter
+from diffjax.training.setup import Setup, build
+from diffjax.training.state import TrainState
+
+
+@dataclass
+class Pending:
+    """The scalars of the last dispatched step, not fetched yet."""
+
+    step: int = 0
+    values: dict[str, jax.Array] | None = None
+
+    def flush(self, reporter: Reporter) -> None:
+        if self.values is not None:
+            reporter.step(self.step, self.values)
+        self.values = None
+
+
+def train(config: ConfigDict, workdir: Path, accepted: tuple[str, ...] = ()) -> None:
+    """Train as `config` says in `workdir`; an existing folder is resumed, a finished run is left as it is.
+
+    Args:
+        accepted: leaves in which `config` may differ from the folder's own.
+
+    Raises:
+        UserError: anything the user can mend, before anything is written. NonFiniteError: the run diverged.
+    """
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(contextlib.closing(StopRequest(sigterm=jax.process_count() == 1)))
+        changed = _check_folder(config, workdir, accepted)
+        if latest_step(workdir) == config.total_steps:
+            if hosts.is_lead():
+                print(f"{workdir} is finished: step {config.total_steps} of {config.total_steps}", flush=True)
+            return
+        setup = build(config)
+        draw_samples = SampleGrid(setup, workdir)
+        batches = stack.enter_context(contextlib.closing(open_batches(config)))
+        _make_folder(config, workdir)
+        checkpoints = stack.enter_context(
+            contextlib.closing(
+                Checkpoints(workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps)
+            )
+        )
+        stack.enter_context(jax.set_mesh(setup.mesh))
+        state, start = _initial_or_restored(setup, checkpoints, batches)
+        reporter = stack.enter_context(contextlib.closing(_reporter(setup, workdir, start)))
+        _announce(setup, reporter, start, changed)
+        _loop(setup, state, start, workdir, checkpoints, batches, draw_samples, reporter, stop)
+
+
+def _check_folder(config: ConfigDict, workdir: Path, accepted: tuple[str, ...]) -> list[str]:
+    """Raise UserError unless the folder is new or belongs to this config; return the differences that may be."""
+    stored = workdir / "config.json"
+    if stored.is_file():
+        return configs.check_same_run(configs.read(stored), config, accepted)
+    if (workdir / "checkpoints").exists():
+        raise UserError(f"{workdir} has checkpoints but no config.json: not a run folder; use another --workdir")
+    return []
+
+
+def _make_folder(config: ConfigDict, workdir: Path) -> None:
+    if not hosts.is_lead():
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        configs.write(config, workdir / "config.json")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; give a writable folder") from error
+
+
+def _reporter(setup: Setup, workdir: Path, start: int) -> Reporter:
+    config = setup.config
+    return Reporter(
+        workdir,
+        total_steps=config.total_steps,
+        batch_size=config.batch_size,
+        every_steps=config.log.every_steps,
+        flops_per_step=step_flops(setup),
+        tensorboard=config.log.tensorboard,
+        start=start,
+        lead=hosts.is_lead(),
+    )
+
+
+def _loop(
+    setup: Setup,
+    state: TrainState,
+    start: int,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    batches: pipeline.Batches,
+    draw_samples: "SampleGrid",
+    reporter: Reporter,
+    stop: StopRequest,
+) -> None:
+    config = setup.config
+    pending = Pending()
+    saved = start if start else None
+    meta = _meta(setup)
+
+    def save(step: int) -> None:
+        nonlocal saved
+        pending.flush(reporter)
+        if step != saved:
+            reporter.pause()
+            progress = {"step": step, "images_seen": step * config.batch_size}
+            checkpoints.save(state, step, batches.get_state(), {**meta, **progress})
+            saved = step
+
+    try:
+        with jax.transfer_guard("disallow"):
+            for step in range(start, config.total_steps):
+                if step > start and _due(step, config.evals.samples.every_steps):
+                    pending.flush(reporter)
+                    draw_samples(step, state, reporter)
+                if step > start and _due(step, config.checkpoint.every_steps):
+                    save(step)
+                if stop.signal_name or checkpoints.reached_preemption(step):
+                    save(step)
+                    checkpoints.wait()
+                    reporter.say(f"{stop.signal_name or 'preemption'}: checkpoint written, stopped at step {step}")
+                    return
+                checkpoints.check_for_errors()
+                batch = setup.put(next(batches))
+                state, metrics = setup.step(state, batch, setup.key)
+                pending.flush(reporter)
+                pending = Pending(step + 1, metrics)
+            pending.flush(reporter)
+            draw_samples(config.total_steps, state, reporter)
+            save(config.total_steps)
+        checkpoints.wait()
+    except NonFiniteError as error:
+        checkpoints.wait()
+        last = checkpoints.latest()
+        kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint was written"
+        raise NonFiniteError(f"{error}; {kept}; nothing was written after it") from error
+    reporter.say(f"finished: step {config.total_steps} of {config.total_steps} in {workdir}")
+
+
+class SampleGrid:
+    """Draws the same images of the average's model at every call: samples/step_*.png and TensorBoard."""
+
+    def __init__(self, setup: Setup, workdir: Path):
+        self._setup, self._folder = setup, workdir / "samples"
+        config = setup.config
+        self._num = config.evals.samples.num if config.evals.samples.every_steps else 0
+        if self._num and config.data.channels not in (1, 3):
+            raise UserError(
+                f"evals.samples draws pictures, but data.channels = {config.data.channels}; "
+                "set evals.samples.every_steps=0 for latents"
+            )
+        self._sampler = generate.compile_sampler(setup.objective, setup.apply, setup.mesh, config.seed)
+
+    def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
+        if not self._num:
+            return
+        reporter.pause()
+        labels = generate.interleaved_labels(self._num, self._setup.config.data.num_classes)
+        with jax.transfer_guard("allow"):
+            batches = generate.generate(self._sampler, state.ema, labels, self._setup.mesh, self._num)
+            images = samples.to_uint8(np.concatenate(list(batches)))
+        if hosts.is_lead():
+            grid = samples.grid(images)
+            self._folder.mkdir(exist_ok=True)
+            samples.write_png(self._folder / f"step_{step:08d}.png", grid)
+            reporter.image("samples", step, grid)
+
+
+def open_batches(config: ConfigDict, start: int = 0) -> pipeline.Batches:
+    """This host's part of the stream of training batches."""
+    data = config.data
+    return pipeline.Batches(
+        sources.load(data),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        flip=data.flip,
+        workers=data.workers,
+        threads=data.threads,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        start=start,
+    )
+
+
+def step_flops(setup: Setup) -> float:
+    """Model FLOPs of one training step: 3 x the forward pass, 2 per multiply-accumulate, no recomputation."""
+    data = setup.config.data
+    x = jax.ShapeDtypeStruct((1, data.size, data.size, data.channels), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.float32)
+    y = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return 6.0 * setup.config.batch_size * count_macs(setup.apply, setup.abstract.params, x, t, y)
+
+
+def _initial_or_restored(setup: Setup, checkpoints: Checkpoints, batches: pipeline.Batches) -> tuple[TrainState, int]:
+    latest = checkpoints.latest()
+    if latest is None:
+        return setup.init(), 0
+    state, position = checkpoints.restore_or_advise(setup.abstract, latest)
+    batches.set_state(position)
+    return state, latest
+
+
+def _announce(setup: Setup, reporter: Reporter, start: int, changed: list[str]) -> None:
+    params = setup.abstract.params
+    logging.info("\n%s", parameter_overview.get_parameter_overview(params, include_stats=False))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    device = jax.devices()[0].device_kind
+    if changed:
+        reporter.say(f"going on with {'; '.join(changed)}")
+    verb = f"resuming at step {start}" if start else "starting"
+    reporter.say(f"{verb}: {setup.config.model.name}, {count:,} parameters, mesh {mesh} of {device}")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _meta(setup: Setup) -> dict[str, Any]:
+    """What a checkpoint says of its maker."""
+    config = json.dumps(setup.config.to_dict(), sort_keys=True)
+    return {
+        "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+        "mesh": dict(setup.mesh.shape),
+        "processes": jax.process_count(),
+        "versions": {"diffjax": diffjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
+        "pid": os.getpid(),
+    }

@@ -1,0 +1,163 @@
+"""What a run reports: averages over a window of steps, to the console, metrics.jsonl and TensorBoard."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from clu import metrics as clu_metrics
+from tqdm import tqdm
+
+from diffjax.errors import UserError
+
+# Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets, by the start of jax's device_kind.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak bfloat16 FLOP/s of a device, None where no data sheet figure is known (a CPU)."""
+    kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not a number; names the step."""
+
+
+class Reporter:
+    """Collects the scalars of every step and reports their averages every `every_steps` steps.
+
+    Args:
+        flops_per_step: model FLOPs of a training step on all devices (3 x forward, 2 per multiply-accumulate, no
+            recomputation: PaLM, arXiv 2204.02311, appendix B), for the MFU.
+        lead: False on the processes that stay silent.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        total_steps: int,
+        batch_size: int,
+        every_steps: int,
+        flops_per_step: float,
+        tensorboard: bool,
+        start: int = 0,
+        lead: bool = True,
+    ):
+        self._total_steps, self._batch_size, self._every_steps = total_steps, batch_size, every_steps
+        self._lead, self._flops = lead, flops_per_step
+        peak = peak_flops(jax.devices()[0])
+        self._peak = peak * jax.device_count() if peak else None
+        self._window: dict[str, Any] = {}
+        self._durations: list[float] = []
+        self._last_time: float | None = None
+        self._file = (workdir / "metrics.jsonl").open("a", buffering=1) if lead else None
+        self._board = _board(workdir) if tensorboard and lead else None
+        self._bar = (
+            tqdm(total=total_steps, initial=start, unit="step", dynamic_ncols=True)
+            if lead and sys.stderr.isatty()
+            else None
+        )
+
+    def step(self, step: int, values: Mapping[str, jax.Array]) -> None:
+        """Take the scalars of the update that led to `step`; blocks until they are there.
+
+        Raises:
+            NonFiniteError: the loss or the gradient norm is infinite or not a number.
+        """
+        fetched = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(fetched[name]):
+                raise NonFiniteError(f"{name} is {fetched[name]} at step {step}")
+        now = time.perf_counter()
+        if self._last_time is not None:
+            self._durations.append(now - self._last_time)
+        self._last_time = now
+        for name, value in fetched.items():
+            new = clu_metrics.Average(total=np.float64(value), count=np.int64(1))
+            self._window[name] = self._window[name].merge(new) if name in self._window else new
+        if self._bar:
+            self._bar.update(1)
+        if step % self._every_steps == 0 or step == self._total_steps:
+            self._report(step)
+
+    def pause(self) -> None:
+        """Leave out of the step time what happens until the next step (a checkpoint, a grid of samples)."""
+        self._last_time = None
+
+    def say(self, text: str) -> None:
+        """One line for the person who watches."""
+        if not self._lead:
+            return
+        if self._bar:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, flush=True)
+
+    def image(self, name: str, step: int, grid: np.ndarray) -> None:
+        """A uint8 [h, w, c] picture for TensorBoard."""
+        if self._board:
+            self._board.add_image(name, grid, step, dataformats="HWC")
+
+    def close(self) -> None:
+        for sink in (self._bar, self._board, self._file):
+            if sink:
+                sink.close()
+
+    def _report(self, step: int) -> None:
+        values = {name: float(average.compute()) for name, average in self._window.items()}
+        if self._durations:
+            values |= self._speed()
+        self._window, self._durations = {}, []
+        if not self._lead:
+            return
+        assert self._file is not None
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        short = {"loss": ".4f", "grad_norm": ".3f", "images_per_second": ".0f", "mfu": ".1%"}
+        text = "  ".join(f"{name} {values[name]:{form}}" for name, form in short.items() if name in values)
+        if self._bar:
+            self._bar.set_postfix_str(text)
+        else:
+            self.say(f"step {step}/{self._total_steps}  {text}{self._eta(step, values)}")
+
+    def _speed(self) -> dict[str, float]:
+        seconds = float(np.mean(self._durations))
+        speed = {
+            "step_seconds": seconds,
+            "step_seconds_p95": float(np.percentile(self._durations, 95)),
+            "images_per_second": self._batch_size / seconds,
+            "tflops_per_second": self._flops / seconds / 1e12,
+        }
+        return speed | ({"mfu": self._flops / seconds / self._peak} if self._peak else {})
+
+    def _eta(self, step: int, values: Mapping[str, float]) -> str:
+        if "step_seconds" not in values:
+            return ""
+        seconds = int((self._total_steps - step) * values["step_seconds"])
+        return f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+
+
+def _board(workdir: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError("log.tensorboard needs the package tensorboardX, or set log.tensorboard=false") from error
+    return SummaryWriter(str(workdir / "tensorboard"))

@@ -1,0 +1,41 @@
+"""The training state: what a checkpoint holds and a step maps to its successor."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from diffjax.parallel.rules import LogicalAxes, shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: int32 scalar, the number of updates made. params, ema: float32, same tree."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+
+
+def initial_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0; the average starts as a copy of the parameters."""
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+
+
+def state_shardings(abstract: TrainState, mesh: Mesh, parallel: Any, axes: LogicalAxes) -> TrainState:
+    """A TrainState of NamedShardings, by the config's `parallel` section and the model's logical axes."""
+    return shardings(abstract, mesh, parallel.strategy, axes, parallel.replicate_below)
+
+
+def with_shardings(abstract: Any, sharding: Any) -> Any:
+    """The same shapes with shardings attached, as a restore needs them."""
+
+    def attach(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(attach, abstract, sharding)

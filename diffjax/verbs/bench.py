@@ -1,0 +1,91 @@
+"""Time a config on this machine: the bare jitted step, and the real loop around it.
+
+python -m diffjax bench --config=configs/quickstart.py:model=dit --steps=50
+
+Both run in turns in one process, so that other load on the machine falls on both alike. `loop_over_step` is what
+reading data, feeding devices and reporting cost: 1.00 is nothing.
+"""
+
+import contextlib
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from diffjax.training import config as configs
+from diffjax.training.loop import Pending, open_batches, step_flops
+from diffjax.training.metrics import Reporter, peak_flops
+from diffjax.training.setup import build
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("config", None, "recipe and its argument", flag_values=values)
+    flags.DEFINE_integer("steps", 40, "steps of each kind per turn", lower_bound=2, flag_values=values)
+    flags.DEFINE_integer("turns", 5, "turns of bare steps and loop passes", lower_bound=1, flag_values=values)
+    flags.mark_flag_as_required("config", values)
+
+
+def run(values: flags.FlagValues, overrides: list[str]) -> None:
+    print(json.dumps(bench(configs.load(values.config, overrides), values.steps, values.turns), indent=2))
+
+
+def bench(config: Any, steps: int, turns: int) -> dict[str, Any]:
+    """Medians over `turns` of the seconds per step, bare and in the loop, and what follows from them."""
+    setup = build(config)
+    batches = open_batches(config)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(batches))
+        stack.enter_context(jax.set_mesh(setup.mesh))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        reporter = Reporter(
+            folder,
+            total_steps=10**9,
+            batch_size=config.batch_size,
+            every_steps=config.log.every_steps,
+            flops_per_step=step_flops(setup),
+            tensorboard=config.log.tensorboard,
+        )
+        stack.enter_context(contextlib.closing(reporter))
+        reporter.say = lambda text: None  # type: ignore[method-assign]  # the report is the only output
+        fixed = setup.put(next(batches))
+        started = time.perf_counter()
+        state, _ = jax.block_until_ready(setup.step(setup.init(), fixed, setup.key))
+        first_seconds = time.perf_counter() - started
+        bare, loop = [], []
+        for _ in range(turns):
+            started = time.perf_counter()
+            for _ in range(steps):
+                state, _ = setup.step(state, fixed, setup.key)
+            jax.block_until_ready(state)
+            bare.append((time.perf_counter() - started) / steps)
+
+            pending = Pending()
+            started = time.perf_counter()
+            for number in range(steps):
+                state, metrics = setup.step(state, setup.put(next(batches)), setup.key)
+                pending.flush(reporter)
+                pending = Pending(number + 1, metrics)
+            pending.flush(reporter)
+            jax.block_until_ready(state)
+            loop.append((time.perf_counter() - started) / steps)
+    flops, peak = step_flops(setup), peak_flops(jax.devices()[0])
+    step_seconds, loop_seconds = float(np.median(bare)), float(np.median(loop))
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "model": config.model.name,
+        "batch_size": config.batch_size,
+        "first_step_seconds": round(first_seconds, 2),
+        "step_seconds": step_seconds,
+        "loop_seconds": loop_seconds,
+        "loop_over_step": float(np.median(np.array(loop) / np.array(bare))),
+        "steps_per_second": 1 / loop_seconds,
+        "images_per_second": config.batch_size / loop_seconds,
+        "tflops_per_second": flops / loop_seconds / 1e12,
+        "mfu": flops / loop_seconds / (peak * jax.device_count()) if peak else None,
+    }

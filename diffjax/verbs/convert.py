@@ -1,0 +1,58 @@
+"""Turn a public checkpoint into diffjax parameters: OUT/params (Orbax) and OUT/model.json.
+
+python -m diffjax convert --family=dit --checkpoint=DiT-XL-2-256x256.pt --out=params/dit-xl
+python -m diffjax convert --family=dit --checkpoint=0050000.pt --out=params/mine --arguments=num_heads=6
+
+Of a training checkpoint it takes the averaged weights.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from diffjax.errors import UserError
+from diffjax.evaluation.samples import file_sha256
+from diffjax.weights import FAMILIES, from_reference, store, torch_file, unwrap
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("family", None, f"whose weights: {', '.join(FAMILIES)}", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, ".pt, .pth or .safetensors file", flag_values=values)
+    flags.DEFINE_string("out", None, "new folder for the parameters", flag_values=values)
+    flags.DEFINE_list(
+        "arguments",
+        [],
+        "the reference's constructor arguments that shapes do not tell: num_heads=6",
+        flag_values=values,
+    )
+    flags.mark_flags_as_required(["family", "checkpoint", "out"], values)
+
+
+def run(values: flags.FlagValues, overrides: list[str]) -> None:
+    convert(values.family, Path(values.checkpoint), Path(values.out), **_arguments(values.arguments))
+
+
+def convert(family: str, checkpoint: Path, out: Path, **config: Any) -> None:
+    """Read, map, write; one line per fact. `config` holds the reference's constructor arguments, where needed."""
+    store.refuse_full(out)
+    weights = unwrap(torch_file.read(checkpoint))
+    print(f"read {len(weights)} entries of {checkpoint}")
+    module, params = from_reference(family, weights, **config)
+    source = {"family": family, "checkpoint": checkpoint.name, "checkpoint_sha256": file_sha256(checkpoint)}
+    model = store.save(out, module, params, source)
+    print(f"model {model['name']}({', '.join(f'{name}={value}' for name, value in model['kwargs'].items())})")
+    print(f"parameters {model['parameters']:,}, sha256 {model['sha256']}")
+    print(f"wrote {out}")
+
+
+def _arguments(texts: list[str]) -> dict[str, Any]:
+    arguments = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            arguments[name] = json.loads(value.lower())
+        except ValueError:
+            raise UserError(f"--arguments: {text!r} is not name=value with a number, true or false") from None
+    return arguments

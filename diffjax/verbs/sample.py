@@ -1,0 +1,134 @@
+"""Draw images and write them as npz (ADM layout), json (the protocol) and png (a grid).
+
+python -m diffjax sample --workdir=runs/a --num=50000 --out=runs/a/samples.npz
+python -m diffjax sample --params=params/dit-xl --config=configs/imagenet256.py --num=8 --out=samples.npz
+
+Image i depends on (seed, i), its label and the parameters alone: not on the batch size or the number of devices.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+import diffjax
+from diffjax.errors import UserError
+from diffjax.evaluation import samples
+from diffjax.parallel import hosts
+from diffjax.parallel.mesh import make_mesh
+from diffjax.training import config as configs
+from diffjax.training import generate
+from diffjax.training.checkpoint import Checkpoints
+from diffjax.training.objective import bind, build_model, build_objective
+from diffjax.training.setup import abstract_params
+from diffjax.weights import store
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    text, number = flags.DEFINE_string, flags.DEFINE_integer
+    text("workdir", None, "run folder: its config and its checkpoint", flag_values=values)
+    text("params", None, "folder written by `convert`, instead of --workdir; needs --config", flag_values=values)
+    text("config", None, "recipe, with --params", flag_values=values)
+    number("step", None, "which checkpoint; the latest by default", flag_values=values)
+    flags.DEFINE_enum("weights", "ema", ["ema", "params"], "average or last parameters", flag_values=values)
+    number("num", None, "how many images", lower_bound=1, flag_values=values)
+    number("first", 0, "number of the first image", lower_bound=0, flag_values=values)
+    number("seed", 0, "seed of the images", flag_values=values)
+    number("batch_size", 128, "images at a time on all devices", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum(
+        "labels", "interleaved", ["interleaved", "uniform"], "classes in equal parts, or drawn", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "raw", False, "write the float32 values as they are (arr_0), for latents or comparisons", flag_values=values
+    )
+    text("out", None, "samples file, .npz", flag_values=values)
+    flags.mark_flags_as_required(["num", "out"], values)
+
+
+def run(values: flags.FlagValues, overrides: list[str]) -> None:
+    out = Path(values.out)
+    if out.suffix != ".npz":
+        raise UserError(f"--out={out}: a samples file ends in .npz")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    mesh = make_mesh({"data": -1})
+    config, params, origin = _load(values, overrides, mesh)
+    if config.data.channels not in (1, 3) and not values.raw:
+        raise UserError(
+            f"sample: this model makes latents of {config.data.channels} channels, not pictures; "
+            "--raw writes them as they are"
+        )
+    model, objective = build_model(config), build_objective(config)
+    labels = _labels(values, config.data.num_classes)
+    sampler = generate.compile_sampler(objective, bind(model), mesh, values.seed)
+    batches = generate.generate(sampler, params, labels, mesh, values.batch_size, values.first)
+    quiet = not hosts.is_lead()
+    count = math.ceil(len(labels) / values.batch_size)
+    convert = (lambda batch: batch) if values.raw else samples.to_uint8
+    images = np.concatenate([convert(b) for b in tqdm(batches, total=count, unit="batch", disable=quiet or None)])
+    if hosts.is_lead():
+        if values.raw:
+            np.savez(out, arr_0=images, arr_1=labels)
+        else:
+            samples.write_samples(out, images, labels, _protocol(values, config, origin))
+        print(f"wrote {len(labels)} images of {_describe(origin)} to {out}")
+
+
+def _load(values: flags.FlagValues, overrides: list[str], mesh: Any) -> tuple[ConfigDict, Any, dict[str, Any]]:
+    """Config, parameters replicated over the mesh, and where they came from."""
+    if bool(values.workdir) == bool(values.params):
+        raise UserError("sample: give either --workdir or --params (with --config)")
+    if values.params:
+        if not values.config:
+            raise UserError("sample: --params needs --config, the recipe to sample with")
+        config = configs.load(values.config, overrides)
+        params = store.load_params(Path(values.params), abstract_params(config, mesh))
+        return config, params, {"params": values.params, "sha256": store.tree_sha256(params)}
+    if values.config:
+        raise UserError("sample: --workdir has its own config; give only leaves, such as --config.sampling.steps=50")
+    workdir = Path(values.workdir)
+    config = configs.override(configs.read(workdir / "config.json"), overrides)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.latest() if values.step is None else values.step
+    if step is None or step not in checkpoints.steps():
+        raise UserError(f"no checkpoint {'' if step is None else step} in {workdir}; complete: {checkpoints.steps()}")
+    abstract = abstract_params(config, mesh)
+    if values.weights == "ema":
+        params = checkpoints.restore_item("ema", step, abstract)
+    else:
+        params = checkpoints.restore_params(step, abstract)
+    origin = {"workdir": str(workdir), "step": step, "weights": values.weights, "sha256": store.tree_sha256(params)}
+    return config, params, origin
+
+
+def _labels(values: flags.FlagValues, num_classes: int) -> np.ndarray:
+    stop = values.first + values.num
+    if values.labels == "uniform":
+        return generate.uniform_labels(values.seed, stop, num_classes)[values.first :]
+    return generate.interleaved_labels(stop, num_classes)[values.first :]
+
+
+def _protocol(values: flags.FlagValues, config: ConfigDict, origin: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": config.model.to_dict(),
+        "data": config.data.name,
+        "origin": origin,
+        "process": config.diffusion.to_dict(),
+        "sampling": config.sampling.to_dict(),
+        "labels": values.labels,
+        "seed": values.seed,
+        "first": values.first,
+        "num": values.num,
+        "rounding": samples.ROUNDING,
+        "precision": config.model.dtype,
+        "code_version": diffjax.__version__,
+    }
+
+
+def _describe(origin: dict[str, Any]) -> str:
+    if "params" in origin:
+        return origin["params"]
+    return f"{origin['workdir']} step {origin['step']} ({origin['weights']})"

@@ -1,0 +1,55 @@
+"""Public checkpoints: reading their files, and mapping their weights to our parameters and back."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from diffjax.errors import UserError
+from diffjax.weights import dit
+
+FAMILIES: dict[str, ModuleType] = {"dit": dit}
+
+
+def from_reference(family: str, state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """Our module and its float32 parameters out of a reference's weights.
+
+    Args:
+        family: a key of FAMILIES.
+        state_dict: the reference's key names to arrays in PyTorch layout.
+        config: the reference's constructor arguments; what the shapes tell need not be given.
+
+    Raises:
+        UserError: unknown family or argument; arguments that contradict the shapes or that are needed and missing;
+            unexpected, missing and wrongly shaped keys, all in one message.
+    """
+    return _family(family).from_reference(state_dict, **config)
+
+
+def to_reference(family: str, module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The reference's weights, its key names to float32 arrays in PyTorch layout, out of our parameters."""
+    return _family(family).to_reference(module, params)
+
+
+def unwrap(checkpoint: Any) -> dict[str, Any]:
+    """The weights inside what a file holds: its "ema", else its "model", else itself.
+
+    Training checkpoints keep both beside the optimizer; the published results use the averaged weights.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise UserError(f"the checkpoint holds no weights but a {type(checkpoint).__name__}")
+    for name in ("ema", "model"):
+        if isinstance(checkpoint.get(name), Mapping):
+            return dict(checkpoint[name])
+    if not any(hasattr(value, "shape") for value in checkpoint.values()):
+        found = ", ".join(map(str, checkpoint))[:200] or "nothing"
+        raise UserError(f"the checkpoint holds no weights: found {found}; expected ema, model or named arrays")
+    return dict(checkpoint)
+
+
+def _family(family: str) -> Any:
+    if family not in FAMILIES:
+        raise UserError(f"weights of family {family!r} are unknown; valid: {', '.join(FAMILIES)}")
+    return FAMILIES[family]

@@ -1,0 +1,148 @@
+"""Tables between a reference's state_dict and our parameters, usable in both directions.
+
+A row is (reference key, our path, einops pattern from their axes to ours). "{l}" in the key stands for 0 .. l-1: those
+arrays become one, stacked on a leading axis. Every axis has a name; the sizes of the names say which shape each array
+must have, and can be read off the arrays. A trailing digit tells apart axes of one size: "d2 d" is a square.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from diffjax.errors import UserError
+
+Table = Sequence[tuple[str, str, str]]
+Sizes = Mapping[str, int]
+
+LISTED = 6  # keys named in an error, per kind
+
+
+def infer(table: Table, state_dict: Mapping[str, Any], known: Sizes) -> dict[str, int]:
+    """The sizes of the table's axes: `known`, and what the shapes and the numbers in the keys tell.
+
+    The size that most arrays agree on is settled first, and arrays that contradict a settled size are not asked for
+    others: so one wrong array does not make all others look wrong. An axis that nothing tells (two unknown factors of
+    one dimension, all keys missing) is left out.
+    """
+    sizes = dict(known)
+    counted: dict[str, Counter[int]] = defaultdict(Counter)
+    arrays = []
+    for template, _, pattern in table:
+        matches = {key: match for key in state_dict if (match := _regex(template).fullmatch(key))}
+        arrays += [(_groups(pattern), getattr(state_dict[key], "shape", ())) for key in matches]
+        for axis in _placeholders(template) if matches else []:
+            counted[axis][1 + max(int(match[axis]) for match in matches.values())] += 1
+    sizes |= {axis: counts.most_common(1)[0][0] for axis, counts in counted.items()}
+    while votes := Counter(vote for groups, shape in arrays for vote in _solve(groups, shape, sizes)):
+        axis, size = votes.most_common(1)[0][0]
+        sizes[axis] = size
+    return sizes
+
+
+def check(table: Table, sizes: Sizes, state_dict: Mapping[str, Any], family: str) -> None:
+    """Raise one UserError that names all unexpected, missing and wrongly shaped keys; unknown sizes match any."""
+    expected = {key: _shape(pattern, sizes) for template, _, pattern in table for key in _keys(template, sizes)}
+    wrong = []
+    for key in expected.keys() & state_dict.keys():
+        shape, wanted = getattr(state_dict[key], "shape", None), expected[key]
+        if shape is None:
+            wrong.append(f"{key} is no array but of type {type(state_dict[key]).__name__}")
+        elif len(shape) != len(wanted) or any(b not in (a, None) for a, b in zip(shape, wanted)):
+            wrong.append(f"{key} is {_text(shape)}, expected {_text(wanted)}")
+    problems = {
+        "unexpected keys": state_dict.keys() - expected.keys(),
+        "missing keys": expected.keys() - state_dict.keys(),
+        "wrong shapes": wrong,
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        raise UserError(f"these are not the weights of a {family} model: {listed}")
+
+
+def to_params(table: Table, sizes: Sizes, state_dict: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Our parameters, nested dicts of float32 numpy arrays. Raises the UserError of `check`."""
+    check(table, sizes, state_dict, family)
+    flat = {}
+    for template, path, pattern in table:
+        lengths = _lengths(pattern, sizes)
+        arrays = [
+            rearrange(np.asarray(state_dict[key], np.float32), pattern, **lengths) for key in _keys(template, sizes)
+        ]
+        flat[path] = np.stack(arrays) if _placeholders(template) else arrays[0]
+    return unflatten_dict(flat, sep="/")
+
+
+def to_state_dict(table: Table, sizes: Sizes, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The inverse of `to_params`: the reference's key names to float32 arrays in its layout."""
+    flat = flatten_dict(params, sep="/")
+    state_dict = {}
+    for template, path, pattern in table:
+        theirs, ours = pattern.split(" -> ")
+        array = np.asarray(flat[path], np.float32)
+        layers = array if _placeholders(template) else [array]
+        for key, layer in zip(_keys(template, sizes), layers):
+            state_dict[key] = rearrange(layer, f"{ours} -> {theirs}", **_lengths(pattern, sizes))
+    return state_dict
+
+
+def _placeholders(template: str) -> list[str]:
+    return re.findall(r"\{(\w+)\}", template)
+
+
+def _keys(template: str, sizes: Sizes) -> list[str]:
+    """The keys that a row stands for; the first alone when their number is unknown."""
+    names = _placeholders(template)
+    return [template.format(**{names[0]: i}) for i in range(sizes.get(names[0], 1))] if names else [template]
+
+
+def _regex(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(template)))
+
+
+def _groups(pattern: str) -> list[list[str]]:
+    """The dimensions of the reference's array, each a list of its axis names: "(a b) c -> ..." is [[a, b], [c]]."""
+    return [re.findall(r"\w+", group) for group in re.findall(r"\([^)]*\)|\w+", pattern.split(" -> ")[0])]
+
+
+def _base(axis: str) -> str:
+    return axis.rstrip("0123456789")
+
+
+def _lengths(pattern: str, sizes: Sizes) -> dict[str, int]:
+    return {axis: sizes[_base(axis)] for group in _groups(pattern) for axis in group}
+
+
+def _shape(pattern: str, sizes: Sizes) -> tuple[int | None, ...]:
+    factors = [[sizes.get(_base(axis)) for axis in group] for group in _groups(pattern)]
+    return tuple(None if None in group else math.prod(group) for group in factors)  # type: ignore[arg-type]
+
+
+def _solve(groups: list[list[str]], shape: Sequence[int], sizes: Sizes) -> list[tuple[str, int]]:
+    """The sizes that one array tells, of each dimension with one unknown factor; none if it contradicts `sizes`."""
+    if len(groups) != len(shape):
+        return []
+    told = []
+    for group, size in zip(groups, shape):
+        unknown = [_base(axis) for axis in group if _base(axis) not in sizes]
+        rest = math.prod(sizes.get(_base(axis), 1) for axis in group)
+        if size % rest or (not unknown and size != rest):
+            return []
+        if len(unknown) == 1:
+            told.append((unknown[0], size // rest))
+    return told
+
+
+def _text(shape: Sequence[int | None]) -> str:
+    return "(" + ", ".join("?" if size is None else str(size) for size in shape) + ")"
+
+
+def _some(names: Collection[Any]) -> str:
+    listed = sorted(map(str, names))
+    rest = f" and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
+    return ", ".join(listed[:LISTED]) + rest

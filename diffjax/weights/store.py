@@ -1,0 +1,110 @@
+"""Parameters on disk with the model they belong to: OUT/params (Orbax) and OUT/model.json."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from diffjax.errors import UserError
+from diffjax.models import FAMILIES, create
+
+
+def save(out: Path, module: nn.Module, params: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `params` and model.json; returns what model.json holds.
+
+    Args:
+        out: a folder that is new or empty (UserError otherwise).
+        meta: json-able, said of the parameters besides: where they come from.
+    """
+    out = Path(out)
+    refuse_full(out)
+    [name] = [name for name, family in FAMILIES.items() if type(module) is family]
+    fields = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
+    model = {
+        "name": name,
+        "kwargs": {field: getattr(module, field) for field in fields},
+        "parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(params)),
+        "sha256": tree_sha256(params),
+        **meta,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((out / "params").absolute(), params)
+    (out / "model.json").write_text(json.dumps(model, indent=2) + "\n")  # last: it says that the rest is complete
+    return model
+
+
+def load(out: Path) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """(module, parameters as numpy arrays, model.json) of a folder that `save` wrote."""
+    model = _read_model(Path(out))
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata((Path(out) / "params").absolute()).item_metadata.tree
+    params = load_params(out, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
+    return create(model["name"], **model["kwargs"]), params, model
+
+
+def load_params(out: Path, abstract: Any) -> Any:
+    """The parameters that `save` wrote, in the shapes, dtypes and shardings of `abstract`.
+
+    Raises UserError when the folder holds none, or the parameters of another model; names the differing arrays.
+    """
+    folder = (Path(out) / "params").absolute()
+    model = _read_model(Path(out))
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = _shapes(checkpointer.metadata(folder).item_metadata.tree)
+        wanted = _shapes(abstract)
+        differing = [path for path in sorted(stored | wanted) if stored.get(path) != wanted.get(path)]
+        if differing:
+            listed = ", ".join(f"{path} {stored.get(path)} not {wanted.get(path)}" for path in differing[:4])
+            rest = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+            kwargs = ", ".join(f"{name}={value}" for name, value in model["kwargs"].items())
+            raise UserError(f"{out} holds {model['name']}({kwargs}), another model than asked for: {listed}{rest}")
+        return checkpointer.restore(folder, abstract)
+
+
+def tree_sha256(tree: Any) -> str:
+    """sha256 over path, dtype, shape and bytes of every array, in the order of the paths.
+
+    Equal values give equal hashes on any machine and mesh. Every array must be fully addressable from this host.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in sorted(_leaves(tree).items()):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        digest.update(f"{path} {array.dtype.name} {np.shape(leaf)}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def refuse_full(out: Path) -> None:
+    """Raise UserError unless `out` is new or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder; name a new one")
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in _leaves(tree).items()}
+
+
+def _read_model(out: Path) -> dict[str, Any]:
+    path = out / "model.json"
+    if not path.is_file() or not (out / "params").is_dir():
+        raise UserError(
+            f"{out} holds no converted parameters (params/ and model.json); `convert --out={out}` writes them"
+        )
+    try:
+        model = json.loads(path.read_text())
+        return {"name": model["name"], "kwargs": dict(model["kwargs"]), **model}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error

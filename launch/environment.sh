@@ -1,0 +1,33 @@
+# Sourced by the other scripts: sets PYTHON to an interpreter that has what requirements.txt asks for.
+#
+# DIFFJAX_VENV names an environment to make or reuse (default: .venv in the project). One that already satisfies the
+# requirements is used as it is; pip runs only where something is missing.
+#
+# usage: . launch/environment.sh [EXTRA]      EXTRA: an optional-dependency group of pyproject.toml, such as dev
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extra="${1:-}"
+venv="${DIFFJAX_VENV:-$PWD/.venv}"
+PYTHON="$venv/bin/python"
+
+if [ ! -x "$PYTHON" ]; then
+  for candidate in python3.13 python3.12 python3.11 python3; do
+    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      base="$candidate"
+      break
+    fi
+  done
+  if [ -z "${base:-}" ]; then
+    echo "diffjax needs Python 3.11 or newer on PATH" >&2
+    exit 2
+  fi
+  echo "making the environment $venv with $("$base" --version)"
+  "$base" -m venv "$venv"
+fi
+
+if ! "$PYTHON" launch/satisfied.py "$extra"; then
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}"
+fi
+
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1

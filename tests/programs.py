@@ -1,0 +1,67 @@
+"""Helpers of the tests that run diffjax as its user does: in this process, or as a program of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from diffjax.training import config as configs
+
+ROOT = Path(__file__).parent.parent
+TINY = "configs/quickstart.py:model=dit,runlocal"
+
+
+def tiny_config(*overrides: str) -> ConfigDict:
+    """Seconds on a CPU: two blocks of width 48 on the digits; no pictures, no TensorBoard unless asked for."""
+    quiet = ["--config.evals.samples.every_steps=0", "--config.log.tensorboard=false"]
+    return configs.load(str(ROOT / TINY.replace(":", ":", 1)), [*quiet, *(f"--config.{o}" for o in overrides)])
+
+
+def train_arguments(workdir: Path, *overrides: str) -> list[str]:
+    quiet = ("evals.samples.every_steps=0", "log.tensorboard=false")
+    return ["train", f"--config={TINY}", f"--workdir={workdir}", *(f"--config.{o}" for o in (*quiet, *overrides))]
+
+
+def start(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen:
+    """`python -m diffjax ...` on one CPU device, in a process group of its own."""
+    variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", **environment}
+    if "NPROC" not in environment:
+        variables.pop("NPROC", None)  # meant for the eight devices of this process
+    with log.open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "diffjax", *arguments],
+            cwd=ROOT,
+            env=variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL, to the program alone: its worker processes have to notice by themselves."""
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen, log: Path, seconds: float = 240) -> bool:
+    """Poll until `condition()` holds (True) or the program has ended (False)."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            return False
+        if time.monotonic() > until:
+            kill(process)
+            raise TimeoutError(log.read_text())
+        time.sleep(0.002)
+    return True
+
+
+def complete_steps(workdir: Path) -> list[int]:
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []

@@ -1,0 +1,27 @@
+"""The import levels of the house, and what importing it must not do."""
+
+import subprocess
+import sys
+
+from importlinter.cli import lint_imports
+
+from tests.programs import ROOT
+
+
+def test_import_contracts_hold():
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+
+def test_importing_the_package_touches_no_device_and_no_heavy_library():
+    script = (
+        "import sys, diffjax.verbs.train, diffjax.verbs.sample, diffjax.verbs.evaluate, jax;"
+        "bad = [m for m in ('tensorflow', 'tensorflow_datasets', 'torch') if m in sys.modules];"
+        "from jax._src import xla_bridge;"
+        "assert not bad, bad; assert not xla_bridge._backends, 'a backend was started'"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+
+
+def test_nothing_in_the_package_imports_the_recipes():
+    offenders = [p for p in (ROOT / "diffjax").rglob("*.py") if "from configs" in p.read_text()]
+    assert not offenders

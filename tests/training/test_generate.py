@@ -1,0 +1,44 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax import rng
+from diffjax.parallel.mesh import make_mesh
+from diffjax.training import generate
+
+
+def fake_sampler(params, indices, labels):
+    """An image that says which one it is."""
+    return jnp.stack([indices + params, labels], axis=-1).astype(jnp.float32).reshape(-1, 1, 1, 2)
+
+
+def test_every_image_is_made_once_in_order_whatever_the_batch():
+    labels = generate.interleaved_labels(11, 3)
+    mesh = make_mesh({"data": 4}, jax.devices()[:4])
+    for batch_size in (1, 4, 5, 100):
+        images = np.concatenate(list(generate.generate(fake_sampler, 0, labels, mesh, batch_size, first=20)))
+        np.testing.assert_array_equal(images[:, 0, 0], np.stack([np.arange(20, 31), labels], axis=-1))
+
+
+def test_labels():
+    np.testing.assert_array_equal(generate.interleaved_labels(5, 3), [0, 1, 2, 0, 1])
+    np.testing.assert_array_equal(generate.interleaved_labels(3, 0), [0, 0, 0])
+    uniform = generate.uniform_labels(0, 3000, 10)
+    np.testing.assert_array_equal(uniform[:100], generate.uniform_labels(0, 100, 10))
+    np.testing.assert_allclose(np.bincount(uniform) / 3000, 0.1, atol=0.03)
+    assert not np.array_equal(uniform[:100], generate.uniform_labels(1, 100, 10))
+
+
+def test_each_image_has_its_own_key():
+    seen = []
+
+    class Spy:
+        @staticmethod
+        def sample(apply, params, labels, keys):
+            return jax.random.key_data(keys).astype(jnp.float32)
+
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    sampler = generate.compile_sampler(Spy, None, mesh, seed=5)
+    seen = np.concatenate(list(generate.generate(sampler, 0.0, np.zeros(6, np.int32), mesh, 4)))
+    expected = jax.random.key_data(rng.per_example(rng.stream(5, "sample"), jnp.arange(6)))
+    np.testing.assert_array_equal(seen, np.asarray(expected, np.float32))

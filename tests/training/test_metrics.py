@@ -1,0 +1,83 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from diffjax.training.metrics import NonFiniteError, Reporter, peak_flops
+
+
+class FakeDevice:
+    def __init__(self, kind):
+        self.device_kind = kind
+
+
+def reporter(folder, **kwargs):
+    options = {"total_steps": 4, "batch_size": 8, "every_steps": 2, "flops_per_step": 1e9, "tensorboard": False}
+    return Reporter(folder, **{**options, **kwargs})
+
+
+def scalars(loss, grad_norm=1.0):
+    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(grad_norm)}
+
+
+def test_windows_are_averaged_and_appended(tmp_path, capsys):
+    report = reporter(tmp_path)
+    for step, loss in enumerate((1.0, 3.0, 5.0, 9.0), start=1):
+        report.step(step, scalars(loss))
+    report.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(2, 2.0), (4, 7.0)]
+    assert lines[1]["images_per_second"] == pytest.approx(8 / lines[1]["step_seconds"])
+    assert lines[1]["tflops_per_second"] == pytest.approx(1e-3 / lines[1]["step_seconds"])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("step 2/4  loss 2.0000")
+
+
+@pytest.mark.parametrize("values", [scalars(np.nan), scalars(np.inf), scalars(1.0, np.nan)])
+def test_a_non_finite_loss_or_gradient_names_its_step(tmp_path, values):
+    report = reporter(tmp_path)
+    with pytest.raises(NonFiniteError, match="at step 3"):
+        report.step(3, values)
+    report.close()
+
+
+def test_a_pause_is_not_counted_as_step_time(tmp_path):
+    report = reporter(tmp_path, every_steps=4)
+    for step in (1, 2):
+        report.step(step, scalars(1.0))
+    report.pause()
+    report.step(3, scalars(1.0))
+    assert len(report._durations) == 1
+    report.close()
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path):
+    report = reporter(tmp_path, tensorboard=True, every_steps=1)
+    report.step(1, scalars(2.5))
+    report.image("samples", 1, np.zeros((4, 4, 3), np.uint8))
+    report.close()
+    [file] = (tmp_path / "tensorboard").iterdir()
+    data, tags = file.read_bytes(), set()
+    while data:  # records: length (8), its checksum (4), payload, checksum (4)
+        length = int.from_bytes(data[:8], "little")
+        tags |= {value.tag for value in Event.FromString(data[12 : 12 + length]).summary.value}
+        data = data[16 + length :]
+    assert {"loss", "grad_norm", "samples"} <= tags
+
+
+def test_a_silent_process_writes_nothing(tmp_path, capsys):
+    report = reporter(tmp_path, lead=False, tensorboard=True)
+    for step in (1, 2):
+        report.step(step, scalars(1.0))
+    report.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_peaks_are_found_by_the_longest_name():
+    assert peak_flops(FakeDevice("TPU v5 lite")) == 197e12
+    assert peak_flops(FakeDevice("TPU v5p")) == 459e12
+    assert peak_flops(FakeDevice("NVIDIA H100 80GB HBM3")) == 989e12
+    assert peak_flops(FakeDevice("cpu")) is None

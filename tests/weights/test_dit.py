@@ -1,0 +1,169 @@
+"""The DiT mapping: round trip, what shapes tell, and one clear complaint about everything wrong with a state_dict."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from diffjax.errors import UserError
+from diffjax.models import create
+from diffjax.models.layers import sincos_positions
+from diffjax.weights import from_reference, mapping, to_reference, unwrap
+
+KWARGS = {"patch": 2, "depth": 3, "width": 24, "heads": 2, "channels": 3, "num_classes": 5}
+
+
+def module_and_params(**kwargs):
+    module = create("DiT", **{**KWARGS, **kwargs})
+    shapes = jax.eval_shape(
+        module.init, jax.random.key(0), jnp.zeros((1, 8, 8, module.channels)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    )["params"]
+    leaves, structure = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(0)
+    return module, structure.unflatten([rng.standard_normal(leaf.shape, np.float32) for leaf in leaves])
+
+
+@pytest.fixture(scope="module")
+def state_dict():
+    positions = sincos_positions(4, 4, 24)[None]
+    return {**to_reference("dit", *module_and_params()), "pos_embed": positions}
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"mlp_ratio": 2.9}, {"learn_sigma": False}, {"null_class": False}, {"patch": 1, "depth": 1}],
+    ids=str,
+)
+def test_round_trip(kwargs):
+    """Every parameter of the module comes back, and the module itself out of the shapes and the heads."""
+    module, params = module_and_params(**kwargs)
+    told = {} if module.null_class else {"class_dropout_prob": 0.0}
+    found, back = from_reference("dit", to_reference("dit", module, params), num_heads=2, **told)
+    assert int(24 * found.mlp_ratio) == int(24 * module.mlp_ratio)
+    assert found.clone(mlp_ratio=module.mlp_ratio) == module
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_keys_and_layout_of_the_reference(state_dict):
+    assert len(state_dict) == 12 + 10 * 3
+    _, params = module_and_params()
+    kernel = params["blocks"]["attention"]["qkv"]["kernel"]  # [l, d, h, 3, k]
+    # the reference's rows: q of all heads, then k, then v; each head's features together
+    np.testing.assert_array_equal(state_dict["blocks.1.attn.qkv.weight"][24 + 12 + 5], kernel[1, :, 1, 1, 5])
+    pixel = params["patch_embed"]["kernel"].reshape(2, 2, 3, 24)
+    np.testing.assert_array_equal(state_dict["x_embedder.proj.weight"][7, 2, 1, 0], pixel[1, 0, 2, 7])
+    np.testing.assert_array_equal(state_dict["blocks.2.mlp.fc1.weight"], params["blocks"]["mlp"]["fc1"]["kernel"][2].T)
+
+
+def test_all_arguments_of_the_reference(state_dict):
+    config = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 24, "depth": 3, "num_heads": 2}
+    config |= {"mlp_ratio": 4.0, "class_dropout_prob": 0.1, "num_classes": 5, "learn_sigma": True}
+    assert from_reference("dit", state_dict, **config)[0] == create("DiT", **KWARGS)
+
+
+def test_half_precision_becomes_float32(state_dict):
+    halves = {key: value.astype(ml_dtypes.bfloat16) for key, value in state_dict.items() if key != "pos_embed"}
+    _, params = from_reference("dit", halves, num_heads=2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+
+
+def test_published_heads_need_not_be_given():
+    module, params = module_and_params(depth=12, width=384, heads=6, num_classes=1)
+    assert from_reference("dit", to_reference("dit", module, params))[0].heads == 6
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({}, "depth 3, width 24 is no published size; give num_heads"),
+        ({"num_heads": 5}, "width = 24 is not divisible by heads = 5"),
+        ({"hidden_size": 48}, "hidden_size = 48 contradicts the weights, whose shapes say 24"),
+        ({"depth": 12}, "depth = 12 contradicts"),
+        ({"patch_size": 4}, "patch_size = 4 contradicts"),
+        ({"in_channels": 4}, "in_channels = 4 contradicts"),
+        ({"num_classes": 1000}, "num_classes = 1000 contradicts .* 5"),
+        ({"num_classes": 5, "class_dropout_prob": 0.0}, "num_classes = 5 contradicts .* 6"),
+        ({"mlp_ratio": 2.0}, "mlp_ratio = 2.0 contradicts"),
+        ({"learn_sigma": False}, "learn_sigma = False contradicts"),
+        ({"num_heads": 2, "input_size": 16}, r"pos_embed is \(1, 16, 24\), expected .* = \(1, 64, 24\)"),
+        ({"heads": 2}, "no argument heads; valid: input_size, patch_size"),
+    ],
+)
+def test_arguments_that_cannot_be(state_dict, config, message):
+    with pytest.raises(UserError, match=message):
+        from_reference("dit", state_dict, **config)
+
+
+def test_one_error_names_every_wrong_key(state_dict):
+    broken = dict(state_dict)
+    del broken["blocks.1.attn.qkv.weight"], broken["final_layer.linear.bias"]
+    broken |= {"blocks.7.mlp.fc1.bias": np.zeros(96), "head.weight": np.zeros((2, 2)), "y_embedder.note": "text"}
+    broken["x_embedder.proj.weight"] = broken["x_embedder.proj.weight"].transpose(1, 0, 2, 3)
+    broken["blocks.2.attn.proj.bias"] = np.zeros(25)
+    broken["t_embedder.mlp.2.weight"] = [1.0]
+    with pytest.raises(UserError) as error:
+        from_reference("dit", broken, num_heads=2)
+    unexpected, missing, wrong = str(error.value).split("; ")
+    assert "unexpected keys: blocks.7.mlp.fc1.bias, head.weight, y_embedder.note" in unexpected
+    assert missing == "missing keys: blocks.1.attn.qkv.weight, final_layer.linear.bias"
+    assert wrong == (
+        "wrong shapes: blocks.2.attn.proj.bias is (25), expected (24), "
+        "t_embedder.mlp.2.weight is no array but of type list, "
+        "x_embedder.proj.weight is (3, 24, 2, 2), expected (24, ?, ?, ?)"
+    )
+
+
+@pytest.mark.parametrize("key", ["x_embedder.proj.weight", "final_layer.linear.weight", "t_embedder.mlp.0.bias"])
+def test_each_key_is_needed(state_dict, key):
+    with pytest.raises(UserError, match=f"missing keys: {key}$"):
+        from_reference("dit", {k: v for k, v in state_dict.items() if k != key}, num_heads=2)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"model": {}, "opt": {}}])
+def test_something_else_entirely(wrong):
+    with pytest.raises(UserError, match=r"missing keys: blocks\.0\.adaLN_modulation\.1\.bias, .* and 15 more"):
+        from_reference("dit", wrong)
+
+
+def test_oblong_patches_are_refused(state_dict):
+    broken = state_dict | {"x_embedder.proj.weight": np.zeros((24, 3, 2, 3), np.float32)}
+    with pytest.raises(UserError, match=r"x_embedder\.proj\.weight is"):
+        from_reference("dit", broken, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda table: table[:, ::-1], "differs from the fixed sine-cosine table"),
+        (lambda table: np.roll(table, 12, axis=2), "differs from the fixed sine-cosine table"),
+        (lambda table: table + np.float32(np.nan), "differs from the fixed sine-cosine table"),
+        (lambda table: table[:, :15], "pos_embed is"),
+        (lambda table: table[0], "pos_embed is"),
+    ],
+)
+def test_other_positions_are_refused(state_dict, change, message):
+    with pytest.raises(UserError, match=message):
+        from_reference("dit", state_dict | {"pos_embed": change(state_dict["pos_embed"])}, num_heads=2)
+
+
+def test_unknown_family(state_dict):
+    with pytest.raises(UserError, match="weights of family 'dti' are unknown; valid: dit"):
+        from_reference("dti", state_dict)
+
+
+def test_unwrap():
+    weights = {"a": np.zeros(2)}
+    other = {"a": np.ones(2)}
+    assert unwrap({"model": other, "ema": weights, "opt": {}}) == weights
+    assert unwrap({"model": weights, "opt": {}}) == weights
+    assert unwrap(weights) == weights
+    for nothing in ({"opt": {}}, {}, [1], 3):
+        with pytest.raises(UserError, match="the checkpoint holds no weights"):
+            unwrap(nothing)
+
+
+def test_infer_takes_the_majority_and_solves_products():
+    table = [("a.{l}.w", "a/w", "(two d) p1 p2 -> (two d p1) p2"), ("b", "b", "d -> d"), ("c", "c", "d -> d")]
+    arrays = {f"a.{i}.w": np.zeros((6, 4, 4)) for i in range(4)} | {"b": np.zeros(7), "c": np.zeros(3)}
+    assert mapping.infer(table, arrays, {"two": 2}) == {"two": 2, "l": 4, "d": 3, "p": 4}

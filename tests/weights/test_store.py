@@ -1,0 +1,76 @@
+"""Parameters on disk, their hash, and the whole way from a torch file."""
+
+import hashlib
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from diffjax.errors import UserError
+from diffjax.parallel.mesh import make_mesh
+from diffjax.weights import store
+from tests.weights.test_dit import module_and_params
+
+
+def test_saved_and_loaded(tmp_path):
+    module, params = module_and_params(mlp_ratio=2.9)
+    saved = store.save(tmp_path / "p", module, params, {"family": "dit"})
+    loaded_module, loaded, model = store.load(tmp_path / "p")
+    assert loaded_module == module
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert model == saved
+    assert model["family"] == "dit"
+    assert model["sha256"] == store.tree_sha256(loaded)
+    assert model["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_loaded_into_given_shardings(tmp_path):
+    module, params = module_and_params()
+    store.save(tmp_path / "p", module, params, {})
+    sharding = NamedSharding(make_mesh({"data": -1}), PartitionSpec())
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params)
+    loaded = store.load_params(tmp_path / "p", abstract)
+    assert {leaf.sharding for leaf in jax.tree.leaves(loaded)} == {sharding}
+    assert store.tree_sha256(loaded) == store.tree_sha256(params)
+
+
+def test_another_model_is_refused(tmp_path):
+    module, params = module_and_params()
+    store.save(tmp_path / "p", module, params, {})
+    _, other = module_and_params(num_classes=7)
+    with pytest.raises(UserError, match=r"holds DiT\(patch=2.*label_embed/embedding \(6, 24\) not \(8, 24\)$"):
+        store.load_params(tmp_path / "p", other)
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(UserError, match="holds no converted parameters"):
+        store.load(tmp_path)
+    (tmp_path / "params").mkdir()
+    for text in ("{", "[]", '{"name": "DiT"}'):
+        (tmp_path / "model.json").write_text(text)
+        with pytest.raises(UserError, match=r"model\.json: damaged"):
+            store.load(tmp_path)
+    with pytest.raises(UserError, match="is not an empty folder"):
+        store.save(tmp_path, *module_and_params(), {})
+
+
+def test_hash_sees_paths_types_shapes_and_values():
+    a = {"x": np.zeros((2, 3), np.float32), "y": {"z": np.float32(1)}}
+    b = {"y": {"z": jax.numpy.float32(1)}, "x": jax.numpy.zeros((2, 3))}
+    assert store.tree_sha256(a) == store.tree_sha256(b)
+    changes = [
+        {"w": a["x"], "y": a["y"]},
+        a | {"x": np.zeros((3, 2), np.float32)},
+        a | {"x": np.zeros((2, 3), np.int32)},
+    ]
+    changes += [a | {"x": -a["x"]}, a | {"y": {"z": np.float32(2)}}, a | {"y": {"z": np.ones(1, np.float32)}}]
+    hashes = {store.tree_sha256(tree) for tree in [a, *changes]}
+    assert len(hashes) == 1 + len(changes)
+
+
+def test_hash_is_a_fixed_function():
+    """Stored hashes must stay valid: a change of the rule breaks this."""
+    tree = {"b": np.arange(3, dtype=np.float32), "a": [np.int32(7)]}
+    text = b"a/0 int32 ()\n" + np.int32(7).tobytes() + b"b float32 (3,)\n" + tree["b"].tobytes()
+    assert store.tree_sha256(tree) == hashlib.sha256(text).hexdigest()
