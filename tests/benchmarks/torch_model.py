@@ -1,4 +1,4 @@
-"""DiT and its loss in PyTorch, written from the paper with torch.nn layers; the other side of `torch_dit`."""
+"""DiT and its loss in PyTorch, from torch.nn layers; parameters carry the published names. For `torch_dit`."""
 
 import math
 
@@ -104,16 +104,16 @@ class TorchDiT(nn.Module):
         self.final_layer = FinalLayer(width, patch * patch * 8)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02)
-        self.register_buffer("positions", self.position_table(width), persistent=False)
+        self.register_buffer("pos_embed", self.position_table(width))
 
     def position_table(self, width: int) -> torch.Tensor:
         frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
         row, column = torch.meshgrid(*[torch.arange(self.side, dtype=torch.float64)] * 2, indexing="ij")
         angles = [position.reshape(-1, 1) * frequencies for position in (column, row)]
-        return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+        return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()[None]
 
     def forward(self, x, t, y):
-        x = self.x_embedder(x) + self.positions
+        x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             x = block(x, c)
