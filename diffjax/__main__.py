@@ -3,14 +3,14 @@
 Exit codes: 0 done; 2 the user's mistake, one line on stderr; 1 anything else, with its traceback.
 """
 
-import errno
 import importlib
+import logging as python_logging
 import os
 import sys
 
 from absl import flags, logging
 
-from diffjax.errors import UserError
+from diffjax.errors import UserError, refused_write
 
 VERBS = {
     "train": "train a config in a run folder; the same command again resumes",
@@ -20,23 +20,29 @@ VERBS = {
     "inspect": "steps, sizes and sha256 of a run's parameters, average and optimizer state, as json",
     "bench": "steps/s, images/s and MFU of a config, and what the loop adds to the bare step",
 }
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG)
 
 
 def main(argv: list[str]) -> int:
     """Run the verb that `argv` (without the program's name) asks for; returns the exit code."""
-    logging.set_verbosity(os.environ.get("DIFFJAX_LOG", "error"))
+    _set_logging(os.environ.get("DIFFJAX_LOG", "fatal"))
     try:
         _run(argv)
     except UserError as error:
         print(f"diffjax: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if not (reason := refused_write(error)):
             raise
-        print(f"diffjax: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        print(f"diffjax: cannot write {error.filename or 'a file'}: {reason}", file=sys.stderr)
         return 2
     return 0
+
+
+def _set_logging(level: str) -> None:
+    """By default silent: what fails in a library's thread is logged there and also raised, and one line reports it."""
+    logging.set_verbosity(level)
+    for name in ("asyncio", "orbax"):
+        python_logging.getLogger(name).setLevel(logging.get_absl_logger().level)
 
 
 def _run(argv: list[str]) -> None:
@@ -77,4 +83,7 @@ def _run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if "DIFFJAX_LOG" not in os.environ:
+        # Writes that Orbax gives up complain from C++ when they end; the error that made it give up is reported.
+        sys.unraisablehook = lambda unraisable: None
     sys.exit(main(sys.argv[1:]))

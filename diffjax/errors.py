@@ -1,5 +1,13 @@
 """The one exception that means "the caller asked for something impossible"."""
 
+import errno
+import os
+
+# What the system says to a write when the place is at fault and not the program.
+_REFUSALS = [
+    os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+]
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: a name, a path, a number, a file.
@@ -7,3 +15,11 @@ class UserError(ValueError):
     The message is one line that says what is wrong, where, and what would be valid. The command line prints it
     without a traceback and exits with 2.
     """
+
+
+def refused_write(error: BaseException) -> str | None:
+    """What the system said to a write that it refused ("No space left on device"); None for any other error.
+
+    Errors of Orbax's threads and of its C++ part come as exceptions of many types, so their text decides.
+    """
+    return next((text for text in _REFUSALS if text in str(error)), None)

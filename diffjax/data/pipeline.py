@@ -9,13 +9,16 @@ The order is computed for whole batches rather than by one Grain node per exampl
 per example; Grain does the reading ahead, in threads and in worker processes.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -66,7 +69,12 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        batch = next(self._iterator)
+        if self._started:
+            batch = next(self._iterator)
+        else:  # here Grain starts its processes
+            with _signals_for_parent():
+                batch = next(self._iterator)
+            self._started = True
         self._next_batch += 1
         return batch
 
@@ -98,6 +106,7 @@ class Batches:
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
             stream = stream.mp_prefetch(options, worker_init_fn=_exit_with_parent)
         self._iterator = iter(stream)
+        self._started = False
         self._next_batch = start
 
 
@@ -146,6 +155,17 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in json.loads(json.dumps(tree)).items():
         leaves.update(_leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return leaves
+
+
+@contextlib.contextmanager
+def _signals_for_parent() -> Iterator[None]:
+    """Processes started in here never take SIGINT and SIGTERM, which terminals and schedulers send to all of them."""
+    resource_tracker.ensure_running()  # its start would take the block away again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _exit_with_parent(worker: int, workers: int) -> None:

@@ -5,7 +5,7 @@ process leaves the earlier steps as they were. Nothing here ever deletes a step 
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from diffjax.errors import UserError
+from diffjax.errors import UserError, refused_write
 from diffjax.training.state import TrainState
 
 ITEMS = ("state", "ema", "data", "meta")
@@ -49,6 +49,7 @@ class Checkpoints:
             read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
+        self._saving: int | None = None
 
     def steps(self) -> list[int]:
         """Complete checkpoints, ascending."""
@@ -66,7 +67,10 @@ class Checkpoints:
             data=ocp.args.JsonSave(dict(data)),
             meta=ocp.args.JsonSave(dict(meta)),
         )
-        self._manager.save(step, args=items, force=True)
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._saving = step
+            self._manager.save(step, args=items, force=True)
 
     def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """State and data position at `step`, laid out as `abstract` says, whatever mesh they were saved from."""
@@ -166,11 +170,29 @@ class Checkpoints:
 
     def check_for_errors(self) -> None:
         """Raise what went wrong in a save that runs in the background."""
-        self._manager.check_for_errors()
+        with self._writing():
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Until the save under way is complete."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A write that the system refuses is a UserError that says what is left to go on from."""
+        try:
+            yield
+        except Exception as error:
+            if not (reason := refused_write(error)):
+                raise
+            self._manager.reload()
+            last = self.latest()
+            raise UserError(
+                f"cannot write checkpoint {self._saving} in {self.directory}: {reason}; the last complete checkpoint "
+                f"is {'none' if last is None else last}; make room and run the same command again"
+            ) from error

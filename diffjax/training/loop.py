@@ -132,7 +132,7 @@ def _loop(
 ) -> None:
     config = setup.config
     pending = Pending()
-    saved = start if start else None
+    saved = checkpoints.latest()
     meta = _meta(setup)
 
     def save(step: int) -> None:

@@ -35,7 +35,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not a number; names the step."""
+    """A loss, gradient or parameter that is not a number; names the step."""
 
 
 class Reporter:
@@ -78,12 +78,12 @@ class Reporter:
         """Take the scalars of the update that led to `step`; blocks until they are there.
 
         Raises:
-            NonFiniteError: the loss or the gradient norm is infinite or not a number.
+            NonFiniteError: one of them is infinite or not a number.
         """
         fetched = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(fetched[name]):
-                raise NonFiniteError(f"{name} is {fetched[name]} at step {step}")
+        for name, value in fetched.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"{name} is {value} at step {step}")
         now = time.perf_counter()
         if self._last_time is not None:
             self._durations.append(now - self._last_time)

@@ -39,7 +39,7 @@ def train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = ema.update(state.ema, params, ema_decay)
-    metrics["grad_norm"] = optax.tree.norm(gradients)
+    metrics["grad_norm"], metrics["param_norm"] = optax.tree.norm(gradients), optax.tree.norm(params)
     return TrainState(state.step + 1, params, opt_state, average), metrics
 
 

@@ -53,7 +53,6 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     out = Path(values.out)
     if out.suffix != ".npz":
         raise UserError(f"--out={out}: a samples file ends in .npz")
-    out.parent.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh({"data": -1})
     config, params, origin = _load(values, overrides, mesh)
     if config.data.channels not in (1, 3) and not values.raw:
@@ -63,6 +62,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         )
     model, objective = build_model(config), build_objective(config)
     labels = _labels(values, config.data.num_classes)
+    out.parent.mkdir(parents=True, exist_ok=True)  # here, so that a folder that cannot be made costs no sampling
     sampler = generate.compile_sampler(objective, bind(model), mesh, values.seed)
     batches = generate.generate(sampler, params, labels, mesh, values.batch_size, values.first)
     quiet = not hosts.is_lead()
