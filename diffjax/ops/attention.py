@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from diffjax.errors import UserError
 
@@ -24,5 +25,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str =
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     scale = q.shape[-1] ** -0.5
     logits = jnp.einsum("bnhk,bmhk->bhnm", q * scale, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhnm,bmhk->bnhk", weights, v)
+    # The division of softmax waits until after the weighted sum, which is smaller than the weights.
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    total = rearrange(jnp.sum(weights, axis=-1), "b heads n -> b n heads 1")
+    values = jnp.einsum("bhnm,bmhk->bnhk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (values / total).astype(v.dtype)
