@@ -106,8 +106,8 @@ class Batches:
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
             stream = stream.mp_prefetch(options, worker_init_fn=_exit_with_parent)
         self._iterator = iter(stream)
-        self._started = False
-        self._next_batch = start
+        self._started: bool = False
+        self._next_batch: int = start
 
 
 @dataclass(frozen=True)

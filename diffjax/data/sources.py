@@ -191,8 +191,7 @@ def _prepared(data: ConfigDict) -> Any:
     place = f"data_dir={data.dir!r}, " if data.dir else ""
     call = f"tfds.builder({data.dataset or '<name>'!r}, {place}file_format='array_record').download_and_prepare()"
     advice = (
-        "prepare it once with: pip install -e '.[prepare]' && "
-        f'python -c "import tensorflow_datasets as tfds; {call}"'
+        f"prepare it once with: pip install -e '.[prepare]' && python -c \"import tensorflow_datasets as tfds; {call}\""
     )
     try:
         if data.dataset:

@@ -31,13 +31,9 @@ def load(path_and_argument: str, overrides: list[str] | None = None) -> ConfigDi
 
 def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
     """Set leaves from command-line arguments, each parsed as the type of the leaf it replaces."""
-    leaves = set(flatten(config))
+    leaves = flatten(config)
     for argument in arguments:
-        leaf = argument.removeprefix("--config.").partition("=")[0]
-        if leaf not in leaves and not leaf.startswith("no"):
-            near = [name for name in sorted(leaves) if name.split(".")[-1] == leaf.split(".")[-1] or leaf in name]
-            hint = f"did you mean {', '.join(near)}?" if near else f"sections: {', '.join(config)}"
-            raise UserError(f"the config has no leaf {leaf!r}; {hint}")
+        _check_override(argument, leaves)
     argv = ["diffjax", *arguments]
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -46,6 +42,24 @@ def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
     return config
+
+
+def _check_override(argument: str, leaves: dict[str, Any]) -> None:
+    """Raise UserError unless `argument` is --config.LEAF=VALUE, or --config.LEAF or --noconfig.LEAF for a switch."""
+    name, equals, _ = argument.lstrip("-").partition("=")
+    leaf = name.removeprefix("no").removeprefix("config.")
+    if inside := [known.removeprefix(f"{leaf}.") for known in leaves if known.startswith(f"{leaf}.")]:
+        raise UserError(f"--{name}: {leaf!r} is a section; its leaves: {', '.join(inside)}")
+    if leaf not in leaves:
+        near = [known for known in sorted(leaves) if known.split(".")[-1] == leaf.split(".")[-1] or leaf in known]
+        sections = sorted({known.partition(".")[0] for known in leaves})
+        hint = f"did you mean {', '.join(near)}?" if near else f"sections: {', '.join(sections)}"
+        raise UserError(f"the config has no leaf {leaf!r}; {hint}")
+    switch = isinstance(leaves[leaf], bool)
+    if name.startswith("no") and (equals or not switch):
+        raise UserError(f"--{name}: only for switches, and without a value; write --config.{leaf}=VALUE")
+    if not equals and not switch:
+        raise UserError(f"--{name}: write --{name}=VALUE")
 
 
 def _module(path: Path) -> Any:
@@ -59,7 +73,11 @@ def _module(path: Path) -> Any:
     if spec is None or spec.loader is None:
         raise UserError(f"--config={path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        place = f"line {error.lineno}: " if isinstance(error, SyntaxError) else ""
+        raise UserError(f"--config={path}: {place}{error.msg}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={path}: the file defines no get_config(arg)")
     return module

@@ -87,9 +87,13 @@ def train(config: ConfigDict, workdir: Path, accepted: tuple[str, ...] = ()) -> 
 
 def _check_folder(config: ConfigDict, workdir: Path, accepted: tuple[str, ...]) -> list[str]:
     """Raise UserError unless the folder is new or belongs to this config; return the differences that may be."""
-    stored = workdir / "config.json"
-    if stored.is_file():
-        return configs.check_same_run(configs.read(stored), config, accepted)
+    path = workdir / "config.json"
+    stored = configs.read(path) if path.is_file() else None
+    known = configs.flatten(config) | configs.flatten(stored or {})
+    if unknown := [name for name in accepted if name not in known]:
+        raise UserError(f"--accept={','.join(unknown)}: the config has no such leaf")
+    if stored is not None:
+        return configs.check_same_run(stored, config, accepted)
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} has checkpoints but no config.json: not a run folder; use another --workdir")
     return []

@@ -62,7 +62,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         )
     model, objective = build_model(config), build_objective(config)
     labels = _labels(values, config.data.num_classes)
-    out.parent.mkdir(parents=True, exist_ok=True)  # here, so that a folder that cannot be made costs no sampling
+    _make_folder(out)
     sampler = generate.compile_sampler(objective, bind(model), mesh, values.seed)
     batches = generate.generate(sampler, params, labels, mesh, values.batch_size, values.first)
     quiet = not hosts.is_lead()
@@ -84,24 +84,37 @@ def _load(values: flags.FlagValues, overrides: list[str], mesh: Any) -> tuple[Co
     if values.params:
         if not values.config:
             raise UserError("sample: --params needs --config, the recipe to sample with")
+        if values["step"].present or values["weights"].present:
+            raise UserError("sample: --step and --weights choose within a run folder; they have no effect on --params")
         config = configs.load(values.config, overrides)
         params = store.load_params(Path(values.params), abstract_params(config, mesh))
         return config, params, {"params": values.params, "sha256": store.tree_sha256(params)}
     if values.config:
         raise UserError("sample: --workdir has its own config; give only leaves, such as --config.sampling.steps=50")
     workdir = Path(values.workdir)
-    config = configs.override(configs.read(workdir / "config.json"), overrides)
+    stored = configs.read(workdir / "config.json")
+    config = configs.override(stored.copy_and_resolve_references(), overrides)
+    abstract = abstract_params(config, mesh)
+    if abstract != abstract_params(stored, mesh):
+        raise UserError(f"sample: {' '.join(overrides)} makes another model than the run's; give leaves of sampling")
     checkpoints = Checkpoints(workdir, read_only=True)
     step = checkpoints.latest() if values.step is None else values.step
     if step is None or step not in checkpoints.steps():
         raise UserError(f"no checkpoint {'' if step is None else step} in {workdir}; complete: {checkpoints.steps()}")
-    abstract = abstract_params(config, mesh)
     if values.weights == "ema":
         params = checkpoints.restore_item("ema", step, abstract)
     else:
         params = checkpoints.restore_params(step, abstract)
     origin = {"workdir": str(workdir), "step": step, "weights": values.weights, "sha256": store.tree_sha256(params)}
     return config, params, origin
+
+
+def _make_folder(out: Path) -> None:
+    """Before sampling, so that a place that cannot be written costs no time."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}; give a writable folder") from error
 
 
 def _labels(values: flags.FlagValues, num_classes: int) -> np.ndarray:

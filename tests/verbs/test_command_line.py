@@ -1,0 +1,268 @@
+"""The command line: every mistake is exit code 2, one line that says what and where, and nothing on the disk."""
+
+import ast
+import importlib
+import inspect
+import os
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+from absl import flags
+
+from diffjax.__main__ import VERBS, main
+from diffjax.evaluation.samples import write_samples
+from diffjax.weights import to_reference
+from tests.programs import ROOT, train_arguments
+from tests.weights.test_dit import module_and_params
+from tests.weights.torch_writer import Named, pretended, tensor, write_zip
+
+QUICKSTART = f"{ROOT}/configs/quickstart.py:model=dit,runlocal"
+TRAIN = ("train", f"--config={QUICKSTART}", "--workdir=new")
+IMAGENET = f"--config={ROOT}/configs/imagenet256.py:runlocal"
+CONVERT = ("convert", "--family=dit", "--out=new", "--arguments=num_heads=2")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a run of 2 steps, converted parameters, and files that are wrong in their own ways."""
+    folder = tmp_path_factory.mktemp("world")
+    assert main(train_arguments(folder / "run", "total_steps=2")) == 0
+    module, params = module_and_params()
+    weights = to_reference("dit", module, params)
+
+    def write(name, weights):
+        write_zip(folder / name, OrderedDict((k, tensor(v, str(i))) for i, (k, v) in enumerate(weights.items())))
+
+    write("good.pt", weights)
+    write("missing.pt", {key: value for key, value in weights.items() if key != "x_embedder.proj.bias"})
+    write("unexpected.pt", weights | {"extra.weight": np.zeros(3, np.float32)})
+    with pretended(nt=["system"]):
+        write_zip(folder / "evil.pt", {"model": Named("nt", "system", ("true",))})
+    assert (
+        main([*CONVERT[:2], "--arguments=num_heads=2", f"--checkpoint={folder}/good.pt", f"--out={folder}/params"]) == 0
+    )
+    (folder / "text").write_text("not what it should be")
+    (folder / "text.npz").write_text("not what it should be")
+    (folder / "text.json").write_text("not what it should be")
+    (folder / "broken.py").write_text("def get_config(arg=None):\n    return 1 +\n")
+    (folder / "empty.py").write_text("")
+    (folder / "folder").mkdir()
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    write_samples(folder / "altered.npz", images, np.arange(4), {})
+    np.savez(folder / "altered.npz", arr_0=images + 1, arr_1=np.arange(4))
+    np.savez(folder / "other.npz", images=images)
+    return folder
+
+
+def listing(folder):
+    return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+def changed(*overrides):
+    return (*TRAIN, *(f"--config.{override}" for override in overrides))
+
+
+MISTAKES = {
+    # verbs and flags
+    "unknown-verb": (("trian",), "verb 'trian' is unknown; valid: train, sample"),
+    "unknown-flag": ((*TRAIN, "--steps=3"), "Unknown command line flag 'steps'"),
+    "no-config": (("train", "--workdir=new"), "--config"),
+    "no-workdir": (("train", f"--config={QUICKSTART}"), "--workdir"),
+    "flag-of-wrong-type": (("sample", "--workdir=run", "--num=many", "--out=new.npz"), "--num=many"),
+    "flag-out-of-range": (("sample", "--workdir=run", "--num=0", "--out=new.npz"), "--num=0"),
+    "word-without-flag": ((*TRAIN, "seed"), "'seed' is not a flag; write --name=value"),
+    "overrides-without-config": (("inspect", "--workdir=run", "--config.seed=1"), "inspect takes no --config"),
+    "distributed": ((*TRAIN, "--distributed=maybe"), "--distributed=maybe"),
+    # configs
+    "no-such-config": (("train", f"--config={ROOT}/configs/nothing.py", "--workdir=new"), "quickstart"),
+    "config-is-no-file": (("train", "--config=folder", "--workdir=new"), "--config=folder: no such file"),
+    "config-without-function": (("train", "--config=empty.py", "--workdir=new"), "defines no get_config"),
+    "config-with-bad-syntax": (("train", "--config=broken.py", "--workdir=new"), "--config=broken.py: line 2: invalid"),
+    "config-is-not-python": (("train", "--config=text", "--workdir=new"), "--config=text: not a Python file"),
+    "config-argument": (
+        ("train", f"--config={ROOT}/configs/quickstart.py:size=3", "--workdir=new"),
+        "config argument 'size' is unknown; valid: model, runlocal",
+    ),
+    "config-argument-of-wrong-type": (
+        ("train", f"--config={ROOT}/configs/quickstart.py:runlocal=perhaps", "--workdir=new"),
+        "config argument runlocal='perhaps'",
+    ),
+    "model-of-recipe": (
+        ("train", f"--config={ROOT}/configs/quickstart.py:model=unet", "--workdir=new"),
+        "model='unet' is unknown; valid: dit",
+    ),
+    "unknown-leaf": (changed("optim.lrr=1e-4"), "the config has no leaf 'optim.lrr'"),
+    "unknown-section": (changed("optimizer.lr=1e-4"), "no leaf 'optimizer.lr'; did you mean optim.lr?"),
+    "unknown-leaf-no": (changed("nose=1"), "the config has no leaf 'nose'"),
+    "leaf-with-space": ((*TRAIN, "--config.seed", "3"), "'3' is not a flag; write --name=value"),
+    "leaf-without-value": ((*TRAIN, "--config.seed"), "--config.seed: write --config.seed=VALUE"),
+    "section-as-leaf": (changed("optim=3"), "'optim' is a section; its leaves: accumulate, b1, b2"),
+    "switch-off-unknown": ((*TRAIN, "--noconfig.x"), "the config has no leaf 'x'"),
+    "switch-off-a-number": ((*TRAIN, "--noconfig.seed"), "--noconfig.seed: only for switches"),
+    "text-for-integer": (changed("total_steps=many"), "total_steps"),
+    "fraction-for-integer": (changed("total_steps=1.5"), "total_steps"),
+    "text-for-number": (changed("optim.lr=fast"), "optim.lr"),
+    "text-for-switch": (changed("data.flip=perhaps"), "data.flip"),
+    # contradictions, found before anything is compiled
+    "no-steps": (changed("total_steps=0"), "total_steps = 0: valid: 1 or more"),
+    "model": (changed("model.name=UNet"), "model 'UNet' is unknown; valid: DiT"),
+    "dtype": (changed("model.dtype=float8"), "dtype"),
+    "data-set": (changed("data.name=mnist"), "data.name='mnist' is not a data source; valid: digits"),
+    "split": (changed("data.split=dev"), "data.split='dev' is not a split of digits"),
+    "size-of-data": (changed("data.size=16"), "data.size=16, but digits has size=8"),
+    "classes-of-data": (changed("data.num_classes=7"), "data.num_classes=7, but digits has num_classes=10"),
+    "process": (changed("diffusion.process=edm"), "diffusion.process = 'edm' is unknown"),
+    "prediction": (changed("diffusion.prediction=v"), "valid: epsilon, x0"),
+    "variance": (changed("diffusion.variance=none"), "valid: learned_range"),
+    "loss": (changed("diffusion.loss=l1"), "valid: mse"),
+    "label-drop": (changed("diffusion.label_drop=1.5"), "diffusion.label_drop = 1.5"),
+    "sampler": (changed("sampling.sampler=heun"), "sampling.sampler = 'heun' is unknown; valid: ddpm, ddim"),
+    "sampling-steps": (changed("sampling.steps=3000"), "3000"),
+    "guidance": (changed("diffusion.label_drop=0.0"), "sampling.guidance needs a null class"),
+    "schedule": (changed("optim.schedule=step"), "optim.schedule = 'step' is unknown; valid: constant, cosine"),
+    "negative-rate": (changed("optim.lr=-1.0"), "must not be negative"),
+    "ema": (changed("ema.decay=2.0"), "ema.decay = 2.0: valid: 0 to 1"),
+    "workers": (changed("data.workers=-1"), "data.workers=-1"),
+    "patch": (changed("model.patch=3"), "image size 8 x 8 is not divisible by the model's patch = 3"),
+    "heads": (changed("model.heads=5"), "width = 48 is not divisible by heads = 5"),
+    "batch": (changed("batch_size=12"), "batch_size = 12 is not divisible"),
+    "accumulate": (changed("optim.accumulate=4"), "batch_size = 16 is not divisible"),
+    "mesh": (changed("parallel.mesh.data=3"), "does not fit the 8 devices present"),
+    "mesh-of-nothing": (changed("parallel.mesh.data=0"), "sizes are positive"),
+    "strategy": (changed("parallel.strategy=zero"), "parallel.strategy = 'zero' is unknown; valid: dp"),
+    "axis-without-use": (changed("parallel.mesh.tensor=2"), "parallel.strategy = 'dp' shards nothing on it"),
+    "heads-on-mesh": (
+        changed("parallel.mesh.tensor=8", "parallel.strategy=fsdp_tp", "parallel.replicate_below=0"),
+        "3 is not divisible by the 8 devices",
+    ),
+    # missing data
+    "folder": (changed("data.name=folder", "data.dir=nothing", "data.channels=3"), "data.dir='nothing'"),
+    "tfds": (
+        (f"train --config={ROOT}/configs/cifar10.py:runlocal --workdir=new --config.data.dir=nothing").split(),
+        "download_and_prepare()",
+    ),
+    "latents": (("train", IMAGENET, "--workdir=new", "--config.data.dir=nothing"), "make them with: python -m diffjax"),
+    # folders
+    "another-config": (
+        ("train", f"--config={QUICKSTART}", "--workdir=run", "--config.seed=5", "--config.optim.lr=0.5"),
+        "seed: 0 -> 5",
+    ),
+    "accept-of-nothing": ((*TRAIN, "--accept=steps"), "--accept=steps: the config has no such leaf"),
+    "workdir-is-a-file": (("train", f"--config={QUICKSTART}", "--workdir=text"), "--workdir=text"),
+    "inspect-nothing": (("inspect", "--workdir=folder"), "--workdir=folder is not a run folder"),
+    "inspect-a-file": (("inspect", "--workdir=text"), "--workdir=text is not a run folder"),
+    "inspect-step": (("inspect", "--workdir=run", "--step=7"), "--step=7: no such checkpoint in run; complete: [2]"),
+    # samples
+    "sample-neither": (("sample", "--num=2", "--out=new.npz"), "give either --workdir or --params"),
+    "sample-both": (("sample", "--num=2", "--out=new.npz", "--workdir=run", "--params=params"), "give either"),
+    "sample-suffix": (("sample", "--num=2", "--out=new.png", "--workdir=run"), "ends in .npz"),
+    "sample-step": (("sample", "--num=2", "--out=new/s.npz", "--workdir=run", "--step=7"), "no checkpoint 7 in run"),
+    "sample-folder": (("sample", "--num=2", "--out=new/s.npz", "--workdir=folder"), "no such file"),
+    "sample-config": (
+        ("sample", "--num=2", "--out=new/s.npz", "--workdir=run", f"--config={QUICKSTART}"),
+        "--workdir has its own config",
+    ),
+    "sample-leaf": (("sample", "--num=2", "--out=new/s.npz", "--workdir=run", "--config.x=1"), "no leaf 'x'"),
+    "sample-model-leaf": (
+        ("sample", "--num=2", "--out=new/s.npz", "--workdir=run", "--config.model.width=96"),
+        "another model",
+    ),
+    "sample-unused-step": (
+        ("sample", "--num=2", "--out=new/s.npz", "--params=params", f"--config={QUICKSTART}", "--step=2"),
+        "--step",
+    ),
+    "sample-unused-weights": (
+        ("sample", "--num=2", "--out=new/s.npz", "--params=params", f"--config={QUICKSTART}", "--weights=params"),
+        "--weights",
+    ),
+    "params-without-config": (("sample", "--num=2", "--out=new/s.npz", "--params=params"), "--params needs --config"),
+    "params-of-another": (
+        ("sample", "--num=2", "--out=new/s.npz", "--params=params", f"--config={QUICKSTART}"),
+        "another model than asked for",
+    ),
+    "params-of-nothing": (
+        ("sample", "--num=2", "--out=new/s.npz", "--params=folder", f"--config={QUICKSTART}"),
+        "holds no converted parameters",
+    ),
+    "switch-off-with-value": ((*TRAIN, "--noconfig.data.flip=true"), "--noconfig.data.flip: only for switches"),
+    # evaluation
+    "evaluate-nothing": (("evaluate",), "give --samples and --reference, or --compare"),
+    "evaluate-missing": (("evaluate", "--samples=no.npz", "--reference=digits"), "no.npz: no such samples file"),
+    "evaluate-text": (("evaluate", "--samples=text.npz", "--reference=digits"), "text.npz: not a samples file"),
+    "evaluate-layout": (("evaluate", "--samples=other.npz", "--reference=digits"), "other.npz: not a samples file"),
+    "evaluate-altered": (("evaluate", "--samples=altered.npz", "--reference=digits"), "does not describe altered.npz"),
+    "compare-text": (("evaluate", "--compare", "text.json", "text.json"), "text.json"),
+    "compare-one": (("evaluate", "--compare", "text.json"), "--compare takes two result files"),
+    # conversion
+    "convert-missing-file": ((*CONVERT, "--checkpoint=no.pt"), "no.pt: no such file"),
+    "convert-text": ((*CONVERT, "--checkpoint=text"), "text"),
+    "convert-pickle": ((*CONVERT, "--checkpoint=evil.pt"), "refused to load nt.system"),
+    "convert-missing-key": ((*CONVERT, "--checkpoint=missing.pt"), "x_embedder.proj.bias"),
+    "convert-unexpected-key": ((*CONVERT, "--checkpoint=unexpected.pt"), "extra.weight"),
+    "convert-family": (
+        ("convert", "--family=vit", "--out=new", "--checkpoint=good.pt"),
+        "'vit' are unknown; valid: dit",
+    ),
+    "convert-into-full": (
+        ("convert", "--family=dit", "--arguments=num_heads=2", "--checkpoint=good.pt", "--out=run"),
+        "run exists and is not an empty folder",
+    ),
+    # timing
+    "bench-config": (("bench", f"--config={ROOT}/configs/nothing.py"), "no such file"),
+    "bench-model": (("bench", f"--config={QUICKSTART}", "--config.model.heads=5"), "not divisible by heads = 5"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(world, monkeypatch, capsys, mistake):
+    arguments, message = MISTAKES[mistake]
+    monkeypatch.chdir(world)
+    before = listing(world)
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    printed, error = capsys.readouterr()
+    assert message in error
+    assert error.startswith("diffjax: ")
+    assert error.count("\n") == 1
+    assert printed == "" or arguments[0] == "convert"
+    assert listing(world) == before
+
+
+def test_several_differing_leaves_are_all_named(world, capsys):
+    assert main([*train_arguments(world / "run", "total_steps=3", "optim.lr=0.5"), "--accept=total_steps"]) == 2
+    error = capsys.readouterr().err
+    assert "another config: optim.lr: " in error
+    assert " -> 0.5 (stored" in error
+    assert "total_steps" not in error
+
+
+def test_layout_may_change_and_accepted_leaves_too(world, tmp_path, capsys):
+    os.makedirs(tmp_path / "run")
+    assert main(train_arguments(tmp_path / "run", "total_steps=2")) == 0
+    more = train_arguments(tmp_path / "run", "total_steps=3", "data.threads=0")
+    assert main([*more, "--accept=total_steps"]) == 0
+    assert "going on with data.threads: 1 -> 0; total_steps: 2 -> 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_lists_the_flags(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    values = flags.FlagValues()
+    importlib.import_module(f"diffjax.verbs.{verb}").define_flags(values)
+    printed = capsys.readouterr().out
+    assert all(f"--{name}" in printed or f"--[no]{name}" in printed for name in values)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_flag_is_read(verb):
+    module = importlib.import_module(f"diffjax.verbs.{verb}")
+    values = flags.FlagValues()
+    module.define_flags(values)
+    tree = ast.parse(inspect.getsource(module))
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "values"
+    }
+    assert set(values) <= read

@@ -1,0 +1,130 @@
+"""Images by number through the command line: subsets, raw values, labels, converted parameters."""
+
+import json
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+
+from diffjax.__main__ import main
+from diffjax.evaluation.samples import read_samples
+from diffjax.training.checkpoint import Checkpoints
+from diffjax.training.setup import build
+from diffjax.verbs.inspect import inspect
+from diffjax.weights import to_reference
+from tests.programs import ROOT, tiny_config, train_arguments
+from tests.weights.torch_writer import tensor, write_zip
+
+QUICKSTART = f"--config={ROOT}/configs/quickstart.py:model=dit,runlocal"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    options = ("total_steps=4", "checkpoint.every_steps=2", "optim.warmup_steps=0", "ema.decay=0.5")
+    assert main(train_arguments(workdir, *options)) == 0
+    return workdir
+
+
+def sample(out, *flags):
+    assert main(["sample", f"--out={out}", *flags]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def full(run):
+    return read_samples(sample(run.parent / "full.npz", f"--workdir={run}", "--num=24", "--batch_size=8"))
+
+
+def test_files_and_protocol(run, full):
+    images, labels, protocol = full
+    assert images.shape == (24, 8, 8, 3)
+    assert images.std() > 10
+    np.testing.assert_array_equal(labels, np.arange(24) % 10)
+    assert (run.parent / "full.png").stat().st_size > 100
+    assert {"num": 24, "first": 0, "seed": 0, "labels": "interleaved"}.items() <= protocol.items()
+    assert protocol["origin"]["step"] == 4
+    assert protocol["origin"]["sha256"] == inspect(run)["sha256"]["ema"]
+
+
+@pytest.mark.parametrize(
+    "flags", [("--first=8", "--num=8", "--batch_size=8"), ("--first=5", "--num=11", "--batch_size=8")]
+)
+def test_a_subset_is_the_same_bits_in_batches_of_the_same_shape(run, full, tmp_path, flags):
+    first = int(flags[0].partition("=")[2])
+    images, labels, protocol = read_samples(sample(tmp_path / "s.npz", f"--workdir={run}", *flags))
+    np.testing.assert_array_equal(images, full[0][first : first + len(images)])
+    np.testing.assert_array_equal(labels, full[1][first : first + len(images)])
+    assert protocol["first"] == first
+
+
+def test_a_subset_in_other_batches_differs_by_rounding_alone(run, full, tmp_path):
+    images, labels, _ = read_samples(sample(tmp_path / "s.npz", f"--workdir={run}", "--first=3", "--num=20"))
+    assert np.abs(images.astype(int) - full[0][3:23].astype(int)).max() <= 1
+    np.testing.assert_array_equal(labels, full[1][3:23])
+
+
+def test_a_second_run_writes_the_same_file(run, tmp_path):
+    files = [sample(tmp_path / name, f"--workdir={run}", "--num=8") for name in ("a.npz", "b.npz")]
+    protocols = [json.loads(file.with_suffix(".json").read_text()) for file in files]
+    assert protocols[0] == protocols[1]
+    np.testing.assert_array_equal(read_samples(files[0])[0], read_samples(files[1])[0])
+
+
+def test_seed_step_and_weights_change_the_images(run, full, tmp_path):
+    for flag in ("--seed=1", "--step=2", "--weights=params"):
+        images, _, protocol = read_samples(sample(tmp_path / "s.npz", f"--workdir={run}", "--num=8", flag))
+        assert (images != full[0][:8]).any(), flag
+    assert protocol["origin"]["sha256"] == inspect(run)["sha256"]["params"]
+
+
+def test_raw_values_are_those_that_are_rounded(run, full, tmp_path):
+    out = sample(tmp_path / "s.npz", f"--workdir={run}", "--num=8", "--raw")
+    with np.load(out) as arrays:
+        raw, labels = arrays["arr_0"], arrays["arr_1"]
+    assert (raw.dtype, raw.shape, labels.dtype) == (np.float32, (8, 8, 8, 1), np.int32)
+    rounded = np.clip(127.5 * raw + 128, 0, 255).astype(np.uint8).repeat(3, axis=-1)
+    np.testing.assert_array_equal(rounded, full[0][:8])
+    np.testing.assert_array_equal(labels, full[1][:8])
+
+
+def test_uniform_labels_depend_on_the_number_alone(run, tmp_path):
+    flags = (f"--workdir={run}", "--labels=uniform", "--batch_size=8")
+    _, labels, protocol = read_samples(sample(tmp_path / "all.npz", *flags, "--num=40"))
+    assert protocol["labels"] == "uniform"
+    assert len(set(labels)) > 5
+    assert (labels != np.arange(40) % 10).any()
+    _, part, _ = read_samples(sample(tmp_path / "part.npz", *flags, "--num=8", "--first=16"))
+    np.testing.assert_array_equal(part, labels[16:24])
+
+
+def test_leaves_of_sampling_can_be_overridden(run, full, tmp_path):
+    out = sample(tmp_path / "s.npz", f"--workdir={run}", "--num=8", "--config.sampling.steps=2")
+    images, _, protocol = read_samples(out)
+    assert protocol["sampling"]["steps"] == 2
+    assert (images != full[0][:8]).any()
+
+
+def test_converted_parameters(run, full, tmp_path):
+    """The run's averaged weights out to a torch file, back through `convert`, and sampled: the same images."""
+    config = tiny_config()
+    ema = Checkpoints(run, read_only=True).restore_arrays("ema", 4)
+    weights = to_reference("dit", build(config).model, ema)
+    named = OrderedDict((key, tensor(np.asarray(value), str(i))) for i, (key, value) in enumerate(weights.items()))
+    checkpoint = write_zip(tmp_path / "tiny.pt", {"ema": named})
+    params = tmp_path / "params"
+    convert = ["convert", "--family=dit", f"--checkpoint={checkpoint}", f"--out={params}", "--arguments=num_heads=3"]
+    assert main(convert) == 0
+    out = sample(tmp_path / "s.npz", f"--params={params}", QUICKSTART, "--num=16", "--batch_size=8")
+    images, _, protocol = read_samples(out)
+    np.testing.assert_array_equal(images, full[0][:16])
+    assert protocol["origin"]["sha256"] == full[2]["origin"]["sha256"]
+
+
+@pytest.mark.parametrize("place", ["file/s.npz", "/proc/diffjax/s.npz"])
+def test_a_file_that_cannot_be_written(run, tmp_path, capsys, place):
+    (tmp_path / "file").write_text("not a folder")
+    assert main(["sample", f"--workdir={run}", "--num=8", f"--out={tmp_path / place}"]) == 2
+    error = capsys.readouterr().err
+    assert f"--out={tmp_path / place}" in error
+    assert error.count("\n") == 1
