@@ -41,7 +41,7 @@ def base() -> ConfigDict:
     c.seed = 0
     c.total_steps = 400_000
     c.batch_size = 256  # global
-    c.model = ConfigDict({"name": "", "dtype": "float32", "remat": "none", "attention": "xla"})
+    c.model = ConfigDict({"name": "", "dtype": "float32", "remat": "dots", "attention": "xla"})
 
     c.data = ConfigDict()
     c.data.name = ""  # digits, emoji32, folder, tfds, latents
