@@ -1,7 +1,10 @@
 """The one exception that means "the caller asked for something impossible"."""
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # What the system says to a write when the place is at fault and not the program.
 _REFUSALS = [
@@ -23,3 +26,13 @@ def refused_write(error: BaseException) -> str | None:
     Errors of Orbax's threads and of its C++ part come as exceptions of many types, so their text decides.
     """
     return next((text for text in _REFUSALS if text in str(error)), None)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError in here names `path`: of a failed write the system names no file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise

@@ -63,6 +63,7 @@ class Batches:
         self._stream = Stream(source, batch_size, seed, flip, process_index, process_count)
         self._fingerprint = {"seed": seed, "batch_size": batch_size, "flip": flip, "source": source.fingerprint}
         self._workers, self._threads = workers, threads
+        self._started, self._next_batch = False, start
         self._open(start)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -106,8 +107,8 @@ class Batches:
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
             stream = stream.mp_prefetch(options, worker_init_fn=_exit_with_parent)
         self._iterator = iter(stream)
-        self._started: bool = False
-        self._next_batch: int = start
+        self._started = False
+        self._next_batch = start
 
 
 @dataclass(frozen=True)

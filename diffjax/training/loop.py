@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 import diffjax
 from diffjax.data import pipeline, sources
-from diffjax.errors import UserError
+from diffjax.errors import UserError, writing
 from diffjax.evaluation import samples
 from diffjax.ops.macs import count_macs
 from diffjax.parallel import hosts
@@ -202,8 +202,10 @@ class SampleGrid:
             images = samples.to_uint8(np.concatenate(list(batches)))
         if hosts.is_lead():
             grid = samples.grid(images)
-            self._folder.mkdir(exist_ok=True)
-            samples.write_png(self._folder / f"step_{step:08d}.png", grid)
+            path = self._folder / f"step_{step:08d}.png"
+            with writing(path):
+                self._folder.mkdir(exist_ok=True)
+                samples.write_png(path, grid)
             reporter.image("samples", step, grid)
 
 

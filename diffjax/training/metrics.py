@@ -13,7 +13,7 @@ import numpy as np
 from clu import metrics as clu_metrics
 from tqdm import tqdm
 
-from diffjax.errors import UserError
+from diffjax.errors import UserError, writing
 
 # Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets, by the start of jax's device_kind.
 PEAK_FLOPS = {
@@ -59,6 +59,7 @@ class Reporter:
         start: int = 0,
         lead: bool = True,
     ):
+        self._workdir = workdir
         self._total_steps, self._batch_size, self._every_steps = total_steps, batch_size, every_steps
         self._lead, self._flops = lead, flops_per_step
         peak = peak_flops(jax.devices()[0])
@@ -67,7 +68,7 @@ class Reporter:
         self._durations: list[float] = []
         self._last_time: float | None = None
         self._file = (workdir / "metrics.jsonl").open("a", buffering=1) if lead else None
-        self._board = _board(workdir) if tensorboard and lead else None
+        self._board = Board(workdir / "tensorboard") if tensorboard and lead else None
         self._bar = (
             tqdm(total=total_steps, initial=start, unit="step", dynamic_ncols=True)
             if lead and sys.stderr.isatty()
@@ -112,12 +113,13 @@ class Reporter:
     def image(self, name: str, step: int, grid: np.ndarray) -> None:
         """A uint8 [h, w, c] picture for TensorBoard."""
         if self._board:
-            self._board.add_image(name, grid, step, dataformats="HWC")
+            self._board.image(name, step, grid)
 
     def close(self) -> None:
-        for sink in (self._bar, self._board, self._file):
-            if sink:
-                sink.close()
+        with writing(self._workdir):
+            for sink in (self._bar, self._board, self._file):
+                if sink:
+                    sink.close()
 
     def _report(self, step: int) -> None:
         values = {name: float(average.compute()) for name, average in self._window.items()}
@@ -127,10 +129,10 @@ class Reporter:
         if not self._lead:
             return
         assert self._file is not None
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        with writing(self._workdir / "metrics.jsonl"):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            self._board.scalars(step, values)
         short = {"loss": ".4f", "grad_norm": ".3f", "images_per_second": ".0f", "mfu": ".1%"}
         text = "  ".join(f"{name} {values[name]:{form}}" for name, form in short.items() if name in values)
         if self._bar:
@@ -155,9 +157,32 @@ class Reporter:
         return f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
 
-def _board(workdir: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise UserError("log.tensorboard needs the package tensorboardX, or set log.tensorboard=false") from error
-    return SummaryWriter(str(workdir / "tensorboard"))
+class Board:
+    """Events for TensorBoard, written by the caller's thread: a writer thread that fails would leave it waiting."""
+
+    def __init__(self, folder: Path):
+        try:
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto.event_pb2 import Event
+        except ImportError as error:
+            raise UserError("log.tensorboard needs the package tensorboardX, or set log.tensorboard=false") from error
+        self._folder, self._summary, self._event = folder, summary, Event
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._write(step, [self._summary.scalar(name, value) for name, value in values.items()])
+
+    def image(self, name: str, step: int, grid: np.ndarray) -> None:
+        """A uint8 [h, w, c] picture."""
+        self._write(step, [self._summary.image(name, grid, dataformats="HWC")])
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, step: int, summaries: list[Any]) -> None:
+        with writing(self._folder):
+            for summary in summaries:
+                self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+            self._writer.flush()

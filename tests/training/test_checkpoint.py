@@ -152,7 +152,7 @@ def program(arguments, limit="unlimited"):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment.pop("NPROC", None)
     command = ["bash", "-c", f'ulimit -f {limit} && exec "$@"', "bash", sys.executable, "-m", "diffjax", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -207,9 +207,9 @@ def test_files_that_may_not_grow(tmp_path, complete):
 
 
 @contextmanager
-def small_disk(folder, megabytes):
+def small_disk(folder, size):
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], capture_output=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
     if done.returncode:
         pytest.skip(f"NOT TESTED on a full disk: mounting a tmpfs needs rights: {done.stderr.decode().strip()}")
     try:
@@ -222,7 +222,7 @@ def small_disk(folder, megabytes):
 @pytest.mark.parametrize("tensorboard", ["true", "false"])
 def test_a_full_disk(tmp_path, complete, tensorboard):
     disk = tmp_path / "disk"
-    with small_disk(disk, megabytes=4):
+    with small_disk(disk, "4m"):
         workdir = disk / "run"
         arguments = train_arguments(workdir, *MANY, f"log.tensorboard={tensorboard}")
         check_refused(program(arguments), workdir, "No space left on device")
@@ -232,6 +232,19 @@ def test_a_full_disk(tmp_path, complete, tensorboard):
         assert code == 0, error
         assert "resuming at step" in printed
         assert inspect(workdir)["sha256"] == complete
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensorboard", ["true", "false"])
+def test_a_disk_that_fills_with_metrics(tmp_path, tensorboard):
+    disk = tmp_path / "disk"
+    with small_disk(disk, "100k"):
+        options = (f"log.tensorboard={tensorboard}", "log.every_steps=1", "total_steps=5000")
+        code, _, error = program(train_arguments(disk / "run", *options, "checkpoint.every_steps=100000"))
+    assert code == 2, error
+    assert error.count("\n") == 1, error
+    assert f"cannot write {disk}/run" in error
+    assert "No space left on device" in error
 
 
 @pytest.mark.parametrize("place", ["file", "file/below/it", "/proc/diffjax/run"])
