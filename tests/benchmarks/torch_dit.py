@@ -3,9 +3,9 @@
     python -m tests.benchmarks.torch_dit [--model=DiT-S/2] [--batch=8] [--threads=2] [--repeats=12] [--remat=] [--fused]
 
 One step is the same on both sides, in float32, from given 32 x 32 x 4 latents, noise, diffusion steps and labels:
-noising, forward pass, DiT's loss (squared error and variational bound), backward pass, norm of the gradient, AdamW with no
-weight decay, moving average of the parameters. Ours is `training.step.train_step` under one `jit` with donated state.
-Theirs is torch.nn layers with `scaled_dot_product_attention`, autograd, `torch.optim.AdamW` with its default
+noising, forward pass, DiT's loss (squared error and variational bound), backward pass, norm of the gradient, AdamW
+without weight decay, moving average of the parameters. Ours is `training.step.train_step` under one `jit` with donated
+state. Theirs is torch.nn layers with `scaled_dot_product_attention`, autograd, `torch.optim.AdamW` with its default
 implementation (--fused: the fused one) and one mul_ and add_ per parameter for the average. Both start from the same
 weights, and the losses of the first two steps must agree. The steps alternate in one process that is held to
 `--threads` cores; the first pair after that is not counted.
