@@ -3,12 +3,13 @@
     python -m tests.benchmarks.torch_dit [--model=DiT-S/2] [--batch=8] [--threads=2] [--repeats=12] [--remat=] [--fused]
 
 One step is the same on both sides, in float32, from given 32 x 32 x 4 latents, noise, diffusion steps and labels:
-noising, forward pass, DiT's loss (squared error and variational bound), backward pass, norm of the gradient, AdamW with no
-weight decay, moving average of the parameters. Ours is `training.step.train_step` under one `jit` with donated state.
-Theirs is torch.nn layers with `scaled_dot_product_attention`, autograd, `torch.optim.AdamW` with its default
+noising, forward pass, DiT's loss (squared error and variational bound), backward pass, norm of the gradient, AdamW
+without weight decay, moving average of the parameters. Ours is `training.step.train_step` under one `jit` with donated
+state. Theirs is torch.nn layers with `scaled_dot_product_attention`, autograd, `torch.optim.AdamW` with its default
 implementation (--fused: the fused one) and one mul_ and add_ per parameter for the average. Both start from the same
 weights, and the losses of the first two steps must agree. The steps alternate in one process that is held to
-`--threads` cores; the first pair after that is not counted.
+`--threads` cores; the first pair after that is not counted. With other load on those cores torch's threads wait for
+each other and the ratio flatters us: trust it only where torch's quartiles are close.
 """
 
 import argparse
@@ -73,9 +74,9 @@ def report(times: dict[str, list], options: argparse.Namespace) -> None:
         low, middle, high = np.percentile(w, [25, 50, 75])
         print(f"{name:8s} {middle:.3f} s per step (quartiles {low:.3f} to {high:.3f}), CPU time {np.median(c):.3f} s")
     low, middle, high = np.percentile(wall[0] / wall[1], [25, 50, 75])
-    wall, cpu = np.median(wall, axis=1), np.median(cpu, axis=1)
-    print(f"ratio diffjax/torch {wall[0] / wall[1]:.3f} of medians, {cpu[0] / cpu[1]:.3f} of CPU time")
-    print(f"of neighbouring steps {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
+    fastest, wall, cpu = np.min(wall, axis=1), np.median(wall, axis=1), np.median(cpu, axis=1)
+    print(f"ratio diffjax/torch {wall[0] / wall[1]:.3f} of medians, {fastest[0] / fastest[1]:.3f} of fastest steps")
+    print(f"of neighbours {middle:.3f} (quartiles {low:.3f} to {high:.3f}), of CPU time {cpu[0] / cpu[1]:.3f}")
 
 
 def draw_batch(size: int) -> dict[str, Any]:
