@@ -28,6 +28,7 @@ from absl import flags
 from diffjax.data import draws
 from diffjax.data.sources import Source
 from diffjax.errors import UserError
+from diffjax.trees import leaves
 
 
 class Batches:
@@ -61,7 +62,8 @@ class Batches:
         if workers < 0 or threads < 0:
             raise UserError(f"data.workers={workers} and data.threads={threads} must not be negative")
         self._stream = Stream(source, batch_size, seed, flip, process_index, process_count)
-        self._fingerprint = {"seed": seed, "batch_size": batch_size, "flip": flip, "source": source.fingerprint}
+        fingerprint = {"seed": seed, "batch_size": batch_size, "flip": flip, "source": source.fingerprint}
+        self._fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back: tuples are lists
         self._workers, self._threads = workers, threads
         self._started, self._next_batch = False, start
         self._open(start)
@@ -85,7 +87,7 @@ class Batches:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue where `get_state` was called. `UserError` naming what differs when it was another stream's."""
-        stored, own = _leaves(state["fingerprint"]), _leaves(self._fingerprint)
+        stored, own = leaves(state["fingerprint"]), leaves(self._fingerprint)
         differing = [key for key in sorted(stored | own) if stored.get(key) != own.get(key)]
         if differing:
             pairs = ", ".join(f"{key} was {stored.get(key)} and is {own.get(key)}" for key in differing)
@@ -148,14 +150,6 @@ class Stream:
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, length: int) -> np.ndarray:
     return draws.permutation(seed, "order", epoch, length)
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as {"a.b": leaf}, its values as json gives them back."""
-    leaves: dict[str, Any] = {}
-    for key, value in json.loads(json.dumps(tree)).items():
-        leaves.update(_leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return leaves
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffjax.errors import UserError
+from diffjax.trees import leaves
 
 # what the maker of the samples knows; the scorer knows the rest
 SAMPLING_FIELDS = ("sampling", "labels", "rounding", "precision", "seed", "first", "code_version")
@@ -52,7 +53,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[float
     Raises:
         UserError: a field of the protocols differs or is not recorded; names all of them.
     """
-    fields_a, fields_b = _leaves(a["protocol"]), _leaves(b["protocol"])
+    fields_a, fields_b = leaves(a["protocol"]), leaves(b["protocol"])
     names = sorted(fields_a | fields_b)
     pairs = {name: (fields_a.get(name), fields_b.get(name)) for name in names}
     differing = [f"{name} ({x} and {y})" for name, (x, y) in pairs.items() if x != y]
@@ -82,11 +83,3 @@ def read(path: Path) -> dict[str, Any]:
     if not complete:
         raise UserError(f"{path}: not a result file, a json with values and protocol")
     return result
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as {"a.b": leaf}."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves.update(_leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
-    return leaves

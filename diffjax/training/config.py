@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diffjax.errors import UserError
+from diffjax.trees import leaves
 
 # How a run is laid out on a machine, not what it computes: these may change between two starts of one run.
 LAYOUT_LEAVES = ("parallel.", "data.workers", "data.threads")
@@ -31,9 +32,9 @@ def load(path_and_argument: str, overrides: list[str] | None = None) -> ConfigDi
 
 def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
     """Set leaves from command-line arguments, each parsed as the type of the leaf it replaces."""
-    leaves = flatten(config)
+    known = flatten(config)
     for argument in arguments:
-        _check_override(argument, leaves)
+        _check_override(argument, known)
     argv = ["diffjax", *arguments]
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -83,15 +84,9 @@ def _module(path: Path) -> Any:
     return module
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"optim.lr": 1e-4, ...} for a nested config or dict."""
-    leaves = {}
-    for key, value in config.items():
-        if isinstance(value, (ConfigDict, dict)):
-            leaves.update(flatten(value, f"{prefix}{key}."))
-        else:
-            leaves[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return leaves
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{"optim.lr": 1e-4, ...} with the values that json gives back."""
+    return leaves(json.loads(json.dumps(config.to_dict())))
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -89,7 +89,7 @@ def _check_folder(config: ConfigDict, workdir: Path, accepted: tuple[str, ...]) 
     """Raise UserError unless the folder is new or belongs to this config; return the differences that may be."""
     path = workdir / "config.json"
     stored = configs.read(path) if path.is_file() else None
-    known = configs.flatten(config) | configs.flatten(stored or {})
+    known = configs.flatten(config) | configs.flatten(stored or config)
     if unknown := [name for name in accepted if name not in known]:
         raise UserError(f"--accept={','.join(unknown)}: the config has no such leaf")
     if stored is not None:

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 
 from diffjax.errors import UserError
 from diffjax.models import FAMILIES, create
+from diffjax.parallel.rules import key_path
 
 
 def save(out: Path, module: nn.Module, params: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,8 +90,7 @@ def refuse_full(out: Path) -> None:
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {key_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
