@@ -186,7 +186,7 @@ def test_tfds_refuses_a_size_that_would_need_a_crop(prepared, tmp_path):
 
 def test_tfds_refusals_print_the_command(prepared, tmp_path):
     call = f"tfds.builder('cifar10', data_dir='{tmp_path}', file_format='array_record').download_and_prepare()"
-    with pytest.raises(UserError, match=r"cifar10/\S+ is not prepared in .* pip install 'diffjax\[prepare\]'") as error:
+    with pytest.raises(UserError, match=r"cifar10/\S+ is not prepared in .* pip install -e '.\[prepare\]'") as error:
         sources.load(tfds("cifar10", tmp_path))
     assert str(error.value).endswith(f'python -c "import tensorflow_datasets as tfds; {call}"')
     with pytest.raises(UserError, match=rf"after placing its files in {tmp_path}/downloads/manual$"):

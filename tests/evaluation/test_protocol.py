@@ -6,6 +6,7 @@ import pytest
 
 from diffjax.errors import UserError
 from diffjax.evaluation import protocol
+from diffjax.trees import leaves
 
 SAMPLES = {
     "sampling": {"sampler": "ddim", "steps": 50, "guidance": 1.5},
@@ -50,7 +51,7 @@ def test_other_models_compare():
 def test_every_field_counts():
     """Each leaf of the protocol, changed alone, is refused by name."""
     base = result()
-    for path in protocol._leaves(base["protocol"]):
+    for path in leaves(base["protocol"]):
         other = copy.deepcopy(base)
         *parents, name = path.split(".")
         place = other["protocol"]
