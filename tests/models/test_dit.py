@@ -76,6 +76,12 @@ def test_names_do_not_depend_on_case_or_slash(name):
 def test_a_fresh_model_returns_zeros():
     model = tiny()
     params = model.init(jax.random.key(0), *inputs())["params"]
+    assert not model.apply({"params": params}, *inputs()).any()
+
+
+def test_initial_weights_have_the_published_spread():
+    model = tiny(width=192)
+    params = model.init(jax.random.key(0), *inputs())["params"]
     d, f = 192, 768
     bounds = {
         "qkv": (params["blocks"]["attention"]["qkv"]["kernel"], d, 3 * d),
