@@ -10,4 +10,4 @@ export JAX_PLATFORMS=cpu ALLOW_MULTIPLE_LIBTPU_LOAD=1
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest "$@"
+"$PYTHON" -m pytest -n 2 --dist loadfile "$@"
