@@ -103,7 +103,7 @@ def test_gradients_are_finite_and_reach_every_parameter():
     model = tiny()
     params = some_params(model)
     x, t, y = inputs()
-    grads = jax.grad(lambda p: jnp.mean(model.apply({"params": p}, x, t, y) ** 2))(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.mean(model.apply({"params": p}, x, t, y) ** 2)))(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(leaf).all(), path
         assert np.abs(leaf).max() > 0, path
