@@ -2,7 +2,10 @@
 
     python -m diffjax train --config=configs/imagenet256.py:model=dit-xl-2 --workdir=runs/xl --config.data.dir=DIR
 
-DIR holds autoencoder latents in this project's record format (see `diffjax.data.latents` for its converter).
+DIR holds autoencoder latents with their mirror images, in this project's record format. Features in the fast-DiT
+layout become such a folder, without mirror images (then add --config.data.flip=false), by
+
+    python -m diffjax.data.latents --features=imagenet256_features --labels=imagenet256_labels --out=DIR
 
 Hardware: the paper trained XL/2 at about 5.7 steps/s on a TPU v3-256 pod, so 400K steps take about 20 hours there.
 Expected FID-50K (ADM reference, EMA 0.9999, 250 DDPM steps, no guidance, ft-MSE decoder) after 400K steps:
@@ -28,7 +31,7 @@ def get_config(arg: str | None = None):
     c.model.dtype, c.model.remat = "bfloat16", "full"
 
     c.data.name = "latents"
-    c.data.dir = "data/imagenet256-latents"
+    c.data.dir, c.data.split = "data/imagenet256-latents", ""
     c.data.size, c.data.channels, c.data.num_classes = 32, 4, 1000
     c.data.flip = True
     c.data.workers, c.data.threads = 4, 4

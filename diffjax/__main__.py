@@ -20,26 +20,31 @@ VERBS = {
     "inspect": "steps, sizes and sha256 of a run's parameters, average and optimizer state, as json",
     "bench": "steps/s, images/s and MFU of a config, and what the loop adds to the bare step",
 }
+LOG_LEVELS = ("debug", "info", "warning", "error", "fatal")
 
 
 def main(argv: list[str]) -> int:
     """Run the verb that `argv` (without the program's name) asks for; returns the exit code."""
-    _set_logging(os.environ.get("DIFFJAX_LOG", "fatal"))
     try:
+        _set_logging(os.environ.get("DIFFJAX_LOG", "fatal"))
         _run(argv)
     except UserError as error:
         print(f"diffjax: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if not (reason := refused_write(error)):
+        named = isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError | PermissionError)
+        reason = refused_write(error) or (error.strerror if named and error.filename else None)
+        if not reason:
             raise
-        print(f"diffjax: cannot write {error.filename or 'a file'}: {reason}", file=sys.stderr)
+        print(f"diffjax: cannot use {error.filename or 'a file'}: {reason}", file=sys.stderr)
         return 2
     return 0
 
 
 def _set_logging(level: str) -> None:
     """By default silent: what fails in a library's thread is logged there and also raised, and one line reports it."""
+    if level not in LOG_LEVELS:
+        raise UserError(f"DIFFJAX_LOG={level} is unknown; valid: {', '.join(LOG_LEVELS)}")
     logging.set_verbosity(level)
     for name in ("asyncio", "orbax"):
         python_logging.getLogger(name).setLevel(logging.get_absl_logger().level)

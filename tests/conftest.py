@@ -1,6 +1,7 @@
 """Eight simulated CPU devices for every test, and a compilation cache that outlives the test run."""
 
 import os
+import tracemalloc  # noqa: F401  pytest wants it when a destructor fails, also amid tensorflow_datasets' lazy imports
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

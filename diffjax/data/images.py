@@ -35,12 +35,13 @@ def class_names(files: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class FolderExamples:
-    """Image files as uint8 [size, size, 3] by the ADM centre crop."""
+    """Image files as uint8 [size, size, 3]."""
 
     root: Path
     files: list[str] = field(repr=False)
     labels: np.ndarray = field(repr=False)  # int32 [n]
     size: int
+    crop: bool  # by the ADM centre crop; else every image must have the size
 
     def __len__(self) -> int:
         return len(self.files)
@@ -48,7 +49,7 @@ class FolderExamples:
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.root / self.files[index]
         image = _decode(path, str(path), channels=3)
-        return {"image": adm_center_crop(image, self.size), "label": int(self.labels[index])}
+        return {"image": _sized(image, str(path), self.size, self.crop), "label": int(self.labels[index])}
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,17 @@ class PreparedExamples:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         image = _decode(io.BytesIO(record["image"]), f"example {index}", self.channels)
-        if not self.crop and image.size != (self.size, self.size):
-            width, height = image.size
-            raise UserError(
-                f"example {index} is {width}x{height}, data.size={self.size}, and data.crop='none'; "
-                "data.crop='adm' crops and resizes"
-            )
-        return {"image": adm_center_crop(image, self.size), "label": int(record["label"]) if self.labelled else 0}
+        sized = _sized(image, f"example {index}", self.size, self.crop)
+        return {"image": sized, "label": int(record["label"]) if self.labelled else 0}
+
+
+def _sized(image: Image.Image, name: str, size: int, crop: bool) -> np.ndarray:
+    if not crop and image.size != (size, size):
+        width, height = image.size
+        raise UserError(
+            f"{name} is {width}x{height}, data.size={size}, and data.crop='none'; data.crop='adm' crops and resizes"
+        )
+    return adm_center_crop(image, size)
 
 
 def _decode(file: Path | BinaryIO, name: str, channels: int) -> Image.Image:

@@ -128,7 +128,9 @@ def stratified_split(labels: np.ndarray, held_out: int) -> tuple[np.ndarray, np.
 
 
 def folder(data: ConfigDict) -> Source:
-    """Image files below `data.dir` (below its folder `data.split` when that is not ""), cropped to `data.size`.
+    """Image files below `data.dir` (below its folder `data.split` when that is not "").
+
+    `data.crop` is "adm" (centre crop to `data.size`) or "none" (every image must have that size).
 
     The class is the rank of the top-level sub-folder. Without sub-folders, or when `data.num_classes` is 0, the source
     is unlabelled.
@@ -139,6 +141,7 @@ def folder(data: ConfigDict) -> Source:
             f"data.dir={data.dir!r} with data.split={data.split!r} is no folder; it should hold images "
             f"({', '.join(SUFFIXES)}), for labels in one sub-folder per class"
         )
+    _check_crop(data)
     files = list_images(root)
     names = class_names(files) if data.num_classes else []
     ranks = {name: rank for rank, name in enumerate(names)}
@@ -147,11 +150,18 @@ def folder(data: ConfigDict) -> Source:
         "name": "folder",
         "split": data.split,
         "size": data.size,
+        "crop": data.crop,
         "length": len(files),
         "files_sha256": hashlib.sha256("\n".join(files).encode()).hexdigest(),
         "classes": len(names),
     }
-    return Source("folder", FolderExamples(root, files, labels, data.size), data.size, 3, len(names), identity)
+    examples = FolderExamples(root, files, labels, data.size, data.crop == "adm")
+    return Source("folder", examples, data.size, 3, len(names), identity)
+
+
+def _check_crop(data: ConfigDict) -> None:
+    if data.crop not in ("adm", "none"):
+        raise UserError(f"data.crop={data.crop!r} is not a crop; valid: adm, none")
 
 
 def tfds(data: ConfigDict) -> Source:
@@ -162,8 +172,7 @@ def tfds(data: ConfigDict) -> Source:
     `data.crop` is "adm" (centre crop to `data.size`) or "none" (every image must have that size).
     With `data.num_classes` 0 the labels are not read.
     """
-    if data.crop not in ("adm", "none"):
-        raise UserError(f"data.crop={data.crop!r} is not a crop; valid: adm, none")
+    _check_crop(data)
     builder = _prepared(data)
     features = builder.info.features
     shape = features["image"].shape

@@ -13,6 +13,7 @@ from diffjax.evaluation.samples import to_rgb
 
 FEATURES = "RGB pixels / 255"
 NEIGHBOURS = 5
+LARGEST = 64  # side; the covariance of larger images does not fit memory, and pixels say little there
 
 Labelled = tuple[np.ndarray, np.ndarray]  # images uint8 [n, h, w, 1 or 3], labels integers [n]
 
@@ -31,6 +32,8 @@ def score(samples: Labelled, train: Labelled, held_out: Labelled | None = None) 
     scored = {"value": samples} | ({"held_out_real": held_out} if held_out else {})
     scored = {name: (to_rgb(images), labels) for name, (images, labels) in scored.items()}
     for images, _ in scored.values():
+        if max(images.shape[1:3]) > LARGEST:
+            raise UserError(f"pixel scores are for images of at most {LARGEST} x {LARGEST}, not {images.shape[1:3]}")
         if images.shape[1:] != train[0].shape[1:]:
             sizes = [" x ".join(map(str, array.shape[1:3])) for array in (images, train[0])]
             raise UserError(f"the images are {sizes[0]} and those of the reference {sizes[1]}; they must be equal")

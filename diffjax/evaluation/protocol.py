@@ -5,10 +5,12 @@ results are comparable when every field of their protocols is recorded and equal
 """
 
 import json
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffjax
 from diffjax.errors import UserError
 from diffjax.trees import leaves
 
@@ -64,6 +66,17 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[float
         raise UserError(f"these results cannot be compared, their protocols do not record {', '.join(unknown)}")
     common = [score for score in a["values"] if score in b["values"]]
     return {score: (a["values"][score]["value"], b["values"][score]["value"]) for score in common}
+
+
+def code_version() -> str:
+    """The package's version, and the commit it runs from when it runs from a checkout."""
+    root = Path(diffjax.__file__).parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return diffjax.__version__
+    return f"{diffjax.__version__}+{described.stdout.strip()}" if (root / ".git").exists() else diffjax.__version__
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:

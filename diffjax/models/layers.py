@@ -3,6 +3,7 @@
 Parameters are float32; `dtype` is the compute dtype. Norm statistics, softmax and the time embedding stay float32.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -80,8 +81,9 @@ class TimeEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
-        x = nn.Dense(self.width, kernel_init=normal(0.02), name="fc1")(sinusoidal_time(t))
-        return nn.Dense(self.width, kernel_init=normal(0.02), name="fc2")(nn.silu(x))
+        # Products in full float32, also where the default is less.
+        dense = functools.partial(nn.Dense, self.width, kernel_init=normal(0.02), precision=jax.lax.Precision.HIGHEST)
+        return dense(name="fc2")(nn.silu(dense(name="fc1")(sinusoidal_time(t))))
 
 
 class LabelEmbed(nn.Module):

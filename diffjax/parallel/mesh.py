@@ -18,7 +18,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     Raises:
         UserError: unknown axis, or sizes that do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    present = jax.devices() if devices is None else list(devices)
     if unknown := set(sizes) - set(AXES):
         raise UserError(f"parallel.mesh has unknown axes {sorted(unknown)}; valid: {', '.join(AXES)}")
     shape = [sizes.get(axis, 1) for axis in AXES]
@@ -26,11 +26,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         raise UserError(f"parallel.mesh = {dict(zip(AXES, shape))}: sizes are positive, at most one is -1 (the rest)")
     if -1 in shape:
         known = int(np.prod([size for size in shape if size != -1]))
-        shape[shape.index(-1)] = max(len(devices) // known, 1)
-    if np.prod(shape) != len(devices):
-        raise UserError(f"parallel.mesh = {dict(zip(AXES, shape))} does not fit the {len(devices)} devices present")
-    grid = np.asarray(devices).reshape(shape)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        shape[shape.index(-1)] = max(len(present) // known, 1)
+    if np.prod(shape) != len(present):
+        raise UserError(f"parallel.mesh = {dict(zip(AXES, shape))} does not fit the {len(present)} devices present")
+    axis_types = (AxisType.Auto,) * len(AXES)
+    if devices is None:
+        return jax.make_mesh(shape, AXES, axis_types=axis_types)  # neighbouring chips along the inner axes
+    return Mesh(np.asarray(present).reshape(shape), AXES, axis_types=axis_types)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -42,11 +44,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1, processes: int = 1) -> None:
+def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
     """Raise UserError unless every device gets the same whole number of examples of every micro-batch."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size < 1 or batch_size % (shards * microbatches) or batch_size % processes:
+    if batch_size < 1 or batch_size % (shards * microbatches):
         raise UserError(
             f"batch_size = {batch_size} is not divisible by data x fsdp x optim.accumulate = "
-            f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {microbatches}, or by the {processes} processes"
+            f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {microbatches}"
+        )
+
+
+def check_processes(mesh: Mesh) -> None:
+    """Raise UserError unless the processes hold different parts of the batch, equally many each.
+
+    Every process reads its own examples, so two that share a part (a tensor axis over both) would fill it differently.
+    """
+    parts: dict[int, set[tuple[int, int]]] = {}
+    for (data, fsdp, _), device in np.ndenumerate(mesh.devices):
+        parts.setdefault(device.process_index, set()).add((data, fsdp))
+    if sum(map(len, parts.values())) != mesh.shape["data"] * mesh.shape["fsdp"] or len({*map(len, parts.values())}) > 1:
+        raise UserError(
+            f"parallel.mesh = {dict(mesh.shape)} spreads its tensor axis over several of the {len(parts)} processes; "
+            "parallel.mesh.tensor must divide the devices of one process"
         )

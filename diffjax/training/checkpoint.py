@@ -130,6 +130,8 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise error  # nothing is wrong with the checkpoint
         logging.debug("restoring step %d failed", step, exc_info=True)
         reason = " ".join(str(error).split())[:300]
         return UserError(f"checkpoint {self.directory / str(step)} cannot be read: {reason}")

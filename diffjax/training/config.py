@@ -14,6 +14,10 @@ from diffjax.trees import leaves
 
 # How a run is laid out on a machine, not what it computes: these may change between two starts of one run.
 LAYOUT_LEAVES = ("parallel.", "data.workers", "data.threads")
+# What the saved state and data position stand on: these cannot change within a run.
+FIXED_LEAVES = ("seed", "batch_size", "model.", "data.")
+# How a model computes, not what it is.
+COMPUTE_LEAVES = ("model.dtype", "model.remat", "model.attention")
 
 
 def load(path_and_argument: str, overrides: list[str] | None = None) -> ConfigDict:
@@ -109,9 +113,12 @@ def read(path: Path) -> ConfigDict:
     if not path.is_file():
         raise UserError(f"{path}: no such file; `python -m diffjax train --workdir={path.parent}` makes a run folder")
     try:
-        return ConfigDict(json.loads(path.read_text())).lock()
+        stored = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid json ({error})") from error
+    if not isinstance(stored, dict) or not {"seed", "model", "data"} <= set(stored):
+        raise UserError(f"{path}: not the config of a run, which has seed, model, data and more")
+    return ConfigDict(stored).lock()
 
 
 def check_same_run(stored: ConfigDict, given: ConfigDict, accepted: tuple[str, ...] = ()) -> list[str]:
@@ -120,6 +127,8 @@ def check_same_run(stored: ConfigDict, given: ConfigDict, accepted: tuple[str, .
     Args:
         accepted: leaves whose change the user has asked for by name.
     """
+    if fixed := [name for name in accepted if name.startswith(FIXED_LEAVES) and name not in COMPUTE_LEAVES]:
+        raise UserError(f"--accept={','.join(fixed)}: cannot change within a run; use another --workdir")
     found = differences(stored, given)
     allowed = [line for line in found if line.startswith((*LAYOUT_LEAVES, *(f"{name}:" for name in accepted)))]
     refused = [line for line in found if line not in allowed]

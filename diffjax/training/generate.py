@@ -33,13 +33,17 @@ def generate(
     shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     batch_size = min(batch_size, len(labels))
     batch_size = -(-batch_size // shards) * shards
+    gather = jax.jit(jnp.copy, out_shardings=replicated(mesh))
+    made: jax.Array | None = None  # dispatched, not fetched: the devices work while the caller does
     for start in range(0, len(labels), batch_size):
-        here = np.arange(start, start + batch_size)
-        chosen = np.minimum(here, len(labels) - 1)
+        chosen = np.minimum(np.arange(start, start + batch_size), len(labels) - 1)
         with jax.set_mesh(mesh):
             indices, classes = (_spread(array, mesh) for array in (first + chosen, labels[chosen]))
-            images = jax.jit(jnp.copy, out_shardings=replicated(mesh))(sampler(params, indices, classes))
-        yield jax.device_get(images)[: len(labels) - start]
+            images = gather(sampler(params, indices, classes))
+        if made is not None:
+            yield jax.device_get(made)
+        made = images
+    yield jax.device_get(made)[: len(labels) - start]
 
 
 def _spread(array: np.ndarray, mesh: Mesh) -> jax.Array:

@@ -2,9 +2,10 @@
 
 The order of a pass is a contract:
 
-    evaluate the state -> save it -> draw a batch -> step -> report the step before
+    save the state -> evaluate it -> draw a batch -> step -> report the step before
 
-Saving precedes drawing, so the position of the data that is saved is the one the state has seen. The scalars of a
+Saving precedes drawing, so the position of the data that is saved is the one the state has seen, and evaluation, so
+that nothing that goes wrong there costs a step. The scalars of a
 step are fetched after the next one has been dispatched, so that reporting never makes a device wait; before a save
 they are all fetched, so that a state that came from a non-finite gradient is never written.
 """
@@ -12,7 +13,6 @@ they are all fetched, so that a state that came from a non-finite gradient is ne
 import contextlib
 import hashlib
 import json
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +63,12 @@ def train(config: ConfigDict, workdir: Path, accepted: tuple[str, ...] = ()) -> 
         UserError: anything the user can mend, before anything is written. NonFiniteError: the run diverged.
     """
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(contextlib.closing(StopRequest(sigterm=jax.process_count() == 1)))
+        stop = stack.enter_context(contextlib.closing(StopRequest(alone=jax.process_count() == 1)))
         changed = _check_folder(config, workdir, accepted)
-        if latest_step(workdir) == config.total_steps:
+        latest = latest_step(workdir)
+        if latest is not None and latest > config.total_steps:
+            raise UserError(f"{workdir} is at step {latest}, beyond total_steps = {config.total_steps}")
+        if latest == config.total_steps:
             if hosts.is_lead():
                 print(f"{workdir} is finished: step {config.total_steps} of {config.total_steps}", flush=True)
             return
@@ -80,6 +83,7 @@ def train(config: ConfigDict, workdir: Path, accepted: tuple[str, ...] = ()) -> 
         )
         stack.enter_context(jax.set_mesh(setup.mesh))
         state, start = _initial_or_restored(setup, checkpoints, batches)
+        _keep_config(config, workdir)
         reporter = stack.enter_context(contextlib.closing(_reporter(setup, workdir, start)))
         _announce(setup, reporter, start, changed)
         _loop(setup, state, start, workdir, checkpoints, batches, draw_samples, reporter, stop)
@@ -104,9 +108,16 @@ def _make_folder(config: ConfigDict, workdir: Path) -> None:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        configs.write(config, workdir / "config.json")
+        if not (workdir / "config.json").is_file():
+            configs.write(config, workdir / "config.json")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; give a writable folder") from error
+
+
+def _keep_config(config: ConfigDict, workdir: Path) -> None:
+    """Accepted changes become the run's own once its state could be restored under them."""
+    if hosts.is_lead():
+        configs.write(config, workdir / "config.json")
 
 
 def _reporter(setup: Setup, workdir: Path, start: int) -> Reporter:
@@ -151,11 +162,11 @@ def _loop(
     try:
         with jax.transfer_guard("disallow"):
             for step in range(start, config.total_steps):
+                if step > start and _due(step, config.checkpoint.every_steps):
+                    save(step)
                 if step > start and _due(step, config.evals.samples.every_steps):
                     pending.flush(reporter)
                     draw_samples(step, state, reporter)
-                if step > start and _due(step, config.checkpoint.every_steps):
-                    save(step)
                 if stop.signal_name or checkpoints.reached_preemption(step):
                     save(step)
                     checkpoints.wait()
@@ -166,9 +177,8 @@ def _loop(
                 state, metrics = setup.step(state, batch, setup.key)
                 pending.flush(reporter)
                 pending = Pending(step + 1, metrics)
-            pending.flush(reporter)
-            draw_samples(config.total_steps, state, reporter)
             save(config.total_steps)
+            draw_samples(config.total_steps, state, reporter)
         checkpoints.wait()
     except NonFiniteError as error:
         checkpoints.wait()
@@ -199,7 +209,11 @@ class SampleGrid:
         labels = generate.interleaved_labels(self._num, self._setup.config.data.num_classes)
         with jax.transfer_guard("allow"):
             batches = generate.generate(self._sampler, state.ema, labels, self._setup.mesh, self._num)
-            images = samples.to_uint8(np.concatenate(list(batches)))
+            values = np.concatenate(list(batches))
+        if not np.isfinite(values).all():
+            reporter.say(f"step {step}: sampled values are not finite, no picture is drawn")
+            return
+        images = samples.to_uint8(values)
         if hosts.is_lead():
             grid = samples.grid(images)
             path = self._folder / f"step_{step:08d}.png"
@@ -267,5 +281,4 @@ def _meta(setup: Setup) -> dict[str, Any]:
         "mesh": dict(setup.mesh.shape),
         "processes": jax.process_count(),
         "versions": {"diffjax": diffjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
-        "pid": os.getpid(),
     }

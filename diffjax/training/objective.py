@@ -53,6 +53,12 @@ def build_objective(config: ConfigDict) -> Objective:
     sampling = config.sampling
     if sampling.guidance != 1.0 and not (diffusion.label_drop and config.data.num_classes):
         raise UserError("sampling.guidance needs a null class: data.num_classes and diffusion.label_drop above 0")
+    if not 0 <= sampling.guidance_channels <= config.data.channels:
+        raise UserError(
+            f"sampling.guidance_channels = {sampling.guidance_channels}: valid: 0 (all) to {config.data.channels}"
+        )
+    if sampling.eta < 0 or (sampling.eta and sampling.sampler != "ddim"):
+        raise UserError(f"sampling.eta = {sampling.eta}: it belongs to ddim, and is not negative")
     if sampling.sampler not in SAMPLERS:
         raise UserError(f"sampling.sampler = {sampling.sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
     return Objective(_training_loss(config), _sampler(config))

@@ -25,6 +25,8 @@ def optimizer(optim: ConfigDict, total_steps: int) -> optax.GradientTransformati
     """AdamW (arXiv 1711.05101), after clipping by the global norm when `clip` is positive."""
     if optim.lr < 0 or optim.clip < 0 or optim.warmup_steps < 0:
         raise UserError("optim: lr, clip and warmup_steps must not be negative")
+    if not (0 <= optim.b1 < 1 and 0 <= optim.b2 < 1):
+        raise UserError(f"optim.b1 = {optim.b1}, optim.b2 = {optim.b2}: valid: 0 to below 1")
     adamw = optax.adamw(
         schedule(optim, total_steps), b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay
     )

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from diffjax import rng
 from diffjax.errors import UserError
-from diffjax.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
+from diffjax.parallel.mesh import batch_sharding, check_batch, check_processes, make_mesh, replicated
 from diffjax.training.objective import Apply, Objective, bind, build_model, build_objective
 from diffjax.training.optimizer import optimizer
 from diffjax.training.state import TrainState, initial_state, state_shardings, with_shardings
@@ -49,14 +49,20 @@ class Setup:
         """This host's part of a batch -> arrays of the global batch, sharded over the mesh."""
         sharding = batch_sharding(self.mesh)
         with jax.transfer_guard_host_to_device("allow"):  # the one transfer of a step that is meant
-            return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+            return {
+                name: jax.make_array_from_process_local_data(
+                    sharding, array, (self.config.batch_size, *array.shape[1:])
+                )
+                for name, array in batch.items()
+            }
 
 
 def build(config: ConfigDict, devices: Any = None) -> Setup:
     """Check the config against itself and the devices, and prepare the jitted functions; compiles nothing yet."""
     check_numbers(config)
     mesh = make_mesh(config.parallel.mesh, devices)
-    check_batch(config.batch_size, mesh, config.optim.accumulate, jax.process_count())
+    check_batch(config.batch_size, mesh, config.optim.accumulate)
+    check_processes(mesh)
     model, objective = build_model(config), build_objective(config)
     optim = optimizer(config.optim, config.total_steps)
 
@@ -114,7 +120,11 @@ def check_numbers(config: ConfigDict) -> None:
         "log.every_steps": config.log.every_steps,
         "sampling.steps": config.sampling.steps,
     }
+    if config.evals.samples.every_steps:
+        positive["evals.samples.num"] = config.evals.samples.num
     if wrong := [f"{name} = {value}" for name, value in positive.items() if value < 1]:
         raise UserError(f"{', '.join(wrong)}: valid: 1 or more")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed = {config.seed}: valid: 0 to 2**32 - 1")
     if not 0 <= config.ema.decay <= 1:
         raise UserError(f"ema.decay = {config.ema.decay}: valid: 0 to 1")

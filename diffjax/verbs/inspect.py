@@ -15,6 +15,7 @@ from absl import flags
 
 from diffjax.errors import UserError
 from diffjax.training.checkpoint import Checkpoints
+from diffjax.verbs import local_path
 from diffjax.weights.store import tree_sha256
 
 
@@ -25,7 +26,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
-    print(json.dumps(inspect(Path(values.workdir), values.step), indent=2))
+    print(json.dumps(inspect(local_path("workdir", values.workdir), values.step), indent=2))
 
 
 def inspect(workdir: Path, step: int | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Image i depends on (seed, i), its label and the parameters alone: not on the bat
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import diffjax
 from diffjax.errors import UserError
-from diffjax.evaluation import samples
+from diffjax.evaluation import protocol, samples
 from diffjax.parallel import hosts
 from diffjax.parallel.mesh import make_mesh
 from diffjax.training import config as configs
@@ -25,6 +25,7 @@ from diffjax.training import generate
 from diffjax.training.checkpoint import Checkpoints
 from diffjax.training.objective import bind, build_model, build_objective
 from diffjax.training.setup import abstract_params
+from diffjax.verbs import local_path
 from diffjax.weights import store
 
 
@@ -37,7 +38,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "average or last parameters", flag_values=values)
     number("num", None, "how many images", lower_bound=1, flag_values=values)
     number("first", 0, "number of the first image", lower_bound=0, flag_values=values)
-    number("seed", 0, "seed of the images", flag_values=values)
+    number("seed", 0, "seed of the images", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
     number("batch_size", 128, "images at a time on all devices", lower_bound=1, flag_values=values)
     flags.DEFINE_enum(
         "labels", "interleaved", ["interleaved", "uniform"], "classes in equal parts, or drawn", flag_values=values
@@ -50,9 +51,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
-    out = Path(values.out)
-    if out.suffix != ".npz":
-        raise UserError(f"--out={out}: a samples file ends in .npz")
+    out = local_path("out", values.out)
+    if out.suffix != ".npz" or out.is_dir():
+        raise UserError(f"--out={out}: give a file that ends in .npz")
     mesh = make_mesh({"data": -1})
     config, params, origin = _load(values, overrides, mesh)
     if config.data.channels not in (1, 3) and not values.raw:
@@ -65,16 +66,28 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     _make_folder(out)
     sampler = generate.compile_sampler(objective, bind(model), mesh, values.seed)
     batches = generate.generate(sampler, params, labels, mesh, values.batch_size, values.first)
-    quiet = not hosts.is_lead()
-    count = math.ceil(len(labels) / values.batch_size)
-    convert = (lambda batch: batch) if values.raw else samples.to_uint8
-    images = np.concatenate([convert(b) for b in tqdm(batches, total=count, unit="batch", disable=quiet or None)])
+    images = _collect(batches, len(labels), math.ceil(len(labels) / values.batch_size), values.raw)
     if hosts.is_lead():
         if values.raw:
             np.savez(out, arr_0=images, arr_1=labels)
         else:
             samples.write_samples(out, images, labels, _protocol(values, config, origin))
         print(f"wrote {len(labels)} images of {_describe(origin)} to {out}")
+
+
+def _collect(batches: Iterator[np.ndarray], num: int, count: int, raw: bool) -> np.ndarray:
+    """All images in one array, uint8 or (raw) float32, on the lead process; the others only compute theirs."""
+    images = np.empty(0)
+    done = 0
+    for batch in tqdm(batches, total=count, unit="batch", disable=None if hosts.is_lead() else True):
+        if not hosts.is_lead():
+            continue
+        part = batch if raw else samples.to_uint8(batch)
+        if done == 0:
+            images = np.empty((num, *part.shape[1:]), part.dtype)
+        images[done : done + len(part)] = part
+        done += len(part)
+    return images
 
 
 def _load(values: flags.FlagValues, overrides: list[str], mesh: Any) -> tuple[ConfigDict, Any, dict[str, Any]]:
@@ -91,12 +104,13 @@ def _load(values: flags.FlagValues, overrides: list[str], mesh: Any) -> tuple[Co
         return config, params, {"params": values.params, "sha256": store.tree_sha256(params)}
     if values.config:
         raise UserError("sample: --workdir has its own config; give only leaves, such as --config.sampling.steps=50")
-    workdir = Path(values.workdir)
+    workdir = local_path("workdir", values.workdir)
     stored = configs.read(workdir / "config.json")
     config = configs.override(stored.copy_and_resolve_references(), overrides)
+    changed = [line.partition(":")[0] for line in configs.differences(stored, config)]
+    if refused := [name for name in changed if not name.startswith(("sampling.", *configs.COMPUTE_LEAVES))]:
+        raise UserError(f"sample: {', '.join(refused)} cannot change what a run was trained for; give sampling leaves")
     abstract = abstract_params(config, mesh)
-    if abstract != abstract_params(stored, mesh):
-        raise UserError(f"sample: {' '.join(overrides)} makes another model than the run's; give leaves of sampling")
     checkpoints = Checkpoints(workdir, read_only=True)
     step = checkpoints.latest() if values.step is None else values.step
     if step is None or step not in checkpoints.steps():
@@ -137,7 +151,7 @@ def _protocol(values: flags.FlagValues, config: ConfigDict, origin: dict[str, An
         "num": values.num,
         "rounding": samples.ROUNDING,
         "precision": config.model.dtype,
-        "code_version": diffjax.__version__,
+        "code_version": protocol.code_version(),
     }
 
 

@@ -3,12 +3,11 @@
 python -m diffjax train --config=configs/quickstart.py:model=dit --workdir=runs/a --config.optim.lr=2e-4
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from diffjax.training import config as configs
 from diffjax.training.loop import train
+from diffjax.verbs import local_path
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -21,4 +20,4 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
-    train(configs.load(values.config, overrides), Path(values.workdir), tuple(values.accept))
+    train(configs.load(values.config, overrides), local_path("workdir", values.workdir), tuple(values.accept))

@@ -21,7 +21,8 @@ def picture(number: int, width: int = 40, height: int = 24) -> Image.Image:
 
 def folder(root, **leaves):
     return configs.section(
-        "folder", **({"size": 16, "channels": 3, "num_classes": 2, "dir": str(root), "split": ""} | leaves)
+        "folder",
+        **({"size": 16, "channels": 3, "num_classes": 2, "dir": str(root), "split": "", "crop": "adm"} | leaves),
     )
 
 
@@ -200,3 +201,14 @@ def test_tfds_refusals_print_the_command(prepared, tmp_path):
     parquet = tiny(16, 16, "parquet", tmp_path)
     with pytest.raises(UserError, match="is in format parquet, not array_record"):
         sources.load(tfds("", parquet.data_path))
+
+
+def test_folder_without_a_crop_takes_only_its_size(tmp_path):
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(tmp_path / "a.png")
+    source = sources.load(folder(tmp_path, num_classes=0, crop="none"))
+    np.testing.assert_array_equal(source.examples[0]["image"][0, 0], [1, 2, 3])
+    Image.new("RGB", (20, 16)).save(tmp_path / "b.png")
+    with pytest.raises(UserError, match=r"b.png is 20x16, data.size=16, and data.crop='none'"):
+        sources.load(folder(tmp_path, num_classes=0, crop="none")).examples[1]
+    with pytest.raises(UserError, match="data.crop='square' is not a crop"):
+        sources.load(folder(tmp_path, num_classes=0, crop="square"))

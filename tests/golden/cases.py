@@ -41,10 +41,10 @@ class Case:
 def cases(family: str, having: str | None = None) -> list:
     """pytest parameters, one per stored case of `family` (whose arrays have a key starting with `having`)."""
     found = [Case(path) for path in sorted((ORACLES / family).glob("*.json"))]
-    if not found:
-        return [pytest.param(None, id=f"{family}-no-cases-in-{ORACLES}")]
     if having is not None:
         found = [case for case in found if any(key.startswith(having) for key in case.arrays)]
+    if not found:
+        return [pytest.param(None, id=f"{family}-no-cases-in-{ORACLES}")]
     return [pytest.param(case, id=f"{family}-{case.path.stem}") for case in found]
 
 

@@ -1,8 +1,8 @@
-import jax
+import numpy as np
 import pytest
 
 from diffjax.errors import UserError
-from diffjax.parallel.mesh import check_batch, make_mesh
+from diffjax.parallel.mesh import AXES, check_batch, check_processes, make_mesh
 
 
 def test_minus_one_takes_the_rest():
@@ -31,5 +31,21 @@ def test_batch_must_divide():
         check_batch(12, mesh)
     with pytest.raises(UserError, match="4 x 2 x 2"):
         check_batch(24, mesh, microbatches=2)
-    with pytest.raises(UserError, match="3 processes"):
-        check_batch(16, make_mesh({}, jax.devices()[:1]), processes=3)
+
+
+class FakeDevice:
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+def test_processes_must_hold_different_parts_of_the_batch():
+    devices = np.array([FakeDevice(i // 4) for i in range(8)])
+
+    class FakeMesh:
+        def __init__(self, *shape):
+            self.devices, self.shape = devices.reshape(shape), dict(zip(AXES, shape))
+
+    for shape in ((8, 1, 1), (2, 1, 4), (2, 2, 2), (1, 8, 1)):
+        check_processes(FakeMesh(*shape))
+    with pytest.raises(UserError, match="'tensor': 8.*several of the 2 processes"):
+        check_processes(FakeMesh(1, 1, 8))

@@ -77,3 +77,11 @@ def test_exit_code(tmp_path):
     )
     assert done.returncode == 1
     assert "at step" in done.stderr.splitlines()[-1]
+
+
+def test_a_picture_that_is_not_finite_costs_no_step(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop.generate, "generate", lambda *_: iter([np.full((2, 8, 8, 1), np.nan)]))
+    pictures = ("--config.evals.samples.every_steps=2", "--config.evals.samples.num=2")
+    assert main([*train_arguments(tmp_path / "run", "total_steps=4"), *pictures]) == 0
+    assert "sampled values are not finite" in capsys.readouterr().out
+    assert complete_steps(tmp_path / "run") == [2, 4]

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import os
 from collections import OrderedDict
 
@@ -13,7 +14,7 @@ from absl import flags
 from diffjax.__main__ import VERBS, main
 from diffjax.evaluation.samples import write_samples
 from diffjax.weights import to_reference
-from tests.programs import ROOT, train_arguments
+from tests.programs import ROOT, TINY, train_arguments
 from tests.weights.test_dit import module_and_params
 from tests.weights.torch_writer import Named, pretended, tensor, write_zip
 
@@ -63,6 +64,12 @@ def changed(*overrides):
     return (*TRAIN, *(f"--config.{override}" for override in overrides))
 
 
+def again(*overrides):
+    """The command of the run in `world`, with other leaves."""
+    quiet = ("evals.samples.every_steps=0", "log.tensorboard=false")
+    return ("train", f"--config={QUICKSTART}", "--workdir=run", *(f"--config.{o}" for o in (*quiet, *overrides)))
+
+
 MISTAKES = {
     # verbs and flags
     "unknown-verb": (("trian",), "verb 'trian' is unknown; valid: train, sample"),
@@ -105,6 +112,17 @@ MISTAKES = {
     "text-for-number": (changed("optim.lr=fast"), "optim.lr"),
     "text-for-switch": (changed("data.flip=perhaps"), "data.flip"),
     # contradictions, found before anything is compiled
+    "bucket": ((*TRAIN[:2], "--workdir=gs://bucket/run"), "--workdir=gs://bucket/run: only local"),
+    "fixed-leaf": (
+        (*train_arguments("run", "batch_size=32"), "--accept=batch_size"),
+        "batch_size: cannot change",
+    ),
+    "fewer-steps": ((*again("total_steps=1"), "--accept=total_steps"), "beyond total_steps = 1"),
+    "seed": (changed("seed=4294967296"), "seed = 4294967296: valid: 0 to"),
+    "momentum": (changed("optim.b1=1.5"), "optim.b1 = 1.5"),
+    "pictures": (changed("evals.samples.every_steps=1", "evals.samples.num=-1"), "evals.samples.num = -1"),
+    "guided-channels": (changed("sampling.guidance_channels=-3"), "guidance_channels = -3: valid: 0 (all) to 1"),
+    "eta": (changed("sampling.sampler=ddpm", "sampling.eta=0.5"), "sampling.eta = 0.5"),
     "no-steps": (changed("total_steps=0"), "total_steps = 0: valid: 1 or more"),
     "model": (changed("model.name=UNet"), "model 'UNet' is unknown; valid: DiT"),
     "dtype": (changed("model.dtype=float8"), "dtype"),
@@ -166,8 +184,14 @@ MISTAKES = {
     "sample-leaf": (("sample", "--num=2", "--out=new/s.npz", "--workdir=run", "--config.x=1"), "no leaf 'x'"),
     "sample-model-leaf": (
         ("sample", "--num=2", "--out=new/s.npz", "--workdir=run", "--config.model.width=96"),
-        "another model",
+        "model.width cannot change what a run was trained for",
     ),
+    "sample-seed-leaf": (
+        ("sample", "--num=2", "--out=new/s.npz", "--workdir=run", "--config.seed=7"),
+        "seed cannot change",
+    ),
+    "sample-negative-seed": (("sample", "--num=2", "--out=new/s.npz", "--workdir=run", "--seed=-1"), "--seed=-1"),
+    "sample-into-a-bucket": (("sample", "--num=2", "--out=gs://b/s.npz", "--workdir=run"), "only local"),
     "sample-unused-step": (
         ("sample", "--num=2", "--out=new/s.npz", "--params=params", f"--config={QUICKSTART}", "--step=2"),
         "--step",
@@ -266,3 +290,37 @@ def test_every_flag_is_read(verb):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "values"
     }
     assert set(values) <= read
+
+
+def test_a_log_level_that_does_not_exist(monkeypatch, capsys):
+    monkeypatch.setenv("DIFFJAX_LOG", "loud")
+    assert main(["inspect", "--workdir=x"]) == 2
+    assert "DIFFJAX_LOG=loud is unknown; valid: debug" in capsys.readouterr().err
+
+
+def test_a_config_json_that_is_none(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("[]")
+    assert main(train_arguments(tmp_path)) == 2
+    assert "not the config of a run" in capsys.readouterr().err
+
+
+def test_results_do_not_go_where_a_folder_is(world, tmp_path, capsys):
+    samples = tmp_path / "s.npz"
+    write_samples(samples, np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), {})
+    (tmp_path / "scores.json").mkdir()
+    assert main(["evaluate", f"--samples={samples}", "--reference=digits", f"--out={tmp_path / 'scores.json'}"]) == 2
+    assert "Is a directory" in capsys.readouterr().err
+
+
+def test_refused_changes_leave_the_stored_config_alone(world, capsys):
+    before = (world / "run" / "config.json").read_text()
+    for change in ("model.width=96", "data.split=test", "seed=3"):
+        assert main([*train_arguments(world / "run", change, "total_steps=3"), "--accept=total_steps"]) == 2
+    assert (world / "run" / "config.json").read_text() == before
+
+
+def test_bench_reports_both_times(capsys):
+    assert main(["bench", f"--config={TINY}", "--steps=2", "--turns=1", "--config.log.tensorboard=false"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["loop_over_step"] == pytest.approx(report["loop_seconds"] / report["step_seconds"])
+    assert report["images_per_second"] == pytest.approx(16 / report["loop_seconds"])
