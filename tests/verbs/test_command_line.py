@@ -114,7 +114,7 @@ MISTAKES = {
     # contradictions, found before anything is compiled
     "bucket": ((*TRAIN[:2], "--workdir=gs://bucket/run"), "--workdir=gs://bucket/run: only local"),
     "fixed-leaf": (
-        (*train_arguments("run", "batch_size=32"), "--accept=batch_size"),
+        (*again("batch_size=32"), "--accept=batch_size"),
         "batch_size: cannot change",
     ),
     "fewer-steps": ((*again("total_steps=1"), "--accept=total_steps"), "beyond total_steps = 1"),
