@@ -17,7 +17,7 @@ def get_config(arg: str | None = None):
     if options.model not in MODELS:
         raise ValueError(f"config argument model={options.model!r} is unknown; valid: {', '.join(MODELS)}")
     c = common.base()
-    c.total_steps = 1200
+    c.total_steps = 1500
     c.batch_size = 128
     c.model.update(MODELS[options.model])
 
@@ -32,9 +32,9 @@ def get_config(arg: str | None = None):
     c.optim.lr, c.optim.warmup_steps, c.optim.schedule = 4e-3, 100, "cosine"
     c.optim.clip = 1.0
     c.ema.decay = 0.995
-    c.checkpoint.every_steps = 400
+    c.checkpoint.every_steps = 500
     c.log.every_steps = 50
-    c.evals.samples.every_steps, c.evals.samples.num = 400, 100
+    c.evals.samples.every_steps, c.evals.samples.num = 500, 100
 
     if options.runlocal:
         c.total_steps, c.batch_size = 4, 16
