@@ -32,11 +32,12 @@ def main(argv: list[str]) -> int:
         print(f"diffjax: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        named = isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError | PermissionError)
-        reason = refused_write(error) or (error.strerror if named and error.filename else None)
-        if not reason:
+        if reason := refused_write(error):
+            print(f"diffjax: cannot write {error.filename or 'a file'}: {reason}", file=sys.stderr)
+        elif isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError) and error.filename:
+            print(f"diffjax: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        else:
             raise
-        print(f"diffjax: cannot use {error.filename or 'a file'}: {reason}", file=sys.stderr)
         return 2
     return 0
 
