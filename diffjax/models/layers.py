@@ -95,7 +95,8 @@ class LabelEmbed(nn.Module):
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
         table = self.param("embedding", normal(0.02), (self.rows, self.width))
-        return jnp.take(table, y, axis=0)
+        # Whole on every device for the look-up, as FSDP gathers any weight: rows of a split table would be exchanged.
+        return jnp.take(constrain(table, None, None), y, axis=0)
 
 
 class SelfAttention(nn.Module):
