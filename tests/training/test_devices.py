@@ -119,7 +119,7 @@ def test_image_i_depends_neither_on_the_batch_nor_on_the_devices(one):
 def test_random_values_of_an_example_are_bit_equal_on_one_and_eight_devices(one):
     """The time, noise and label drop that the loss draws, seen through a backbone that returns what it is given."""
     draws = {}
-    for layout in ("one", "dp8"):
+    for layout in ("one", *LAYOUTS):
         setup = one[0] if layout == "one" else setup_of(layout)
         batches = open_batches(setup.config)
         batch = next(batches)
@@ -136,5 +136,6 @@ def test_random_values_of_an_example_are_bit_equal_on_one_and_eight_devices(one)
 
         with jax.set_mesh(setup.mesh):
             draws[layout] = jax.device_get(jax.jit(draw)(setup.put(batch), setup.key))
-    jax.tree.map(np.testing.assert_array_equal, draws["one"], draws["dp8"])
+    for layout in LAYOUTS:
+        jax.tree.map(np.testing.assert_array_equal, draws["one"], draws[layout])
     assert len(np.unique(draws["one"]["t"])) > 8
