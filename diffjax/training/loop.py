@@ -5,9 +5,9 @@ The order of a pass is a contract:
     save the state -> evaluate it -> draw a batch -> step -> report the step before
 
 Saving precedes drawing, so the position of the data that is saved is the one the state has seen, and evaluation, so
-that nothing that goes wrong there costs a step. The scalars of a
-step are fetched after the next one has been dispatched, so that reporting never makes a device wait; before a save
-they are all fetched, so that a state that came from a non-finite gradient is never written.
+that nothing that goes wrong there costs a step. The scalars of a step are fetched after the next one has been
+dispatched, so that reporting never makes a device wait; before a save they are all fetched, so that a state that came
+from a non-finite gradient is never written.
 """
 
 import contextlib
@@ -60,7 +60,8 @@ def train(config: ConfigDict, workdir: Path, accepted: tuple[str, ...] = ()) -> 
         accepted: leaves in which `config` may differ from the folder's own.
 
     Raises:
-        UserError: anything the user can mend, before anything is written. NonFiniteError: the run diverged.
+        UserError: anything the user can mend; what can be known beforehand, before anything is written.
+        NonFiniteError: the run diverged.
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(contextlib.closing(StopRequest(alone=jax.process_count() == 1)))

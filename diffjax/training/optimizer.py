@@ -30,4 +30,5 @@ def optimizer(optim: ConfigDict, total_steps: int) -> optax.GradientTransformati
     adamw = optax.adamw(
         schedule(optim, total_steps), b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay
     )
-    return optax.chain(optax.clip_by_global_norm(optim.clip), adamw) if optim.clip else adamw
+    # The same tree of states with and without clipping, so that a run can go on with another `clip`.
+    return optax.chain(optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(), adamw)

@@ -82,6 +82,13 @@ def test_schedules():
     assert {float(schedule(optim, 9)(step)) for step in (0, 5, 100)} == {2.0}
 
 
+def test_other_options_keep_the_tree_of_states():
+    params = {"w": jnp.zeros(3)}
+    options = ((), ("optim.clip=1.0",), ("optim.clip=0.0", "optim.schedule=constant", "optim.warmup_steps=0"))
+    trees = [jax.tree.structure(optimizer(tiny_config(*o).optim, 10).init(params)) for o in options]
+    assert trees[0] == trees[1] == trees[2]
+
+
 def test_clipping_bounds_the_gradient_and_unknown_schedules_are_errors():
     config = tiny_config("optim.clip=1.0").optim
     optim = optimizer(config, 10)
