@@ -174,10 +174,7 @@ def _loop(
                     reporter.say(f"{stop.signal_name or 'preemption'}: checkpoint written, stopped at step {step}")
                     return
                 checkpoints.check_for_errors()
-                batch = setup.put(next(batches))
-                state, metrics = setup.step(state, batch, setup.key)
-                pending.flush(reporter)
-                pending = Pending(step + 1, metrics)
+                state, pending = advance(setup, state, step, batches, pending, reporter)
             save(config.total_steps)
             draw_samples(config.total_steps, state, reporter)
         checkpoints.wait()
@@ -187,6 +184,15 @@ def _loop(
         kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint was written"
         raise NonFiniteError(f"{error}; {kept}; nothing was written after it") from error
     reporter.say(f"finished: step {config.total_steps} of {config.total_steps} in {workdir}")
+
+
+def advance(
+    setup: Setup, state: TrainState, step: int, batches: pipeline.Batches, pending: Pending, reporter: Reporter
+) -> tuple[TrainState, Pending]:
+    """Draw a batch, dispatch the step on it, and only then report the step before."""
+    state, metrics = setup.step(state, setup.put(next(batches)), setup.key)
+    pending.flush(reporter)
+    return state, Pending(step + 1, metrics)
 
 
 class SampleGrid:
