@@ -6,18 +6,20 @@ from typing import Any
 import flax.linen as nn
 
 from diffjax.errors import UserError
-from diffjax.models import dit
+from diffjax.models import dis, dit
 
-FAMILIES: dict[str, type[nn.Module]] = {"DiT": dit.DiT}
+FAMILIES: dict[str, type[nn.Module]] = {"DiT": dit.DiT, "DiS": dis.DiS}
 
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A published size: constructor arguments and what the paper says of it.
+    """A published size: constructor arguments and what is known of it, for 32 x 32 x 4 latents and 1000 classes.
 
     Attributes:
-        params: trainable parameters for 32 x 32 x 4 latents and 1000 classes (DiT's frozen position table not counted).
-        gmacs: multiply-accumulates of one forward pass, in 1e9; what the papers print as GFLOPs.
+        params: trainable parameters (DiT's frozen position table not counted).
+        gmacs: multiply-accumulates of the matrix products of one forward pass, in 1e9; what the DiT papers print as
+            GFLOPs. For DiS they are ours: its scans and depthwise convolutions (2 d_state and d_conv per channel,
+            token and direction) are not among them, and the figures of its paper could not be checked.
     """
 
     family: str
@@ -33,6 +35,11 @@ def _dit(size: str, patch: int, params: int, gmacs: float) -> PublishedModel:
     return PublishedModel("DiT", params, gmacs, "arXiv 2212.09748", kwargs)
 
 
+def _dis(size: str, patch: int, params: int, gmacs: float) -> PublishedModel:
+    depth, width = dis.SIZES[size]
+    return PublishedModel("DiS", params, gmacs, "arXiv 2402.05608", {"patch": patch, "depth": depth, "width": width})
+
+
 MODELS: dict[str, PublishedModel] = {
     "DiT-S/2": _dit("S", 2, 32_865_056, 6.06),
     "DiT-S/4": _dit("S", 4, 32_920_448, 1.41),
@@ -46,6 +53,21 @@ MODELS: dict[str, PublishedModel] = {
     "DiT-XL/2": _dit("XL", 2, 674_834_720, 118.64),
     "DiT-XL/4": _dit("XL", 4, 675_000_704, 29.05),
     "DiT-XL/8": _dit("XL", 8, 675_664_640, 7.39),
+    "DiS-S/2": _dis("S", 2, 29_132_752, 6.83),
+    "DiS-S/4": _dis("S", 4, 29_115_184, 1.75),
+    "DiS-S/8": _dis("S", 8, 29_309_872, 0.48),
+    "DiS-B/2": _dis("B", 2, 121_163_552, 29.03),
+    "DiS-B/4": _dis("B", 4, 121_126_784, 7.44),
+    "DiS-B/8": _dis("B", 8, 121_532_672, 2.04),
+    "DiS-M/2": _dis("M", 2, 231_414_560, 57.03),
+    "DiS-M/4": _dis("M", 4, 231_377_792, 14.60),
+    "DiS-M/8": _dis("M", 8, 231_783_680, 3.99),
+    "DiS-L/2": _dis("L", 2, 407_249_952, 100.83),
+    "DiS-L/4": _dis("L", 4, 407_200_896, 25.81),
+    "DiS-L/8": _dis("L", 8, 407_741_952, 7.06),
+    "DiS-H/2": _dis("H", 2, 906_966_560, 225.62),
+    "DiS-H/4": _dis("H", 4, 906_892_928, 57.75),
+    "DiS-H/8": _dis("H", 8, 907_704_320, 15.78),
 }
 
 

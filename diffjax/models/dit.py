@@ -26,6 +26,7 @@ from diffjax.models.layers import (
     modulate,
     patchify,
     sincos_positions,
+    sinusoidal_time,
     unpatchify,
     xavier,
     zeros,
@@ -132,18 +133,20 @@ class DiT(nn.Module):
             raise UserError(f"image size {height} x {width} is not divisible by the model's patch = {self.patch}")
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False, keys: jax.Array | None = None
+    ) -> jax.Array:
         """x [b, h, w, c], t [b] in 0..999, y [b] int32 or None -> float32 [b, h, w, c or 2c].
 
-        `train` changes nothing here: DiT has no dropout but that of labels, which happens before.
+        `train` and `keys` change nothing here: DiT has no dropout but that of labels, which happens before.
         """
-        del train
+        del train, keys
         dtype = DTYPES[self.dtype]
         height, width = x.shape[1] // self.patch, x.shape[2] // self.patch
         self.check_input(*x.shape[1:3])
         x = nn.Dense(self.width, kernel_init=xavier, dtype=dtype, name="patch_embed")(patchify(x, self.patch))
         x = x + sincos_positions(height, width, self.width).astype(dtype)
-        c = TimeEmbed(self.width, name="time_embed")(t)
+        c = TimeEmbed(self.width, self.width, name="time_embed")(sinusoidal_time(t))
         if self.num_classes:
             if y is None:
                 raise UserError(f"this DiT has {self.num_classes} classes: it needs labels y, not None")

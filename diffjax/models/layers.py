@@ -41,14 +41,15 @@ def sincos_positions(height: int, width: int, d: int) -> np.ndarray:
 
 
 def sinusoidal_time(t: jax.Array, d: int = 256) -> jax.Array:
-    """[cos(t f), sin(t f)], f_k = 10000^(-k/(d/2)); t [b] -> float32 [b, d] (DDPM, arXiv 2006.11239).
+    """[cos(t f), sin(t f)], f_k = 10000^(-k/(d//2)); t [b] -> float32 [b, d] (DDPM, arXiv 2006.11239).
 
-    The exponent is rounded to float32 before exp, as in the reference: t reaches 1000, so that rounding is visible.
+    For odd d the last is zero.
+    The exponent is rounded to float32 before exp, as in the references: t reaches 1000, so that rounding is visible.
     """
     half = d // 2
     exponent = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
     angles = t.astype(jnp.float32)[:, None] * jnp.exp(exponent)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1), ((0, 0), (0, d % 2)))
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:
@@ -75,15 +76,17 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 class TimeEmbed(nn.Module):
-    """Sinusoidal features -> Linear -> SiLU -> Linear; t [b] -> float32 [b, width]."""
+    """Linear -> SiLU -> Linear on the features of `sinusoidal_time`; [b, w] -> float32 [b, width]."""
 
     width: int
+    hidden: int
+    kernel_init: nn.initializers.Initializer = normal(0.02)
 
     @nn.compact
-    def __call__(self, t: jax.Array) -> jax.Array:
+    def __call__(self, features: jax.Array) -> jax.Array:
         # Products in full float32, also where the default is less.
-        dense = functools.partial(nn.Dense, self.width, kernel_init=normal(0.02), precision=jax.lax.Precision.HIGHEST)
-        return dense(name="fc2")(nn.silu(dense(name="fc1")(sinusoidal_time(t))))
+        dense = functools.partial(nn.Dense, kernel_init=self.kernel_init, precision=jax.lax.Precision.HIGHEST)
+        return dense(self.width, name="fc2")(nn.silu(dense(self.hidden, name="fc1")(features)))
 
 
 class LabelEmbed(nn.Module):

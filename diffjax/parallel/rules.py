@@ -21,8 +21,8 @@ LogicalAxes = Sequence[tuple[str, tuple[str | None, ...]]]
 
 STRATEGIES: dict[str, dict[str, str]] = {
     "dp": {},
-    "fsdp": {"embed": "fsdp"},
-    "fsdp_tp": {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"},
+    "fsdp": {"embed": "fsdp", "channels": "fsdp"},
+    "fsdp_tp": {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "channels": "tensor"},
 }
 
 ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {
@@ -31,6 +31,7 @@ ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {
     "embed": None,
     "heads": "tensor",
     "mlp": "tensor",
+    "channels": "tensor",
 }
 
 
@@ -95,6 +96,8 @@ def _leaf_spec(
     spec: list[str | None] = [None] * (leaf.ndim - len(names))
     for name, size in zip(names, leaf.shape[-len(names) :]):
         mesh_axis = table.get(name) if name else None
+        if mesh_axis in spec:
+            mesh_axis = None  # a mesh axis divides one dimension: the first that asks for it
         if mesh_axis and size % mesh.shape[mesh_axis] and not (small and mesh_axis == "fsdp"):
             raise UserError(
                 f"{path} {leaf.shape}: its {name} axis of {size} is not divisible by the {mesh.shape[mesh_axis]} "

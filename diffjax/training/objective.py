@@ -3,7 +3,8 @@
     loss(apply, params, batch, key) -> (scalar, metrics)          batch: image [b,h,w,c], label [b], index [b]
     sample(apply, params, labels, keys) -> images [b,h,w,c]       one key per image
 
-`apply(params, x, t, y, train=False)` is the backbone. The training loop knows nothing else of the method.
+`apply(params, x, t, y, train=False, keys=None)` is the backbone; in training it gets one key per example. The training
+loop knows nothing else of the method.
 """
 
 from collections.abc import Callable
@@ -75,10 +76,17 @@ def _process(diffusion: ConfigDict, respacing: str = "") -> gaussian.GaussianDif
 
 
 def bind(model: nn.Module) -> Apply:
-    """`apply(params, x, t, y, train=False)` of a model."""
+    """`apply(params, x, t, y, train=False, keys=None)` of a model."""
 
-    def apply(params: Any, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False) -> Any:
-        return model.apply({"params": params}, x, t, y, train=train)
+    def apply(
+        params: Any,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array | None,
+        train: bool = False,
+        keys: jax.Array | None = None,
+    ) -> Any:
+        return model.apply({"params": params}, x, t, y, train=train, keys=keys)
 
     return apply
 
@@ -97,7 +105,7 @@ def _training_loss(config: ConfigDict) -> Callable:
         dropped = rng.uniform(keys("label_drop")) < drop
         y = jnp.where(dropped, null, batch["label"]) if null else None
         xt = process.q_sample(x0, k, eps)
-        output = apply(params, xt, process.model_time(k), y, train=True)
+        output = apply(params, xt, process.model_time(k), y, train=True, keys=keys("dropout"))
         terms = {name: jnp.mean(value) for name, value in process.losses(output, x0, xt, k, eps).items()}
         return terms.pop("loss"), terms
 

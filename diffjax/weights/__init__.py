@@ -8,9 +8,9 @@ import flax.linen as nn
 import numpy as np
 
 from diffjax.errors import UserError
-from diffjax.weights import dit
+from diffjax.weights import dis, dit
 
-FAMILIES: dict[str, ModuleType] = {"dit": dit}
+FAMILIES: dict[str, ModuleType] = {"dit": dit, "dis": dis}
 
 
 def from_reference(family: str, state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -18,14 +18,14 @@ def from_reference(family: str, state_dict: Mapping[str, Any], **config: Any) ->
 
     Args:
         family: a key of FAMILIES.
-        state_dict: the reference's key names to arrays in PyTorch layout.
+        state_dict: the reference's key names to arrays in PyTorch layout; also a training checkpoint, see `unwrap`.
         config: the reference's constructor arguments; what the shapes tell need not be given.
 
     Raises:
         UserError: unknown family or argument; arguments that contradict the shapes or that are needed and missing;
             unexpected, missing and wrongly shaped keys, all in one message.
     """
-    return _family(family).from_reference(state_dict, **config)
+    return _family(family).from_reference(_inner(state_dict), **config)
 
 
 def to_reference(family: str, module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -34,19 +34,25 @@ def to_reference(family: str, module: nn.Module, params: Mapping[str, Any]) -> d
 
 
 def unwrap(checkpoint: Any) -> dict[str, Any]:
-    """The weights inside what a file holds: its "ema", else its "model", else itself.
+    """The weights inside what a file holds: its "ema", else its "model", else itself, without a prefix "module.".
 
-    Training checkpoints keep both beside the optimizer; the published results use the averaged weights.
+    Training checkpoints keep both beside the optimizer; the published results use the averaged weights. The prefix
+    comes from saving a model that was wrapped for data parallelism.
     """
     if not isinstance(checkpoint, Mapping):
         raise UserError(f"the checkpoint holds no weights but a {type(checkpoint).__name__}")
-    for name in ("ema", "model"):
-        if isinstance(checkpoint.get(name), Mapping):
-            return dict(checkpoint[name])
-    if not any(hasattr(value, "shape") for value in checkpoint.values()):
+    weights = _inner(checkpoint)
+    if not any(hasattr(value, "shape") for value in weights.values()):
         found = ", ".join(map(str, checkpoint))[:200] or "nothing"
         raise UserError(f"the checkpoint holds no weights: found {found}; expected ema, model or named arrays")
-    return dict(checkpoint)
+    return weights
+
+
+def _inner(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    candidates = (checkpoint.get("ema"), checkpoint.get("model"), checkpoint)
+    inner: Mapping[str, Any] = next(weights for weights in candidates if isinstance(weights, Mapping))
+    prefix = "module." if inner and all(str(key).startswith("module.") for key in inner) else ""
+    return {str(key).removeprefix(prefix): value for key, value in inner.items()}
 
 
 def _family(family: str) -> Any:

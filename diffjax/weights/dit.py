@@ -60,8 +60,7 @@ def from_reference(state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Mod
     The heads of a width cannot be read off the shapes: they are looked up by (depth, width) among the published
     sizes, or must be given as `num_heads`.
     """
-    if unknown := sorted(set(config) - set(ARGUMENTS)):
-        raise UserError(f"dit has no argument {', '.join(unknown)}; valid: {', '.join(ARGUMENTS)}")
+    mapping.check_names("dit", config, ARGUMENTS)
     weights = {key: value for key, value in state_dict.items() if key != "pos_embed"}
     sizes = mapping.infer(TABLE, weights, CONSTANTS)
     mapping.check(TABLE, sizes, weights, "dit")
@@ -96,13 +95,11 @@ def _arguments(sizes: mapping.Sizes, config: dict[str, Any]) -> dict[str, Any]:
     depth, width, hidden, rows = (sizes[axis] for axis in "ldfv")
     told: dict[str, Any] = {"patch_size": sizes["p"], "in_channels": sizes["c"], "hidden_size": width, "depth": depth}
     told["learn_sigma"] = sizes["o"] == 2 * sizes["c"]
-    told["num_classes"] = rows - _has_null(rows, config)
+    told["num_classes"] = rows - mapping.has_null(rows, config)
     if not (ratio := config.get("mlp_ratio")) or int(width * ratio) != hidden:
         ratio = hidden / width
         told["mlp_ratio"] = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-    for name, value in told.items():
-        if name in config and config[name] != value:
-            raise UserError(f"dit: {name} = {config[name]} contradicts the weights, whose shapes say {value}")
+    mapping.check_agreement("dit", told, config)
     if told["num_classes"] < 1:
         raise UserError(f"dit: a label table of {rows} rows has no class beside the null class")
     return {
@@ -113,16 +110,9 @@ def _arguments(sizes: mapping.Sizes, config: dict[str, Any]) -> dict[str, Any]:
         "mlp_ratio": told.get("mlp_ratio", ratio),
         "channels": sizes["c"],
         "num_classes": told["num_classes"],
-        "null_class": _has_null(rows, config),
+        "null_class": mapping.has_null(rows, config),
         "learn_sigma": told["learn_sigma"],
     }
-
-
-def _has_null(rows: int, config: dict[str, Any]) -> bool:
-    """The reference adds a row for the null class when labels are dropped in training, which is its default."""
-    if "class_dropout_prob" in config:
-        return config["class_dropout_prob"] > 0
-    return config.get("num_classes") != rows
 
 
 def _heads(depth: int, width: int, config: dict[str, Any]) -> int:

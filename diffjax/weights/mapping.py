@@ -91,6 +91,27 @@ def to_state_dict(table: Table, sizes: Sizes, params: Mapping[str, Any]) -> dict
     return state_dict
 
 
+def check_names(family: str, config: Mapping[str, Any], valid: Sequence[str]) -> None:
+    """Raise UserError for constructor arguments that the reference does not have."""
+    if unknown := sorted(set(config) - set(valid)):
+        raise UserError(f"{family} has no argument {', '.join(unknown)}; valid: {', '.join(valid)}")
+
+
+def check_agreement(family: str, told: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise UserError for an argument in `config` that differs from what the weights tell of it."""
+    for name, value in told.items():
+        if name in config and config[name] != value:
+            raise UserError(f"{family}: {name} = {config[name]} contradicts the weights, whose shapes say {value}")
+
+
+def has_null(rows: int, config: Mapping[str, Any]) -> bool:
+    """Whether a label table has a row for the null class, which the references of DiT and DiS add when labels are
+    dropped in training: their default."""
+    if "class_dropout_prob" in config:
+        return config["class_dropout_prob"] > 0
+    return config.get("num_classes") != rows
+
+
 def _placeholders(template: str) -> list[str]:
     return re.findall(r"\{(\w+)\}", template)
 
