@@ -3,6 +3,7 @@
 `DIFFJAX_ORACLES` names another folder of the same layout. A family without cases is one failing test, not a pass.
 """
 
+import functools
 import json
 import os
 import zlib
@@ -11,9 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from safetensors.numpy import load_file
+
+from diffjax.weights import from_reference, to_reference
 
 ORACLES = Path(os.environ.get("DIFFJAX_ORACLES", Path(__file__).parent / "oracles"))
 
@@ -69,3 +75,61 @@ def recipe_weights(info: dict[str, Any]) -> dict[str, np.ndarray]:
             drawn = weights[key].astype(np.float64)
             np.testing.assert_allclose([drawn.sum(), np.abs(drawn).sum()], [total, absolute], rtol=1e-6, atol=1e-6)
     return weights
+
+
+def to_nhwc(x: np.ndarray) -> np.ndarray:
+    return rearrange(x, "b c h w -> b h w c")
+
+
+def to_nchw(x: jax.Array) -> np.ndarray:
+    return rearrange(np.asarray(x), "b h w c -> b c h w")
+
+
+@functools.cache
+def load(family: str, case: Case):
+    """Module, parameters and a jitted forward (params, x, t, y) -> (out, {path: captured output})."""
+    assert case is not None, "no stored cases"
+    module, params = from_reference(family, case.state_dict, **case.info.get("config", {}))
+
+    @jax.jit
+    def forward(params, x, t, y):
+        out, captured = module.apply({"params": params}, x, t, y, capture_intermediates=True)
+        return out, captured["intermediates"]
+
+    return module, params, forward
+
+
+def conditions(t: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Time and labels as our models take them."""
+    return t.astype(np.float32), None if y is None else y.astype(np.int32)
+
+
+def run(family: str, case: Case, x: np.ndarray, t: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, dict]:
+    """The stored NCHW input -> NCHW output, and what the modules returned on the way."""
+    _, params, forward = load(family, case)
+    with jax.default_matmul_precision("highest"):
+        out, captured = forward(params, to_nhwc(x), *conditions(t, y))
+    return to_nchw(out), captured
+
+
+def guided(out: np.ndarray, scale: float) -> np.ndarray:
+    """The references' forward_with_cfg after the model, out [2b, c, h, w]: the halves are the predictions with labels
+    and without; three channels are extrapolated, the rest stays as it is."""
+    conditional, null = np.split(out[:, :3], 2)
+    extrapolated = null + scale * (conditional - null)
+    return np.concatenate([np.concatenate([extrapolated, extrapolated]), out[:, 3:]], axis=1)
+
+
+@functools.cache
+def gradients(family: str, case: Case) -> tuple[float, dict[str, np.ndarray]]:
+    """mean(out^2) on the stored inputs and its gradients by the reference's names, that of the input as "x"."""
+    module, params, _ = load(family, case)
+    t, y = conditions(case.arrays["t"], case.arrays.get("y"))
+
+    @jax.jit
+    def loss(params, x):
+        return jnp.mean(jnp.square(module.apply({"params": params}, x, t, y)))
+
+    with jax.default_matmul_precision("highest"):
+        value, (grads, grad_x) = jax.value_and_grad(loss, argnums=(0, 1))(params, to_nhwc(case.arrays["x"]))
+    return float(value), to_reference(family, module, grads) | {"x": to_nchw(grad_x)}

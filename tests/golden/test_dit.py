@@ -7,53 +7,20 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from einops import rearrange
 
-from diffjax.weights import from_reference, to_reference
-from tests.golden.cases import Case, cases
+from tests.golden.cases import cases, gradients, guided, load, run
 
 pytestmark = pytest.mark.golden
 ATOL = 2e-5
-
-
-def to_nhwc(x: np.ndarray) -> np.ndarray:
-    return rearrange(x, "b c h w -> b h w c")
-
-
-def to_nchw(x: jax.Array) -> np.ndarray:
-    return rearrange(np.asarray(x), "b h w c -> b c h w")
-
-
-@functools.cache
-def load(case: Case):
-    """Module, parameters and a jitted forward (params, x, t, y) -> (out, {path: captured output})."""
-    assert case is not None, "no stored cases"
-    module, params = from_reference("dit", case.state_dict, **case.info.get("config", {}))
-
-    @jax.jit
-    def forward(params, x, t, y):
-        out, captured = module.apply({"params": params}, x, t, y, capture_intermediates=True)
-        return out, captured["intermediates"]
-
-    return module, params, forward
-
-
-def run(case: Case, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, dict]:
-    """The stored NCHW input -> NCHW output, and what the modules returned on the way."""
-    _, params, forward = load(case)
-    with jax.default_matmul_precision("highest"):
-        out, captured = forward(params, to_nhwc(x), t.astype(np.float32), y.astype(np.int32))
-    return to_nchw(out), captured
 
 
 @pytest.mark.parametrize("case", cases("dit"))
 def test_outputs(case):
     assert case is not None, "no stored cases"
     arrays = case.arrays
-    out, _ = run(case, arrays["x"], arrays["t"], arrays["y"])
+    out, _ = run("dit", case, arrays["x"], arrays["t"], arrays["y"])
     np.testing.assert_allclose(out, arrays["out"], rtol=0, atol=ATOL)
 
 
@@ -61,8 +28,8 @@ def test_outputs(case):
 def test_null_label(case):
     assert case is not None, "no stored cases"
     arrays = case.arrays
-    null = np.full_like(arrays["y"], load(case)[0].num_classes)
-    out, _ = run(case, arrays["x"], arrays["t"], null)
+    null = np.full_like(arrays["y"], load("dit", case)[0].num_classes)
+    out, _ = run("dit", case, arrays["x"], arrays["t"], null)
     np.testing.assert_allclose(out, arrays["out_null"], rtol=0, atol=ATOL)
 
 
@@ -70,7 +37,7 @@ def test_null_label(case):
 def test_times_between_steps(case):
     assert case is not None, "no stored cases"
     arrays = case.arrays
-    out, _ = run(case, arrays["x"], arrays["t_float"], arrays["y"])
+    out, _ = run("dit", case, arrays["x"], arrays["t_float"], arrays["y"])
     np.testing.assert_allclose(out, arrays["out_t_float"], rtol=0, atol=ATOL)
 
 
@@ -82,11 +49,8 @@ def test_guidance(case):
     [name] = [name for name in arrays if name.startswith("out_cfg")]
     scale = float(name.removeprefix("out_cfg"))
     half = arrays["cfg_x"][: len(arrays["cfg_x"]) // 2]
-    out, _ = run(case, np.concatenate([half, half]), arrays["cfg_t"], arrays["cfg_y"])
-    conditional, null = np.split(out[:, :3], 2)
-    guided = null + scale * (conditional - null)
-    out = np.concatenate([np.concatenate([guided, guided]), out[:, 3:]], axis=1)
-    np.testing.assert_allclose(out, arrays[name], rtol=0, atol=ATOL)
+    out, _ = run("dit", case, np.concatenate([half, half]), arrays["cfg_t"], arrays["cfg_y"])
+    np.testing.assert_allclose(guided(out, scale), arrays[name], rtol=0, atol=ATOL)
 
 
 # stored name -> path of our module; those below "blocks" return every layer's value
@@ -114,7 +78,7 @@ def returned(captured: dict, key: str) -> jax.Array:
 def test_intermediates(case):
     assert case is not None, "no stored cases"
     arrays = case.arrays
-    _, captured = run(case, arrays["x"], arrays["t"], arrays["y"])
+    _, captured = run("dit", case, arrays["x"], arrays["t"], arrays["y"])
     for key in (key for key in arrays if key.startswith("inter/")):
         value = returned(captured, key.removeprefix("inter/"))
         np.testing.assert_allclose(value, arrays[key], rtol=0, atol=ATOL, err_msg=key)
@@ -126,17 +90,8 @@ def test_gradients(case):
     gradient, since a gradient sums terms as large as its largest entry with the float32 error of the activations."""
     assert case is not None, "no stored cases"
     arrays = case.arrays
-    module, params, _ = load(case)
-
-    @jax.jit
-    def loss(params, x):
-        out = module.apply({"params": params}, x, arrays["t"].astype(np.float32), arrays["y"].astype(np.int32))
-        return jnp.mean(jnp.square(out))
-
-    with jax.default_matmul_precision("highest"):
-        value, (grads, grad_x) = jax.value_and_grad(loss, argnums=(0, 1))(params, to_nhwc(arrays["x"]))
+    value, found = gradients("dit", case)
     np.testing.assert_allclose(value, arrays["loss"], rtol=1e-5)
-    gradients = to_reference("dit", module, grads) | {"x": to_nchw(grad_x)}
     for key in (key for key in arrays if key.startswith("grad/")):
         bound = 2e-5 * np.abs(arrays[key]).max()
-        np.testing.assert_allclose(gradients[key.removeprefix("grad/")], arrays[key], rtol=0, atol=bound, err_msg=key)
+        np.testing.assert_allclose(found[key.removeprefix("grad/")], arrays[key], rtol=0, atol=bound, err_msg=key)
