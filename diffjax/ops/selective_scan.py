@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from diffjax.errors import UserError
@@ -108,6 +109,7 @@ def _forward(options: Options, inputs: Inputs) -> tuple[tuple[jax.Array, jax.Arr
     forward, _ = _passes(options)
     outputs = (SEQUENCE, STARTS, STATE)
     out, starts, last = per_device(forward, _split(inputs), (NAMES,), outputs)(inputs)
+    starts = checkpoint_name(starts, "selective_scan")  # for policies that keep it and spare a second forward pass
     return (out, last), (inputs, starts)
 
 

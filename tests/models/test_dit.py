@@ -39,8 +39,7 @@ def tiny(**kwargs):
 def some_params(model, size=8):
     """Parameters that are all drawn, so that no path is dead as it is in a fresh model."""
     x, t, y = jnp.zeros((1, size, size, model.channels)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    fresh = model.init(jax.random.key(0), x, t, y)["params"]
-    leaves, tree = jax.tree.flatten(fresh)
+    leaves, tree = jax.tree.flatten(jax.eval_shape(model.init, jax.random.key(0), x, t, y)["params"])
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return tree.unflatten([0.1 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves)])
 
