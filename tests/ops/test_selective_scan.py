@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from diffjax.errors import UserError
 from diffjax.ops import selective_scan as exported
@@ -96,14 +98,20 @@ def test_devices_scan_their_own_part_and_only_sums_cross(implementation, mesh):
     arguments = draw((8, 21, 6, 4))
     g, g_last = jnp.ones((8, 21, 6)), jnp.ones((8, 6, 4))
     alone = value_and_gradients(implementation, arguments, g, g_last)
-    with jax.set_mesh(make_mesh(mesh)):
-        together = value_and_gradients(implementation, arguments, g, g_last)
+    mesh = make_mesh(mesh)
+    along = {3: P(("data", "fsdp"), None, "tensor"), 2: P("tensor", None), 1: P("tensor")}
+    whole = P(("data", "fsdp"), None, None)  # of B and C, which have no channels
 
-        def loss(x):
-            return jnp.sum(scan(implementation, **x))
+    def spread(name, x):
+        return jax.device_put(x, NamedSharding(mesh, whole if name in ("B", "C") else along[x.ndim]))
 
-        text = jax.jit(jax.grad(loss)).lower(arguments).compile().as_text()
+    spread_out = {name: spread(name, x) for name, x in arguments.items()}
+    with jax.set_mesh(mesh):
+        together = value_and_gradients(implementation, spread_out, g, g_last)
+        gradient = jax.grad(lambda x: jnp.sum(scan(implementation, **x)))
+        text = jax.jit(gradient).lower(spread_out).compile().as_text()
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-5), together, alone)
+    assert "all-reduce" in text
     loops = [part for part in text.split("\n\n") if "get-tuple-element" in part and not part.startswith("ENTRY")]
     assert not any("all-" in line.split("(")[0] for part in loops for line in part.splitlines()), "a loop communicates"
 
