@@ -145,7 +145,7 @@ def _sizes(module: Any, tokens: int) -> dict[str, int]:
 
 def _arguments(sizes: mapping.Sizes, present: set[str], config: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments of our module out of the sizes; what `config` gives must agree with them."""
-    side = math.isqrt(sizes["m"] - 1 - ("labels" in present))
+    side = _side(sizes["m"], 1 + ("labels" in present))
     mixer = {"d_state": sizes["n"], "d_conv": sizes["w"], "expand": sizes["e"] // sizes["d"]}
     told: dict[str, Any] = {
         "img_size": sizes["p"] * side,
@@ -178,6 +178,14 @@ def _arguments(sizes: mapping.Sizes, present: set[str], config: dict[str, Any]) 
         "time_mlp": told["mlp_time_embed"],
         "drop_path": config.get("drop_path_rate", 0.1),
     }
+
+
+def _side(tokens: int, extra: int) -> int:
+    """Patches along a side of the image, of `tokens` among which `extra` are no patches."""
+    side = math.isqrt(max(tokens - extra, 0))
+    if not side or side**2 != tokens - extra:
+        raise UserError(f"dis: pos_embed has {tokens} tokens, expected {extra} and those of a square of patches")
+    return side
 
 
 def _depth(side: int, config: dict[str, Any]) -> int:

@@ -211,26 +211,24 @@ def test_without_training_or_rate_nothing_is_dropped():
     np.testing.assert_array_equal(apply(tiny(drop_path=0.0), params, x, t, y, train=True), plain)
 
 
-def test_gradients_are_finite_and_reach_every_parameter():
-    model = tiny()
+@functools.cache
+def value_and_gradients(remat):
+    model = tiny(remat=remat)
     params, (x, t, y) = some_params(model), inputs()
-    grads = jax.jit(jax.grad(lambda p: jnp.mean(model.apply({"params": p}, x, t, y) ** 2)))(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+    return jax.jit(jax.value_and_grad(lambda p: jnp.mean(model.apply({"params": p}, x, t, y) ** 2)))(params)
+
+
+def test_gradients_are_finite_and_reach_every_parameter():
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value_and_gradients("dots")[1]):
         assert np.isfinite(leaf).all(), path
         assert np.abs(leaf).max() > 0, path
 
 
-def test_rematerialisation_changes_no_value():
-    params, (x, t, y) = some_params(tiny()), inputs()
-
-    def value_and_grad(remat):
-        model = tiny(remat=remat)
-        return jax.jit(jax.value_and_grad(lambda p: jnp.mean(model.apply({"params": p}, x, t, y) ** 2)))(params)
-
-    expected = value_and_grad("none")
-    for remat in ("dots", "full"):
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-        jax.tree.map(close, value_and_grad(remat), expected)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_rematerialisation_changes_no_value(remat):
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, value_and_gradients(remat), value_and_gradients("dots"))
 
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32():
