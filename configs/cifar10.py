@@ -14,7 +14,7 @@ def get_config(arg: str | None = None):
     c = common.base()
     c.total_steps = 400_000
     c.batch_size = 256
-    c.model.name = options.model
+    c.model.update(common.DIT, name=options.model)
 
     c.data.name, c.data.dataset = "tfds", "cifar10"
     c.data.dir = "data/tfds"

@@ -8,6 +8,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# Leaves of `model` that one backbone has and another has not.
+DIT = {"attention": "xla"}
+DIS = {"drop_path": 0.1, "scan": ""}  # scan: "" lets the backend choose
+
 
 def parse(arg: str | None, **defaults: Any) -> ConfigDict:
     """Read "name=value,name=value,switch" against declared defaults, whose types the values take.
@@ -41,7 +45,7 @@ def base() -> ConfigDict:
     c.seed = 0
     c.total_steps = 400_000
     c.batch_size = 256  # global
-    c.model = ConfigDict({"name": "", "dtype": "float32", "remat": "dots", "attention": "xla"})
+    c.model = ConfigDict({"name": "", "dtype": "float32", "remat": "dots"})
 
     c.data = ConfigDict()
     c.data.name = ""  # digits, emoji32, folder, tfds, latents
@@ -79,7 +83,7 @@ def base() -> ConfigDict:
     c.optim.b2 = 0.999
     c.optim.eps = 1e-8
     c.optim.weight_decay = 0.0
-    c.optim.schedule = "constant"  # constant, cosine (to zero at total_steps)
+    c.optim.schedule = "constant"  # constant, cosine (to zero at total_steps), cosine_to_hundredth (of lr)
     c.optim.warmup_steps = 0
     c.optim.clip = 0.0  # global gradient norm; 0: none
     c.optim.accumulate = 1  # micro-batches per step
@@ -91,3 +95,21 @@ def base() -> ConfigDict:
     c.log = ConfigDict({"every_steps": 100, "tensorboard": True})
     c.evals = ConfigDict({"samples": {"every_steps": 10_000, "num": 64}})  # a grid of images; 0 steps: never
     return c
+
+
+def dis_recipe(c: ConfigDict, examples: int) -> None:
+    """What the DiS script trains every data set with: 1,000 epochs in float32, 5 of them of warm-up, flipped images."""
+    c.model.update(DIS)
+    c.batch_size = 128
+    c.total_steps = 1000 * examples // c.batch_size
+    c.optim.warmup_steps = 5 * examples // c.batch_size
+    c.optim.lr, c.optim.schedule, c.optim.clip = 1e-4, "cosine_to_hundredth", 1.0
+    c.ema.decay = 0.9999
+    c.data.flip = True
+    c.sampling.sampler, c.sampling.steps = "ddpm", 250
+    if c.data.num_classes:
+        c.diffusion.label_drop = 0.1
+        c.sampling.guidance, c.sampling.guidance_channels = 1.5, 3
+    else:
+        c.diffusion.label_drop = 0.0
+    c.checkpoint.every_steps, c.checkpoint.keep_every_steps = 10_000, 100_000

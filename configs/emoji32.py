@@ -8,8 +8,10 @@ The set is tiny: a long run memorises it, which is fine for finding faults in sa
 from configs import common
 
 MODELS = {
-    "dit": {"name": "DiT", "patch": 4, "depth": 8, "width": 256, "heads": 8},
+    "dit": {"name": "DiT", "patch": 4, "depth": 8, "width": 256, "heads": 8} | common.DIT,
+    "dis": {"name": "DiS", "patch": 4, "depth": 8, "width": 256} | common.DIS,
 }
+LOCAL = {"dit": {"depth": 2, "width": 48, "heads": 3}, "dis": {"depth": 2, "width": 32}}
 
 
 def get_config(arg: str | None = None):
@@ -36,7 +38,7 @@ def get_config(arg: str | None = None):
 
     if options.runlocal:
         c.total_steps, c.batch_size = 4, 8
-        c.model.update(depth=2, width=48, heads=3)
+        c.model.update(LOCAL[options.model])
         c.sampling.steps = 4
         c.evals.samples.num = 9
         c.checkpoint.every_steps = c.evals.samples.every_steps = c.log.every_steps = 2

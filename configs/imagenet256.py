@@ -27,7 +27,7 @@ def get_config(arg: str | None = None):
     c = common.base()
     c.total_steps = 400_000
     c.batch_size = 256
-    c.model.name = options.model
+    c.model.update(common.DIT, name=options.model)
     c.model.dtype, c.model.remat = "bfloat16", "full"
 
     c.data.name = "latents"

@@ -8,8 +8,10 @@
 from configs import common
 
 MODELS = {
-    "dit": {"name": "DiT", "patch": 2, "depth": 4, "width": 96, "heads": 3},
+    "dit": {"name": "DiT", "patch": 2, "depth": 4, "width": 96, "heads": 3} | common.DIT,
+    "dis": {"name": "DiS", "patch": 2, "depth": 4, "width": 96} | common.DIS,
 }
+LOCAL = {"dit": {"depth": 2, "width": 48, "heads": 3}, "dis": {"depth": 2, "width": 32}}
 
 
 def get_config(arg: str | None = None):
@@ -38,7 +40,7 @@ def get_config(arg: str | None = None):
 
     if options.runlocal:
         c.total_steps, c.batch_size = 4, 16
-        c.model.update(depth=2, width=48, heads=3)
+        c.model.update(LOCAL[options.model])
         c.sampling.steps = 4
         c.checkpoint.every_steps = c.evals.samples.every_steps = c.log.every_steps = 2
     return c

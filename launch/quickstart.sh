@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a small model on embedded real images, sample it and score the samples. Minutes on two CPU cores.
 #
-# usage: bash launch/quickstart.sh [dit]      -> runs/quickstart-<model>/{samples.npz,samples.png,scores.json}
+# usage: bash launch/quickstart.sh [dit|dis]      -> runs/quickstart-<model>/{samples.npz,samples.png,scores.json}
 # DIFFJAX_VENV names an environment to reuse.
 set -euo pipefail
 model="${1:-dit}"

@@ -13,13 +13,14 @@ from ml_collections import ConfigDict
 from diffjax.training import config as configs
 
 ROOT = Path(__file__).parent.parent
-TINY = "configs/quickstart.py:model=dit,runlocal"
+QUICKSTART = "configs/quickstart.py:model={},runlocal"
+TINY = QUICKSTART.format("dit")
 
 
-def tiny_config(*overrides: str) -> ConfigDict:
-    """Seconds on a CPU: two blocks of width 48 on the digits; no pictures, no TensorBoard unless asked for."""
+def tiny_config(*overrides: str, model: str = "dit") -> ConfigDict:
+    """Seconds on a CPU: two or three blocks on the digits; no pictures, no TensorBoard unless asked for."""
     quiet = ["--config.evals.samples.every_steps=0", "--config.log.tensorboard=false"]
-    return configs.load(str(ROOT / TINY.replace(":", ":", 1)), [*quiet, *(f"--config.{o}" for o in overrides)])
+    return configs.load(str(ROOT / QUICKSTART.format(model)), [*quiet, *(f"--config.{o}" for o in overrides)])
 
 
 def train_arguments(workdir: Path, *overrides: str) -> list[str]:

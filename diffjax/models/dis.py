@@ -38,7 +38,7 @@ from diffjax.models.layers import (
     unpatchify,
     zeros,
 )
-from diffjax.ops.selective_scan import selective_scan
+from diffjax.ops.selective_scan import IMPLEMENTATIONS, selective_scan
 from diffjax.parallel.rules import LogicalAxes, constrain
 
 # Depth and width of the published sizes; S is no multiple of 64.
@@ -232,7 +232,7 @@ class DiS(nn.Module):
         dtype: compute dtype, "float32" or "bfloat16"; the residual stream and the state are always float32.
         remat: what a block keeps for its backward pass: "none" = everything, "dots" = its wide products and the
             results of the scans, "full" = nothing but its input.
-        scan: implementation of `diffjax.ops.selective_scan`; None picks one by backend.
+        scan: implementation of `diffjax.ops.selective_scan`; None or "" lets the backend choose.
     """
 
     patch: int
@@ -258,6 +258,8 @@ class DiS(nn.Module):
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
         choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "skip": SKIPS, "norm": NORMS}
+        if self.scan:
+            choices["scan"] = IMPLEMENTATIONS
         for option, valid in choices.items():
             if getattr(self, option) not in valid:
                 raise UserError(f"DiS: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
@@ -370,5 +372,5 @@ class DiS(nn.Module):
         return nn.remat(DiSBlock, policy=REMAT_POLICIES[self.remat], prevent_cse=prevent_cse)
 
     def _block_fields(self) -> tuple[str, dict[str, Any], Any]:
-        sizes = {name: getattr(self, name) for name in ("depth", "d_state", "d_conv", "expand", "scan")}
-        return self.norm, sizes, DTYPES[self.dtype]
+        sizes = {name: getattr(self, name) for name in ("depth", "d_state", "d_conv", "expand")}
+        return self.norm, sizes | {"scan": self.scan or None}, DTYPES[self.dtype]

@@ -7,11 +7,12 @@ from diffjax.errors import UserError
 
 
 def schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
-    """Linear warm-up to `lr`, then constant, or a cosine that reaches zero at `total_steps`."""
+    """Linear warm-up to `lr`, then constant, or half a cosine that ends at zero or lr / 100 at `total_steps`."""
     rest = max(total_steps - optim.warmup_steps, 1)
     after = {
         "constant": lambda: optax.constant_schedule(optim.lr),
         "cosine": lambda: optax.cosine_decay_schedule(optim.lr, rest),
+        "cosine_to_hundredth": lambda: optax.cosine_decay_schedule(optim.lr, rest, alpha=0.01),
     }
     if optim.schedule not in after:
         raise UserError(f"optim.schedule = {optim.schedule!r} is unknown; valid: {', '.join(after)}")

@@ -281,6 +281,7 @@ def test_time_features_of_odd_width_end_in_zero():
         ({"remat": "some"}, "valid: none, full, dots"),
         ({"skip": "add"}, "valid: concat, none"),
         ({"norm": "batch"}, "valid: rms, layer"),
+        ({"scan": "fast"}, "valid: sequential, associative, chunked, pallas"),
         ({"depth": 0}, "depth = 0"),
         ({"d_state": 0}, "d_state = 0"),
         ({"drop_path": 1.0}, "drop_path = 1.0; valid: 0 to below 1"),

@@ -1,4 +1,4 @@
-"""Sharding rules, and the golden dump of what each strategy does to DiT-XL/2."""
+"""Sharding rules, and the golden dump of what each strategy does to the largest models."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from tests.programs import tiny_config
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "shardings"
 MESHES = {"dp": {"data": 8}, "fsdp": {"fsdp": 8}, "fsdp_tp": {"data": 2, "fsdp": 2, "tensor": 2}}
+LARGE = ("dit-xl-2", "dis-h-2")
 
 
 def abstract_params(name, **kwargs):
@@ -34,18 +35,20 @@ def specs(tree):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_shardings_of_dit_xl_are_the_stored_ones(strategy):
-    model, params = abstract_params("DiT-XL/2")
+@pytest.mark.parametrize("name", LARGE)
+def test_shardings_are_the_stored_ones(name, strategy):
+    model, params = abstract_params(name)
     found = specs(shardings(params, make_mesh(MESHES[strategy]), strategy, model.logical_axes, 2**20))
-    path = GOLDEN / f"dit-xl-2.{strategy}.json"
+    path = GOLDEN / f"{name}.{strategy}.json"
     if os.environ.get("DIFFJAX_WRITE_GOLDEN"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
     assert found == json.loads(path.read_text())
 
 
-def test_fsdp_leaves_nothing_large_whole():
-    model, params = abstract_params("DiT-XL/2")
+@pytest.mark.parametrize("name", LARGE)
+def test_fsdp_leaves_nothing_large_whole(name):
+    model, params = abstract_params(name)
     tree = shardings(params, make_mesh({"fsdp": 8}), "fsdp", model.logical_axes, 2**20)
     per_device = sum(np.prod(s.shard_shape(p.shape)) for s, p in zip(jax.tree.leaves(tree), jax.tree.leaves(params)))
     total = sum(p.size for p in jax.tree.leaves(params))

@@ -46,8 +46,16 @@ def test_every_stored_recipe_exists():
     assert sorted(path.stem for path in GOLDEN.glob("*.json")) == RECIPES
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("argument", ["", "runlocal"])
+@pytest.mark.parametrize(
+    "recipe, argument",
+    [
+        *((recipe, argument) for recipe in RECIPES for argument in ("", "runlocal")),
+        ("quickstart", "model=dis"),
+        ("emoji32", "model=dis"),
+        ("dis_cifar10", "labels"),
+        ("dis_imagenet", "pixels=512"),
+    ],
+)
 def test_recipes_describe_a_model_and_an_objective(recipe, argument):
     config = load(f"{recipe}.py:{argument}")
     build_model(config)
@@ -55,9 +63,15 @@ def test_recipes_describe_a_model_and_an_objective(recipe, argument):
     assert config.data.name in SOURCES
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if load(f"{name}.py").data.name in EMBEDDED])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *(f"{name}.py:runlocal" for name in RECIPES if load(f"{name}.py").data.name in EMBEDDED),
+        pytest.param("quickstart.py:model=dis,runlocal", marks=pytest.mark.slow),
+    ],
+)
 def test_embedded_recipes_run_with_pictures_and_tensorboard(recipe, tmp_path, capsys):
-    arguments = [f"--config={ROOT}/configs/{recipe}.py:runlocal", f"--workdir={tmp_path}", "--config.total_steps=2"]
+    arguments = [f"--config={ROOT}/configs/{recipe}", f"--workdir={tmp_path}", "--config.total_steps=2"]
     assert main(["train", *arguments]) == 0
     assert complete_steps(tmp_path) == [2]
     assert list((tmp_path / "samples").glob("step_*.png"))

@@ -117,7 +117,7 @@ def test_image_i_depends_neither_on_the_batch_nor_on_the_devices(one):
 
 
 def test_random_values_of_an_example_are_bit_equal_on_one_and_eight_devices(one):
-    """The time, noise and label drop that the loss draws, seen through a backbone that returns what it is given."""
+    """The time, noise, label drop and keys of the loss, seen through a backbone that returns what it is given."""
     draws = {}
     for layout in ("one", *LAYOUTS):
         setup = one[0] if layout == "one" else setup_of(layout)
@@ -126,8 +126,8 @@ def test_random_values_of_an_example_are_bit_equal_on_one_and_eight_devices(one)
         batches.close()
         seen = {}
 
-        def spy(params, x, t, y, train, seen=seen):
-            seen.update(x=x, t=t, y=y)
+        def spy(params, x, t, y, train, keys, seen=seen):
+            seen.update(x=x, t=t, y=y, keys=jax.random.key_data(keys))
             return jax.numpy.concatenate([x, x], axis=-1)
 
         def draw(batch, key, setup=setup, spy=spy, seen=seen):
@@ -139,3 +139,21 @@ def test_random_values_of_an_example_are_bit_equal_on_one_and_eight_devices(one)
     for layout in LAYOUTS:
         jax.tree.map(np.testing.assert_array_equal, draws["one"], draws[layout])
     assert len(np.unique(draws["one"]["t"])) > 8
+
+
+@pytest.mark.slow
+def test_dis_with_drop_path_trains_alike_on_every_layout():
+    """Channels, their scans and their convolutions divided over devices; examples drop what they drop on one device."""
+    shapes = ("model.width=64", "model.drop_path=0.5", "parallel.replicate_below=0", "optim.clip=1.0")
+    losses = {}
+    for layout, overrides in {"one": (), **LAYOUTS}.items():
+        config = tiny_config(*shapes, *overrides, model="dis")
+        setup = build(config, devices=jax.devices()[:1] if layout == "one" else None)
+        with jax.set_mesh(setup.mesh):
+            state = setup.init()
+        kernel = state.params["in_blocks"]["mixer"]["in_proj"]
+        shard = {"one": (64, 128), "dp8": (64, 128), "fsdp8": (8, 128), "2x2x2": (32, 64)}[layout]
+        assert kernel.sharding.shard_shape(kernel.shape)[2:] == shard
+        losses[layout], _ = run(setup, state, 0, 4)
+    for layout in LAYOUTS:
+        np.testing.assert_allclose(losses[layout], losses["one"], rtol=1e-5)

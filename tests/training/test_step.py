@@ -78,6 +78,9 @@ def test_schedules():
     optim = tiny_config("optim.lr=2.0", "optim.warmup_steps=10", "optim.schedule=cosine").optim
     lr = schedule(optim, 110)
     np.testing.assert_allclose([lr(0), lr(5), lr(10), lr(60), lr(110)], [0, 1, 2, 1, 0], atol=1e-6)
+    optim = tiny_config("optim.lr=2.0", "optim.warmup_steps=10", "optim.schedule=cosine_to_hundredth").optim
+    lr = schedule(optim, 110)
+    np.testing.assert_allclose([lr(10), lr(60), lr(110)], [2.0, 1.01, 0.02], rtol=1e-5)
     optim = tiny_config("optim.lr=2.0", "optim.warmup_steps=0", "optim.schedule=constant").optim
     assert {float(schedule(optim, 9)(step)) for step in (0, 5, 100)} == {2.0}
 
