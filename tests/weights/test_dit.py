@@ -158,6 +158,9 @@ def test_unwrap():
     assert unwrap({"model": other, "ema": weights, "opt": {}}) == weights
     assert unwrap({"model": weights, "opt": {}}) == weights
     assert unwrap(weights) == weights
+    assert unwrap({"model": {"module.a": weights["a"]}, "opt": {}}) == weights
+    both = {"module.a": weights["a"], "b": weights["a"]}
+    assert unwrap(both) == both
     for nothing in ({"opt": {}}, {}, [1], 3):
         with pytest.raises(UserError, match="the checkpoint holds no weights"):
             unwrap(nothing)
