@@ -1,0 +1,345 @@
+"""The selective scan as two Pallas kernels for NVIDIA GPUs, compiled by Triton; see `diffjax.ops.recurrence` for (1) to (8).
+
+One program, a single warp, takes one example and 32 channels. It walks over the sequence with the state of its channels
+[n, 32] in registers, so that of all the arrays n times the size of u only every 16th state ever reaches memory.
+
+The backward pass takes pieces of 8 tokens, last piece first: it runs (1) again from the stored state up to the piece,
+through it while keeping its 8 states, and then walks back. Registers have no run-time index, hence the 8 tokens are
+written out; 8 states of 16 x 32 values are half of the registers of a warp, so that 16 tokens would not fit. To repeat
+(1) over half a chunk on average costs less than storing every 8th state would cost in memory between the passes.
+
+dA, dD and dbias are summed in registers over the sequence and outside over the examples; dB and dC leave the kernel as
+one partial sum per 32 channels, since atomic additions would make the result depend on the order of the programs.
+
+Registers, instructions and memory were read from the compiler's output for an H100. Nothing was run on a GPU.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from diffjax.ops.recurrence import Inputs
+
+CHUNK = 16  # tokens between two stored states
+PIECE = 8  # tokens whose states the backward pass holds at once; divides CHUNK
+CHANNELS = 32  # of one program
+WARPS = 1  # more would have to exchange every sum over the states through shared memory
+LOG2_E = 1.4426950408889634
+
+
+def forward(
+    inputs: Inputs, *, softplus: bool, reverse: bool, interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """-> out [b, l, e] as u, states that enter the chunks [b, chunks, n, e], last state [b, n, e]; both float32.
+
+    Args:
+        reverse: the recurrence runs from the last token to the first.
+        interpret: run on any backend, slowly.
+    """
+    (b, tokens, e), n = inputs.u.shape, inputs.A.shape[0]
+    place = _places(inputs)
+    shapes = (
+        _shape(b, tokens, e, dtype=inputs.u.dtype),
+        _shape(b, pl.cdiv(tokens, CHUNK), n, e),
+        _shape(b, n, e),
+    )
+    kernel = functools.partial(_forward_kernel, like=inputs, softplus=softplus, reverse=reverse)
+    places = (place.sequence, place.starts, place.state)
+    return _call(kernel, inputs, (_of_inputs(place, inputs),), places, shapes, interpret)(inputs)
+
+
+def backward(
+    inputs: Inputs,
+    starts: jax.Array,
+    d_out: jax.Array,
+    d_last: jax.Array,
+    *,
+    softplus: bool,
+    reverse: bool,
+    interpret: bool = False,
+) -> Inputs:
+    """Gradients of the inputs, each in its input's shape and dtype.
+
+    Args:
+        starts: as `forward` returned them.
+        d_out: cotangent of out [b, l, e]. d_last: of the last state [b, n, e], float32.
+    """
+    (b, tokens, e), n = inputs.u.shape, inputs.A.shape[0]
+    place = _places(inputs)
+    like_u, partial = _shape(b, tokens, e, dtype=inputs.u.dtype), _shape(b, pl.cdiv(e, CHANNELS), tokens, n)
+    shapes = Inputs(
+        u=like_u, delta=like_u, A=_shape(b, n, e), B=partial, C=partial, D=_shape(b, e), z=like_u, bias=_shape(b, e)
+    )
+    places = _of_inputs(place, inputs)._replace(A=place.state, B=place.partial, C=place.partial)
+    places = _present(places._replace(D=place.sum, bias=place.sum), inputs)
+    kernel = functools.partial(_backward_kernel, like=inputs, softplus=softplus, reverse=reverse)
+    in_places = (_of_inputs(place, inputs), place.starts, place.sequence, place.state)
+    call = _call(kernel, inputs, in_places, (places,), (_present(shapes, inputs),), interpret)
+    (parts,) = call(inputs, starts, d_out, d_last)
+    over = Inputs(u=(), delta=(), A=0, B=1, C=1, D=0, z=(), bias=0)
+    return Inputs(
+        *(None if x is None else jnp.sum(part, axis).astype(x.dtype) for x, part, axis in zip(inputs, parts, over))
+    )
+
+
+# Where the parts of a program lie: the grid is (blocks of channels, examples).
+
+
+class Places(NamedTuple):
+    sequence: pl.BlockSpec  # of [b, l, e]
+    narrow: pl.BlockSpec  # [b, l, n]
+    matrix: pl.BlockSpec  # [n, e]
+    vector: pl.BlockSpec  # [e]
+    starts: pl.BlockSpec  # [b, chunks, n, e]
+    state: pl.BlockSpec  # [b, n, e]
+    partial: pl.BlockSpec  # [b, blocks, l, n]
+    sum: pl.BlockSpec  # [b, e]
+
+
+def _places(inputs: Inputs) -> Places:
+    # Triton knows powers of two only; what they exceed of an array is masked in the kernels.
+    tokens, n = inputs.u.shape[1], pl.next_power_of_2(inputs.A.shape[0])
+    return Places(
+        sequence=pl.BlockSpec((None, tokens, CHANNELS), lambda block, i: (i, 0, block)),
+        narrow=pl.BlockSpec((None, tokens, n), lambda block, i: (i, 0, 0)),
+        matrix=pl.BlockSpec((n, CHANNELS), lambda block, i: (0, block)),
+        vector=pl.BlockSpec((CHANNELS,), lambda block, i: (block,)),
+        starts=pl.BlockSpec((None, pl.cdiv(tokens, CHUNK), n, CHANNELS), lambda block, i: (i, 0, 0, block)),
+        state=pl.BlockSpec((None, n, CHANNELS), lambda block, i: (i, 0, block)),
+        partial=pl.BlockSpec((None, None, tokens, n), lambda block, i: (i, block, 0, 0)),
+        sum=pl.BlockSpec((None, CHANNELS), lambda block, i: (i, block)),
+    )
+
+
+def _of_inputs(place: Places, inputs: Inputs) -> Inputs:
+    sequence, narrow = place.sequence, place.narrow
+    places = Inputs(sequence, sequence, place.matrix, narrow, narrow, place.vector, sequence, place.vector)
+    return _present(places, inputs)
+
+
+def _present(values: Inputs, inputs: Inputs) -> Inputs:
+    return Inputs(*(None if x is None else value for value, x in zip(values, inputs)))
+
+
+def _shape(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _call(kernel: Callable, inputs: Inputs, in_places: Any, out_places: Any, shapes: Any, interpret: bool) -> Callable:
+    b, _, e = inputs.u.shape
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(e, CHANNELS), b),
+        in_specs=in_places,
+        out_specs=out_places,
+        out_shape=shapes,
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
+        interpret=interpret,
+    )
+
+
+# The kernels. Arrays of a program are [n, e], [e] or, for B and C, [n, 1], where e stands for its 32 channels.
+
+
+class Fixed(NamedTuple):
+    """What does not change along the sequence."""
+
+    A: jax.Array  # [n, e] times log2(e), for exp(d A) = 2^(d A')
+    D: jax.Array | None  # [e]
+    bias: jax.Array | float  # [e]
+    channels: jax.Array  # [e] true where there is a channel
+    states: jax.Array  # [n]
+    both: jax.Array  # [n, e]
+    tokens: int
+
+
+class Row(NamedTuple):
+    """A token as loaded, float32; zero beyond the length, the channels and the states of the arrays."""
+
+    channels: jax.Array  # [e] true where there is a token and a channel
+    states: jax.Array  # [n]
+    u: jax.Array
+    delta: jax.Array  # with the bias
+    B: jax.Array  # [n, 1]
+    C: jax.Array  # [n, 1]
+    z: jax.Array | None
+
+
+def _fixed(inputs: Inputs, like: Inputs) -> Fixed:
+    _, tokens, e = like.u.shape
+    channels = pl.program_id(0) * CHANNELS + jnp.arange(CHANNELS) < e
+    states = jnp.arange(inputs.A.shape[0]) < like.A.shape[0]
+    both = states[:, None] & channels
+    A = _load(inputs.A, both) * LOG2_E
+    D = None if inputs.D is None else _load(inputs.D, channels)
+    bias = 0.0 if inputs.bias is None else _load(inputs.bias, channels)
+    return Fixed(A, D, bias, channels, states, both, tokens)
+
+
+def _row(inputs: Inputs, fixed: Fixed, t: jax.Array) -> Row:
+    channels, states = fixed.channels & (t < fixed.tokens), fixed.states & (t < fixed.tokens)
+    u, delta = _load(inputs.u.at[t], channels), _load(inputs.delta.at[t], channels) + fixed.bias
+    B, C = _load(inputs.B.at[t], states)[:, None], _load(inputs.C.at[t], states)[:, None]
+    return Row(channels, states, u, delta, B, C, None if inputs.z is None else _load(inputs.z.at[t], channels))
+
+
+def _step(row: Row, softplus: bool) -> jax.Array:
+    """d [e]; zero beyond the sequence, where it leaves the state as it is."""
+    d = jnp.maximum(row.delta, 0) + jnp.log1p(jnp.exp(-jnp.abs(row.delta))) if softplus else row.delta
+    return jnp.where(row.channels, d, 0)
+
+
+def _advance(h: jax.Array, row: Row, d: jax.Array, A: jax.Array) -> jax.Array:
+    return jnp.exp2(d * A) * h + (d * row.u) * row.B  # (1)
+
+
+def _output(h: jax.Array, row: Row, D: jax.Array | None) -> jax.Array:
+    """y_t + D u_t."""
+    y = jnp.sum(row.C * h, axis=0)  # (2)
+    return y if D is None else y + D * row.u
+
+
+def _forward_kernel(
+    inputs: Inputs, out: Any, starts: Any, last: Any, *, like: Inputs, softplus: bool, reverse: bool
+) -> None:
+    fixed = _fixed(inputs, like)
+    chunks = starts.shape[0]
+
+    def piece(i: jax.Array, h: jax.Array) -> jax.Array:
+        times = _times(i, reverse)
+        rows = [_row(inputs, fixed, t) for t in times]
+        outs = []
+        for row in rows:
+            h = _advance(h, row, _step(row, softplus), fixed.A)
+            y = _output(h, row, fixed.D)
+            outs.append(y if row.z is None else y * row.z * _sigmoid(row.z))  # (3)
+        # A load cannot be moved ahead of a store, hence all stores at the end.
+        for t, row, y in zip(times, rows, outs):
+            _store(out.at[t], y, row.channels)
+        return h
+
+    def chunk(i: jax.Array, h: jax.Array) -> jax.Array:
+        c = chunks - 1 - i if reverse else i
+        _store(starts.at[c], h, fixed.both)
+        return _over_pieces(c, CHUNK // PIECE, piece, h, reverse)
+
+    _store(last, lax.fori_loop(0, chunks, chunk, jnp.zeros_like(fixed.A)), fixed.both)
+
+
+def _backward_kernel(
+    inputs: Inputs,
+    starts: Any,
+    d_out: Any,
+    d_last: Any,
+    grads: Inputs,
+    *,
+    like: Inputs,
+    softplus: bool,
+    reverse: bool,
+) -> None:
+    fixed = _fixed(inputs, like)
+    chunks = starts.shape[0]
+
+    def again(i: jax.Array, h: jax.Array) -> jax.Array:
+        return _states(inputs, fixed, h, _times(i, reverse), softplus)[-1]
+
+    def chunk(i: jax.Array, carry: Any) -> Any:
+        c = i if reverse else chunks - 1 - i
+
+        def piece(j: jax.Array, carry: Any) -> Any:
+            before = CHUNK // PIECE - 1 - j
+            h = _over_pieces(c, before, again, _load(starts.at[c], fixed.both), reverse)
+            times = _times(_piece(c, before, reverse), reverse)
+            states = [h, *_states(inputs, fixed, h, times, softplus)]
+            return _walk_back(inputs, fixed, d_out, grads, states, times, carry, softplus)
+
+        return lax.fori_loop(0, CHUNK // PIECE, piece, carry)
+
+    row = jnp.zeros((CHANNELS,), jnp.float32)
+    carry = _load(d_last, fixed.both), jnp.zeros_like(fixed.A), row, row
+    _, dA, dD, dbias = lax.fori_loop(0, chunks, chunk, carry)
+    _store(grads.A, dA, fixed.both)
+    for ref, value in ((grads.D, dD), (grads.bias, dbias)):
+        if ref is not None:
+            _store(ref, value, fixed.channels)
+
+
+def _states(
+    inputs: Inputs, fixed: Fixed, h: jax.Array, times: list[jax.Array], softplus: bool
+) -> list[jax.Array]:
+    """The state after each of the tokens."""
+    states = []
+    for row in [_row(inputs, fixed, t) for t in times]:
+        h = _advance(h, row, _step(row, softplus), fixed.A)
+        states.append(h)
+    return states
+
+
+def _walk_back(
+    inputs: Inputs,
+    fixed: Fixed,
+    d_out: Any,
+    grads: Inputs,
+    states: list[jax.Array],
+    times: list[jax.Array],
+    carry: Any,
+    softplus: bool,
+) -> Any:
+    """(4) to (8) over a piece; the carry is (exp(d A) G of the step after, dA, dD, dbias)."""
+    G, dA, dD, dbias = carry
+    # Loaded again, since registers are short.
+    for t, before, h in reversed(list(zip(times, states, states[1:]))):
+        row = _row(inputs, fixed, t)
+        d, gy = _step(row, softplus), _load(d_out.at[t], row.channels)
+        if row.z is not None:
+            s = _sigmoid(row.z)
+            dz = gy * _output(h, row, fixed.D) * s * (1 + row.z * (1 - s))  # (8)
+            _store(grads.z.at[t], dz, row.channels)
+            gy = gy * row.z * s
+        G = G + row.C * gy  # (4)
+        _store(grads.C.at[t], jnp.sum(h * gy, axis=1), row.states)  # (5)
+        _store(grads.B.at[t], jnp.sum(G * (d * row.u), axis=1), row.states)
+        dq = jnp.sum(G * row.B, axis=0)
+        G = jnp.exp2(d * fixed.A) * G
+        P = G * before  # (6)
+        dA = dA + P * d
+        ddelta = dq * row.u + jnp.sum(P * fixed.A, axis=0) / LOG2_E
+        ddelta = jnp.where(row.channels, ddelta * _sigmoid(row.delta) if softplus else ddelta, 0)  # (7)
+        _store(grads.delta.at[t], ddelta, row.channels)
+        _store(grads.u.at[t], dq * d if fixed.D is None else dq * d + fixed.D * gy, row.channels)
+        dD, dbias = dD + gy * row.u, dbias + ddelta
+    return G, dA, dD, dbias
+
+
+def _over_pieces(c: jax.Array, count: Any, run: Callable, h: jax.Array, reverse: bool) -> jax.Array:
+    """h through the first `count` pieces of chunk c in the direction of the recurrence."""
+    return lax.fori_loop(0, count, lambda j, h: run(_piece(c, j, reverse), h), h)
+
+
+def _piece(c: jax.Array, j: jax.Array, reverse: bool) -> jax.Array:
+    """The index of the j-th piece of chunk c that the recurrence meets."""
+    pieces = CHUNK // PIECE
+    return c * pieces + (pieces - 1 - j if reverse else j)
+
+
+def _times(piece: jax.Array, reverse: bool) -> list[jax.Array]:
+    """The tokens of a piece in the order of the recurrence."""
+    return [piece * PIECE + (PIECE - 1 - k if reverse else k) for k in range(PIECE)]
+
+
+def _load(ref: Any, mask: jax.Array) -> jax.Array:
+    return triton.load(ref, mask=mask, other=0).astype(jnp.float32)
+
+
+def _store(ref: Any, value: jax.Array, mask: jax.Array) -> None:
+    triton.store(ref, value.astype(ref.dtype), mask=mask)
+
+
+def _sigmoid(x: jax.Array) -> jax.Array:
+    return 1 / (1 + jnp.exp(-x))
