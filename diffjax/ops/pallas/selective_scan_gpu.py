@@ -247,7 +247,9 @@ def _backward_kernel(
     chunks = starts.shape[0]
 
     def again(i: jax.Array, h: jax.Array) -> jax.Array:
-        return _states(inputs, fixed, h, _times(i, reverse), softplus)[-1]
+        for row in [_row(inputs, fixed, t) for t in _times(i, reverse)]:
+            h = _advance(h, row, _step(row, softplus), fixed.A)
+        return h
 
     def chunk(i: jax.Array, carry: Any) -> Any:
         c = i if reverse else chunks - 1 - i
@@ -256,7 +258,7 @@ def _backward_kernel(
             before = CHUNK // PIECE - 1 - j
             h = _over_pieces(c, before, again, _load(starts.at[c], fixed.both), reverse)
             times = _times(_piece(c, before, reverse), reverse)
-            states = [h, *_states(inputs, fixed, h, times, softplus)]
+            states = _walk(inputs, fixed, d_out, grads, h, times, softplus)
             return _walk_back(inputs, fixed, d_out, grads, states, times, carry, softplus)
 
         return lax.fori_loop(0, CHUNK // PIECE, piece, carry)
@@ -270,15 +272,27 @@ def _backward_kernel(
             _store(ref, value, fixed.channels)
 
 
-def _states(
-    inputs: Inputs, fixed: Fixed, h: jax.Array, times: list[jax.Array], softplus: bool
+def _walk(
+    inputs: Inputs, fixed: Fixed, d_out: Any, grads: Inputs, h: jax.Array, times: list[jax.Array], softplus: bool
 ) -> list[jax.Array]:
-    """The state after each of the tokens."""
+    """The state before each token of a piece; stores the gradients that need the state after it, dC and dz."""
     states = []
-    for row in [_row(inputs, fixed, t) for t in times]:
-        h = _advance(h, row, _step(row, softplus), fixed.A)
+    for t in times:
         states.append(h)
+        row = _row(inputs, fixed, t)
+        h = _advance(h, row, _step(row, softplus), fixed.A)
+        g = _load(d_out.at[t], row.channels)
+        if row.z is not None:
+            s = _sigmoid(row.z)
+            dz = g * _output(h, row, fixed.D) * s * (1 + row.z * (1 - s))  # (8)
+            _store(grads.z.at[t], dz, row.channels)
+        _store(grads.C.at[t], jnp.sum(h * _ungated(g, row), axis=1), row.states)  # (5)
     return states
+
+
+def _ungated(g: jax.Array, row: Row) -> jax.Array:
+    """gy of (4) to (8)."""
+    return g if row.z is None else g * row.z * _sigmoid(row.z)
 
 
 def _walk_back(
@@ -291,23 +305,17 @@ def _walk_back(
     carry: Any,
     softplus: bool,
 ) -> Any:
-    """(4) to (8) over a piece; the carry is (exp(d A) G of the step after, dA, dD, dbias)."""
+    """The other gradients; the carry is (exp(d A) G of the step after, dA, dD, dbias)."""
     G, dA, dD, dbias = carry
     # Loaded again, since registers are short.
-    for t, before, h in reversed(list(zip(times, states, states[1:]))):
+    for t, h in reversed(list(zip(times, states))):
         row = _row(inputs, fixed, t)
-        d, gy = _step(row, softplus), _load(d_out.at[t], row.channels)
-        if row.z is not None:
-            s = _sigmoid(row.z)
-            dz = gy * _output(h, row, fixed.D) * s * (1 + row.z * (1 - s))  # (8)
-            _store(grads.z.at[t], dz, row.channels)
-            gy = gy * row.z * s
+        d, gy = _step(row, softplus), _ungated(_load(d_out.at[t], row.channels), row)
         G = G + row.C * gy  # (4)
-        _store(grads.C.at[t], jnp.sum(h * gy, axis=1), row.states)  # (5)
-        _store(grads.B.at[t], jnp.sum(G * (d * row.u), axis=1), row.states)
+        _store(grads.B.at[t], jnp.sum(G * (d * row.u), axis=1), row.states)  # (5)
         dq = jnp.sum(G * row.B, axis=0)
         G = jnp.exp2(d * fixed.A) * G
-        P = G * before  # (6)
+        P = G * h  # (6)
         dA = dA + P * d
         ddelta = dq * row.u + jnp.sum(P * fixed.A, axis=0) / LOG2_E
         ddelta = jnp.where(row.channels, ddelta * _sigmoid(row.delta) if softplus else ddelta, 0)  # (7)
