@@ -74,10 +74,15 @@ def test_pieces_as_shipped(reverse):
 
 @pytest.mark.usefixtures("short_pieces")
 @pytest.mark.parametrize(
-    "missing, softplus, n", [(("D",), True, 4), (("z", "delta_bias"), False, 3), (("D", "z", "delta_bias"), True, 1)]
+    "missing, softplus, reverse, n",
+    [
+        (("D",), True, True, 4),
+        (("z", "delta_bias"), False, False, 3),
+        (("delta_bias",), False, True, 4),
+        (("D", "z", "delta_bias"), True, False, 1),
+    ],
 )
-@pytest.mark.parametrize("reverse", [False, True])
-def test_what_may_be_absent_and_other_states(missing, softplus, n, reverse):
+def test_what_may_be_absent_and_other_states(missing, softplus, reverse, n):
     arguments = draw((1, 35, 33, n))
     for name in missing:
         del arguments[name]

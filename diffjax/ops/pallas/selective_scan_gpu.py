@@ -14,9 +14,9 @@ partial sum per 32 channels, which are added outside: atomic additions would dep
 
 Nothing here was run on a GPU, no time was measured. From the output of the compilers for an H100, n = 16, bfloat16:
 
-    per token and warp    306 instructions forwards, about 1000 backwards (of them 18 and 54 exponentials)
-    registers             168 forwards without spills; 255 backwards, with 147 spilled for one or two loads a token each
-    bytes per token and channel    12 forwards (8 without stored states); 30 backwards, 8 of these for dB and dC
+    instructions per token and warp    306 forwards, about 1000 backwards; 18 and 46 of them exponentials
+    registers per thread               168 forwards; 255 backwards, where 147 more spill: 2 % of the instructions
+    bytes per token and channel        12 forwards, 4 of them stored states; 26 backwards, 8 of them sums for dB and dC
 
 By these counts instructions limit both passes, not memory, and a small batch leaves schedulers idle: 8 examples of
 1536 channels are 384 warps, an H100 has 528 schedulers. More warps per program, 16 or 64 channels, pieces of 4 or 16
@@ -24,6 +24,7 @@ tokens were all compiled and need more instructions or more spills.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,8 +39,7 @@ from diffjax.ops.recurrence import Inputs
 CHUNK = 16  # tokens between two stored states
 PIECE = 8  # tokens whose states the backward pass holds at once; divides CHUNK
 CHANNELS = 32  # of one program
-WARPS = 1  # more would have to exchange every sum over the states through shared memory
-LOG2_E = 1.4426950408889634
+WARPS = 1  # a program; more would have to exchange every sum over the states through shared memory
 
 
 def forward(
@@ -159,17 +159,18 @@ def _call(kernel: Callable, inputs: Inputs, in_places: Any, out_places: Any, sha
 class Fixed(NamedTuple):
     """What does not change along the sequence."""
 
-    A: jax.Array  # [n, e] times log2(e), for exp(d A) = 2^(d A')
+    A: jax.Array  # [n, e] divided by log(2): exp(d A) = 2^(d A / log(2))
     D: jax.Array | None  # [e]
     bias: jax.Array | float  # [e]
     channels: jax.Array  # [e] true where there is a channel
     states: jax.Array  # [n]
     both: jax.Array  # [n, e]
     tokens: int
+    softplus: bool
 
 
 class Row(NamedTuple):
-    """A token as loaded, float32; zero beyond the length, the channels and the states of the arrays."""
+    """What is loaded of a token, float32; zero beyond the length, the channels and the states of the arrays."""
 
     channels: jax.Array  # [e] true where there is a token and a channel
     states: jax.Array  # [n]
@@ -180,15 +181,15 @@ class Row(NamedTuple):
     z: jax.Array | None
 
 
-def _fixed(inputs: Inputs, like: Inputs) -> Fixed:
+def _fixed(inputs: Inputs, like: Inputs, softplus: bool) -> Fixed:
     _, tokens, e = like.u.shape
     channels = pl.program_id(0) * CHANNELS + jnp.arange(CHANNELS) < e
     states = jnp.arange(inputs.A.shape[0]) < like.A.shape[0]
     both = states[:, None] & channels
-    A = _load(inputs.A, both) * LOG2_E
+    A = _load(inputs.A, both) / math.log(2)
     D = None if inputs.D is None else _load(inputs.D, channels)
     bias = 0.0 if inputs.bias is None else _load(inputs.bias, channels)
-    return Fixed(A, D, bias, channels, states, both, tokens)
+    return Fixed(A, D, bias, channels, states, both, tokens, softplus)
 
 
 def _row(inputs: Inputs, fixed: Fixed, t: jax.Array) -> Row:
@@ -198,26 +199,27 @@ def _row(inputs: Inputs, fixed: Fixed, t: jax.Array) -> Row:
     return Row(channels, states, u, delta, B, C, None if inputs.z is None else _load(inputs.z.at[t], channels))
 
 
-def _step(row: Row, softplus: bool) -> jax.Array:
+def _step(row: Row, fixed: Fixed) -> jax.Array:
     """d [e]; zero beyond the sequence, where it leaves the state as it is."""
-    d = jnp.maximum(row.delta, 0) + jnp.log1p(jnp.exp(-jnp.abs(row.delta))) if softplus else row.delta
+    d = jnp.maximum(row.delta, 0) + jnp.log1p(jnp.exp(-jnp.abs(row.delta))) if fixed.softplus else row.delta
     return jnp.where(row.channels, d, 0)
 
 
-def _advance(h: jax.Array, row: Row, d: jax.Array, A: jax.Array) -> jax.Array:
-    return jnp.exp2(d * A) * h + (d * row.u) * row.B  # (1)
+def _advance(h: jax.Array, row: Row, fixed: Fixed) -> jax.Array:
+    d = _step(row, fixed)
+    return jnp.exp2(d * fixed.A) * h + (d * row.u) * row.B  # (1)
 
 
-def _output(h: jax.Array, row: Row, D: jax.Array | None) -> jax.Array:
+def _output(h: jax.Array, row: Row, fixed: Fixed) -> jax.Array:
     """y_t + D u_t."""
     y = jnp.sum(row.C * h, axis=0)  # (2)
-    return y if D is None else y + D * row.u
+    return y if fixed.D is None else y + fixed.D * row.u
 
 
 def _forward_kernel(
     inputs: Inputs, out: Any, starts: Any, last: Any, *, like: Inputs, softplus: bool, reverse: bool
 ) -> None:
-    fixed = _fixed(inputs, like)
+    fixed = _fixed(inputs, like, softplus)
     chunks = starts.shape[0]
 
     def piece(i: jax.Array, h: jax.Array) -> jax.Array:
@@ -225,8 +227,8 @@ def _forward_kernel(
         rows = [_row(inputs, fixed, t) for t in times]
         outs = []
         for row in rows:
-            h = _advance(h, row, _step(row, softplus), fixed.A)
-            y = _output(h, row, fixed.D)
+            h = _advance(h, row, fixed)
+            y = _output(h, row, fixed)
             outs.append(y if row.z is None else y * row.z * _sigmoid(row.z))  # (3)
         # A load cannot be moved ahead of a store, hence all stores at the end.
         for t, row, y in zip(times, rows, outs):
@@ -252,12 +254,12 @@ def _backward_kernel(
     softplus: bool,
     reverse: bool,
 ) -> None:
-    fixed = _fixed(inputs, like)
+    fixed = _fixed(inputs, like, softplus)
     chunks = starts.shape[0]
 
     def again(i: jax.Array, h: jax.Array) -> jax.Array:
         for row in [_row(inputs, fixed, t) for t in _times(i, reverse)]:
-            h = _advance(h, row, _step(row, softplus), fixed.A)
+            h = _advance(h, row, fixed)
         return h
 
     def chunk(i: jax.Array, carry: Any) -> Any:
@@ -267,8 +269,8 @@ def _backward_kernel(
             before = CHUNK // PIECE - 1 - j
             h = _over_pieces(c, before, again, _load(starts.at[c], fixed.both), reverse)
             times = _times(_piece(c, before, reverse), reverse)
-            states = _walk(inputs, fixed, d_out, grads, h, times, softplus)
-            return _walk_back(inputs, fixed, d_out, grads, states, times, carry, softplus)
+            states = _walk(inputs, fixed, d_out, grads, h, times)
+            return _walk_back(inputs, fixed, d_out, grads, states, times, carry)
 
         return lax.fori_loop(0, CHUNK // PIECE, piece, carry)
 
@@ -282,18 +284,18 @@ def _backward_kernel(
 
 
 def _walk(
-    inputs: Inputs, fixed: Fixed, d_out: Any, grads: Inputs, h: jax.Array, times: list[jax.Array], softplus: bool
+    inputs: Inputs, fixed: Fixed, d_out: Any, grads: Inputs, h: jax.Array, times: list[jax.Array]
 ) -> list[jax.Array]:
     """The state before each token of a piece; stores the gradients that need the state after it, dC and dz."""
     states = []
     for t in times:
         states.append(h)
         row = _row(inputs, fixed, t)
-        h = _advance(h, row, _step(row, softplus), fixed.A)
+        h = _advance(h, row, fixed)
         g = _load(d_out.at[t], row.channels)
         if row.z is not None:
             s = _sigmoid(row.z)
-            dz = g * _output(h, row, fixed.D) * s * (1 + row.z * (1 - s))  # (8)
+            dz = g * _output(h, row, fixed) * s * (1 + row.z * (1 - s))  # (8)
             _store(grads.z.at[t], dz, row.channels)
         _store(grads.C.at[t], jnp.sum(h * _ungated(g, row), axis=1), row.states)  # (5)
     return states
@@ -312,22 +314,21 @@ def _walk_back(
     states: list[jax.Array],
     times: list[jax.Array],
     carry: Any,
-    softplus: bool,
 ) -> Any:
     """The other gradients; the carry is (exp(d A) G of the step after, dA, dD, dbias)."""
     G, dA, dD, dbias = carry
-    # Loaded again, since registers are short.
+    # Everything is loaded again, since registers are short.
     for t, h in reversed(list(zip(times, states))):
         row = _row(inputs, fixed, t)
-        d, gy = _step(row, softplus), _ungated(_load(d_out.at[t], row.channels), row)
+        d, gy = _step(row, fixed), _ungated(_load(d_out.at[t], row.channels), row)
         G = G + row.C * gy  # (4)
         _store(grads.B.at[t], jnp.sum(G * (d * row.u), axis=1), row.states)  # (5)
         dq = jnp.sum(G * row.B, axis=0)
         G = jnp.exp2(d * fixed.A) * G
         P = G * h  # (6)
         dA = dA + P * d
-        ddelta = dq * row.u + jnp.sum(P * fixed.A, axis=0) / LOG2_E
-        ddelta = jnp.where(row.channels, ddelta * _sigmoid(row.delta) if softplus else ddelta, 0)  # (7)
+        ddelta = dq * row.u + jnp.sum(P * fixed.A, axis=0) * math.log(2)
+        ddelta = jnp.where(row.channels, ddelta * _sigmoid(row.delta) if fixed.softplus else ddelta, 0)  # (7)
         _store(grads.delta.at[t], ddelta, row.channels)
         _store(grads.u.at[t], dq * d if fixed.D is None else dq * d + fixed.D * gy, row.channels)
         dD, dbias = dD + gy * row.u, dbias + ddelta
