@@ -1,0 +1,1 @@
+"""Kernels for accelerators, each beside its plain twin in diffjax.ops."""

@@ -1,0 +1,487 @@
+"""The selective scan and its gradients as two Pallas kernels for TPUs.
+
+The equations are those of diffjax.ops.recurrence. Channels lie in lanes and states in sublanes, so that a token's state
+of 128 channels is a stack of [n, 128] registers. Grid (b, chunks, blocks of channels): the channels are innermost, and
+the state that a chunk hands to the next waits in VMEM for all of them. That order lets a chunk's B and C be spread over
+the lanes once for all channels, and dB and dC, which sum over channels, be finished in VMEM.
+
+A chunk's work per block of channels:
+1. Over groups of tokens at once: the step sizes d and what else needs no state, kept in VMEM row by row.
+2. Token by token: the state. A step reads its rows with a broadcast over sublanes.
+3. A sum over the states leaves the 8 sublanes of each token to be added. They are stored with a stride, sublane s of
+   token t in row 8 s + t, so that 8 tokens are summed by 7 additions of whole registers.
+The backward pass first recomputes the chunk's states from the saved one, then walks back with the adjoint.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from numpy.polynomial import Chebyshev, Polynomial
+
+from diffjax.ops.recurrence import Inputs
+
+LANES, SUBLANES = 128, 8
+GROUP = 16  # tokens that are loaded together: the rows of a bfloat16 register
+CHUNK = 128  # tokens between saved states
+LOG2_E = math.log2(math.e)
+# log1p(y) / y on [0, 1] to 2e-7: the hardware's logarithm would lose the small step sizes in 1 + y.
+LOG1P = Chebyshev.interpolate(lambda y: np.log1p(y) / y, 8, domain=[0, 1]).convert(kind=Polynomial).coef.tolist()
+
+
+class Shape(NamedTuple):
+    """Sizes that both kernels share: l tokens in chunks, e channels in blocks, n states (a multiple of 8)."""
+
+    b: int
+    l: int  # noqa: E741
+    e: int
+    n: int
+    chunk: int
+    block: int
+
+    @property
+    def chunks(self) -> int:
+        return pl.cdiv(self.l, self.chunk)
+
+    @property
+    def blocks(self) -> int:
+        return pl.cdiv(self.e, self.block)
+
+
+def sizes(l: int, e: int) -> tuple[int, int]:  # noqa: E741
+    """(tokens per chunk, channels per block) for l tokens of e channels."""
+    block = next((width for width in (256,) if e % width == 0), LANES)
+    return min(CHUNK, pl.cdiv(l, GROUP) * GROUP), block
+
+
+def forward(
+    inputs: Inputs, *, softplus: bool, reverse: bool, interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Outputs, the state that enters each chunk and the last state of the recurrence."""
+    x, shape = _prepare(inputs)
+    tile = _Specs(shape, forwards=not reverse)
+    padded = shape.blocks * shape.block
+    out, starts, last = pl.pallas_call(
+        functools.partial(_forward_kernel, shape=shape, softplus=softplus, reverse=reverse),
+        grid=(shape.b, shape.chunks, shape.blocks),
+        in_specs=[tile.inputs(x)],
+        out_specs=[tile.tokens, tile.starts, tile.whole],
+        out_shape=[
+            jax.ShapeDtypeStruct(x.u.shape, x.u.dtype),
+            jax.ShapeDtypeStruct((shape.b, shape.chunks, shape.n, shape.e), jnp.float32),
+            jax.ShapeDtypeStruct((shape.b, shape.n, padded), jnp.float32),
+        ],
+        scratch_shapes=[
+            *[_lanes(shape.chunk, shape.n)] * 2,
+            *[_rows(shape)] * 2,
+            _partial_sums(shape),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        cost_estimate=_cost(shape, x, operations=7, exponentials=1, passes=1),
+        interpret=interpret,
+        name="selective_scan",
+    )(x)
+    n = inputs.A.shape[0]
+    return out, starts[:, :, :n], last[:, :n, : shape.e]
+
+
+def backward(
+    inputs: Inputs,
+    starts: jax.Array,
+    d_out: jax.Array,
+    d_last: jax.Array,
+    *,
+    softplus: bool,
+    reverse: bool,
+    interpret: bool = False,
+) -> Inputs:
+    """Gradients with respect to the inputs, given those of the outputs and of the last state."""
+    x, shape = _prepare(inputs)
+    tile = _Specs(shape, forwards=reverse)
+    padded = shape.blocks * shape.block
+    per_channel = jax.ShapeDtypeStruct((shape.b, 1, padded), jnp.float32)
+    out_shape = Inputs(
+        *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x.u, x.delta)),
+        jax.ShapeDtypeStruct((shape.b, shape.n, padded), jnp.float32),
+        *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x.B, x.C)),
+        None if x.D is None else per_channel,
+        None if x.z is None else jax.ShapeDtypeStruct(x.z.shape, x.z.dtype),
+        None if x.bias is None else per_channel,
+    )
+    (gradients,) = pl.pallas_call(
+        functools.partial(_backward_kernel, shape=shape, softplus=softplus, reverse=reverse),
+        grid=(shape.b, shape.chunks, shape.blocks),
+        in_specs=[tile.inputs(x), tile.starts, tile.tokens, tile.last],
+        out_specs=[tile.gradients(x)],
+        out_shape=[out_shape],
+        scratch_shapes=[
+            *[_lanes(shape.chunk, shape.n)] * 4,
+            *[_rows(shape)] * 3,
+            *[_partial_sums(shape)] * 3,
+            pltpu.VMEM((shape.block // LANES, shape.chunk, shape.n, LANES), jnp.float32),
+            pltpu.VMEM((shape.blocks, shape.n, shape.block), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        cost_estimate=_cost(shape, x, operations=24, exponentials=2, passes=2),
+        interpret=interpret,
+        name="selective_scan_gradient",
+    )(x, _pad_states(starts, 2, shape.n), d_out, _pad_states(d_last, 1, shape.n))
+    n = inputs.A.shape[0]
+    over_batch = lambda g: None if g is None else jnp.sum(g, axis=0)[..., : shape.e]
+    return gradients._replace(
+        A=over_batch(gradients.A)[:n],
+        B=gradients.B[..., :n],
+        C=gradients.C[..., :n],
+        D=None if x.D is None else over_batch(gradients.D)[0],
+        bias=None if x.bias is None else over_batch(gradients.bias)[0],
+    )
+
+
+def _prepare(inputs: Inputs) -> tuple[Inputs, Shape]:
+    """Inputs as the kernels want them: rows [1, e] for what is per channel, states padded to whole registers."""
+    b, l, e = inputs.u.shape  # noqa: E741
+    n = pl.cdiv(inputs.A.shape[0], SUBLANES) * SUBLANES
+    x = inputs._replace(
+        A=_pad_states(inputs.A, 0, n),
+        B=_pad_states(inputs.B, 2, n),
+        C=_pad_states(inputs.C, 2, n),
+        D=None if inputs.D is None else inputs.D[None],
+        bias=None if inputs.bias is None else inputs.bias[None],
+    )
+    return x, Shape(b, l, e, n, *sizes(l, e))
+
+
+def _pad_states(array: jax.Array, axis: int, n: int) -> jax.Array:
+    missing = n - array.shape[axis]
+    return array if missing == 0 else jnp.pad(array, [(0, missing * (i == axis)) for i in range(array.ndim)])
+
+
+class _Specs:
+    """Blocks of the arrays; `forwards` tells whether the grid meets the chunks in the order of memory."""
+
+    def __init__(self, shape: Shape, forwards: bool):
+        chunk = (lambda c: c) if forwards else (lambda c: shape.chunks - 1 - c)
+        n, block, padded = shape.n, shape.block, shape.blocks * shape.block
+        self.tokens = pl.BlockSpec((1, shape.chunk, block), lambda b, c, j: (b, chunk(c), j))
+        self.coefficients = pl.BlockSpec((1, shape.chunk, n), lambda b, c, j: (b, chunk(c), 0))
+        self.states = pl.BlockSpec((n, block), lambda b, c, j: (0, j))
+        self.row = pl.BlockSpec((1, block), lambda b, c, j: (0, j))
+        self.starts = pl.BlockSpec((1, 1, n, block), lambda b, c, j: (b, chunk(c), 0, j))
+        self.last = pl.BlockSpec((1, n, block), lambda b, c, j: (b, 0, j))
+        self.whole = pl.BlockSpec((1, n, padded), lambda b, c, j: (b, 0, 0))
+        self.whole_row = pl.BlockSpec((1, 1, padded), lambda b, c, j: (b, 0, 0))
+
+    def inputs(self, x: Inputs) -> Inputs:
+        specs = Inputs(
+            self.tokens, self.tokens, self.states, self.coefficients, self.coefficients, self.row, self.tokens, self.row
+        )
+        return Inputs(*(None if a is None else spec for a, spec in zip(x, specs)))
+
+    def gradients(self, x: Inputs) -> Inputs:
+        specs = self.inputs(x)
+        rows = [None if a is None else self.whole_row for a in (x.D, x.bias)]
+        return specs._replace(A=self.whole, D=rows[0], bias=rows[1])
+
+
+def _lanes(tokens: int, n: int) -> Any:
+    return pltpu.VMEM((tokens, n, LANES), jnp.float32)
+
+
+def _rows(shape: Shape) -> Any:
+    return pltpu.VMEM((shape.block // LANES, shape.chunk, LANES), jnp.float32)
+
+
+def _partial_sums(shape: Shape) -> Any:
+    return pltpu.VMEM((shape.block // LANES, GROUP // SUBLANES, SUBLANES * SUBLANES, LANES), jnp.float32)
+
+
+def _cost(shape: Shape, x: Inputs, operations: int, exponentials: int, passes: int) -> pl.CostEstimate:
+    elements = shape.b * shape.l * shape.e * shape.n
+    arrays = sum(a.size * a.dtype.itemsize for a in x if a is not None) + x.u.size * x.u.dtype.itemsize
+    starts = shape.b * shape.chunks * shape.n * shape.e * 4
+    return pl.CostEstimate(
+        flops=operations * elements, transcendentals=exponentials * elements, bytes_accessed=passes * arrays + starts
+    )
+
+
+# Inside the kernels. A value of `block` channels is a list of registers of 128 lanes, one for each step of `lanes`.
+
+
+def _forward_kernel(
+    x: Inputs, out, starts, last, B, C, d, q, partial, *, shape: Shape, softplus: bool, reverse: bool
+):
+    tokens = _tokens(shape, forwards=not reverse)
+    block = pl.program_id(2)
+    lanes = [pl.ds(i, LANES) for i in range(0, shape.block, LANES)]
+    whole = [pl.ds(pl.multiple_of(block * shape.block + i, LANES), LANES) for i in range(0, shape.block, LANES)]
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        for w in whole:
+            last[0, :, w] = jnp.zeros((shape.n, LANES), jnp.float32)
+
+    @pl.when(block == 0)
+    def _():
+        _spread(x.B, B, tokens, shape)
+        _spread(x.C, C, tokens, shape)
+
+    A2 = [x.A[:, i] * LOG2_E for i in lanes]
+    for i, w in zip(lanes, whole):
+        starts[0, 0, :, i] = last[0, :, w]
+
+    def prepare(g, _):
+        rows = _group(g)
+        for v, i in enumerate(lanes):
+            u = _load(x.u, rows, i)
+            d_g = _step_sizes(x, rows, i, softplus)
+            u, d_g = _masked(tokens, g, u, d_g)
+            d[v, rows] = d_g
+            q[v, rows] = d_g * u
+        return 0
+
+    lax.fori_loop(0, tokens.groups, prepare, 0)
+
+    def steps(g, h):
+        g = tokens.groups - 1 - g if reverse else g
+        rows = _group(g)
+        h = list(h)
+        for k in range(GROUP)[:: -1 if reverse else 1]:
+            t = g * GROUP + k
+            for v in range(len(lanes)):
+                a = jnp.exp2(d[v, pl.ds(t, 1)] * A2[v])
+                h[v] = a * h[v] + q[v, pl.ds(t, 1)] * B[t]
+                _keep(partial, v, k, C[t] * h[v])
+        for v, i in enumerate(lanes):
+            y = _total(partial, v)
+            if x.D is not None:
+                y = y + x.D[:, i] * _load(x.u, rows, i)
+            if x.z is not None:
+                y = y * jax.nn.silu(_load(x.z, rows, i))
+            out[0, rows, i] = y.astype(out.dtype)
+        return tuple(h)
+
+    h = lax.fori_loop(0, tokens.groups, steps, tuple(last[0, :, w] for w in whole))
+    for w, h_v in zip(whole, h):
+        last[0, :, w] = h_v
+
+
+def _backward_kernel(
+    x: Inputs,
+    starts,
+    d_out,
+    d_last,
+    grad: Inputs,
+    B,
+    C,
+    dB,
+    dC,
+    d,
+    q,
+    gy,
+    w_part,
+    s_part,
+    y_part,
+    states,
+    adjoint,
+    *,
+    shape: Shape,
+    softplus: bool,
+    reverse: bool,
+):
+    tokens = _tokens(shape, forwards=reverse)
+    block = pl.program_id(2)
+    lanes = [pl.ds(i, LANES) for i in range(0, shape.block, LANES)]
+    whole = [pl.ds(pl.multiple_of(block * shape.block + i, LANES), LANES) for i in range(0, shape.block, LANES)]
+    tiles = range(len(lanes))
+    sums = [(grad.A, shape.n), (grad.D, 1), (grad.bias, 1)]
+    sums = [(ref, rows) for ref, rows in sums if ref is not None]
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        adjoint[block] = d_last[0]
+        for ref, rows in sums:
+            for w in whole:
+                ref[0, :, w] = jnp.zeros((rows, LANES), jnp.float32)
+
+    @pl.when(block == 0)
+    def _():
+        _spread(x.B, B, tokens, shape)
+        _spread(x.C, C, tokens, shape)
+        dB[...] = jnp.zeros_like(dB)
+        dC[...] = jnp.zeros_like(dC)
+
+    A = [x.A[:, i] for i in lanes]
+    A2 = [a * LOG2_E for a in A]
+
+    def prepare(g, _):
+        rows = _group(g)
+        for v, i in enumerate(lanes):
+            u, g_out, d_g = _load(x.u, rows, i), _load(d_out, rows, i), _step_sizes(x, rows, i, softplus)
+            if x.z is not None:
+                g_out = g_out * jax.nn.silu(_load(x.z, rows, i))
+            u, g_out, d_g = _masked(tokens, g, u, g_out, d_g)
+            d[v, rows] = d_g
+            q[v, rows] = d_g * u
+            gy[v, rows] = g_out
+        return 0
+
+    lax.fori_loop(0, tokens.groups, prepare, 0)
+
+    def recompute(g, h):
+        g = tokens.groups - 1 - g if reverse else g
+        h = list(h)
+        for k in range(GROUP)[:: -1 if reverse else 1]:
+            t = g * GROUP + k
+            for v in tiles:
+                states[v, t] = h[v]
+                h[v] = jnp.exp2(d[v, pl.ds(t, 1)] * A2[v]) * h[v] + q[v, pl.ds(t, 1)] * B[t]
+        return tuple(h)
+
+    h = lax.fori_loop(0, tokens.groups, recompute, tuple(starts[0, 0, :, i] for i in lanes))
+
+    def steps(g, carry):
+        g = g if reverse else tokens.groups - 1 - g
+        rows = _group(g)
+        h, G, dA = (list(c) for c in carry)  # h_t, a_{t+1} G_{t+1}, dA
+        for k in range(GROUP)[:: 1 if reverse else -1]:
+            t = g * GROUP + k
+            dB_t, dC_t = dB[t], dC[t]
+            for v in tiles:
+                d_t, q_t, gy_t = d[v, pl.ds(t, 1)], q[v, pl.ds(t, 1)], gy[v, pl.ds(t, 1)]
+                a = jnp.exp2(d_t * A2[v])
+                G_t = G[v] + C[t] * gy_t
+                dC_t = dC_t + _live(shape, block, v, h[v] * gy_t)
+                dB_t = dB_t + _live(shape, block, v, G_t * q_t)
+                if x.z is not None:
+                    _keep(y_part, v, k, C[t] * h[v])
+                _keep(w_part, v, k, G_t * B[t])
+                h[v] = states[v, t]
+                G[v] = a * G_t
+                through = G[v] * h[v]  # G_t a_t h_{t-1}
+                dA[v] = dA[v] + through * d_t
+                _keep(s_part, v, k, through * A[v])
+            dB[t], dC[t] = dB_t, dC_t
+        for v, i in enumerate(lanes):
+            w, s = _total(w_part, v), _total(s_part, v)
+            u, d_g, gy_g = _load(x.u, rows, i), d[v, rows], gy[v, rows]
+            (u,) = _masked(tokens, g, u)
+            du, dd = w * d_g, w * u + s
+            if softplus:
+                dd = dd * jnp.exp(_raw(x, rows, i) - d_g)  # sigmoid(x) = exp(x - softplus(x))
+            (dd,) = _masked(tokens, g, dd)
+            if x.D is not None:
+                du = du + x.D[:, i] * gy_g
+                grad.D[0, :, whole[v]] += jnp.sum(gy_g * u, axis=0, keepdims=True)
+            if x.bias is not None:
+                grad.bias[0, :, whole[v]] += jnp.sum(dd, axis=0, keepdims=True)
+            if x.z is not None:
+                y = _total(y_part, v)
+                if x.D is not None:
+                    y = y + x.D[:, i] * u
+                z = _load(x.z, rows, i)
+                gate = jax.nn.sigmoid(z)
+                dz = _load(d_out, rows, i) * y * gate * (1 + z * (1 - gate))
+                grad.z[0, rows, i] = dz.astype(grad.z.dtype)
+            grad.u[0, rows, i] = du.astype(grad.u.dtype)
+            grad.delta[0, rows, i] = dd.astype(grad.delta.dtype)
+        return tuple(h), tuple(G), tuple(dA)
+
+    carry = h, tuple(adjoint[block, :, i] for i in lanes), tuple(grad.A[0, :, w] for w in whole)
+    h, G, dA = lax.fori_loop(0, tokens.groups, steps, carry)
+    for v, i in enumerate(lanes):
+        adjoint[block, :, i] = G[v]
+        grad.A[0, :, whole[v]] = dA[v]
+
+    @pl.when(block == shape.blocks - 1)
+    def _():
+        def gather(g, _):
+            rows = _group(g)
+            grad.B[0, rows] = jnp.sum(dB[rows], axis=-1).astype(grad.B.dtype)
+            grad.C[0, rows] = jnp.sum(dC[rows], axis=-1).astype(grad.C.dtype)
+            return 0
+
+        lax.fori_loop(0, tokens.groups, gather, 0)
+
+
+class _Tokens(NamedTuple):
+    count: Any  # tokens of this chunk
+    groups: Any  # groups that hold them
+    ragged: bool  # whether some chunk's last group has rows beyond the end
+
+
+def _tokens(shape: Shape, forwards: bool) -> _Tokens:
+    c = pl.program_id(1)
+    c = c if forwards else shape.chunks - 1 - c
+    count = jnp.minimum(shape.chunk, shape.l - c * shape.chunk)
+    return _Tokens(count, (count + GROUP - 1) // GROUP, shape.l % GROUP != 0)
+
+
+def _masked(tokens: _Tokens, g, *arrays):
+    """0 in the rows beyond the last token, whose content is undefined: such a step leaves the state as it is."""
+    if not tokens.ragged:
+        return arrays
+    live = lax.broadcasted_iota(jnp.int32, arrays[0].shape, 0) < tokens.count - g * GROUP
+    return tuple(jnp.where(live, a, 0) for a in arrays)
+
+
+def _live(shape: Shape, block, v, product):
+    """0 in the lanes beyond the last channel."""
+    if shape.e % shape.block == 0:
+        return product
+    lane = lax.broadcasted_iota(jnp.int32, product.shape, 1)
+    return jnp.where(lane < shape.e - block * shape.block - v * LANES, product, 0)
+
+
+def _group(g):
+    return pl.ds(pl.multiple_of(g * GROUP, GROUP), GROUP)
+
+
+def _load(ref, rows, i):
+    return ref[0, rows, i].astype(jnp.float32)
+
+
+def _raw(x: Inputs, rows, i):
+    delta = _load(x.delta, rows, i)
+    return delta if x.bias is None else delta + x.bias[:, i]
+
+
+def _step_sizes(x: Inputs, rows, i, softplus: bool):
+    """d = softplus(delta + bias), or the sum itself."""
+    raw = _raw(x, rows, i)
+    if not softplus:
+        return raw
+    y = jnp.exp2(jnp.abs(raw) * -LOG2_E)
+    return jnp.maximum(raw, 0) + y * functools.reduce(lambda p, c: p * y + c, reversed(LOG1P))
+
+
+def _spread(source, target, tokens: _Tokens, shape: Shape):
+    """Each token's n coefficients as [n, 128]: states in sublanes, the same in every lane."""
+
+    def group(g, _):
+        (values,) = _masked(tokens, g, source[0, _group(g)].astype(jnp.float32))
+        columns = values.T
+        for k in range(GROUP):
+            target[g * GROUP + k] = jnp.broadcast_to(columns[:, k : k + 1], (shape.n, LANES))
+        return 0
+
+    lax.fori_loop(0, tokens.groups, group, 0)
+
+
+def _keep(partial, v, k, products):
+    """Adds products [n, 128] of the group's token k to 8 sublanes and keeps those for `_total`."""
+    rows = sum(products[i : i + SUBLANES] for i in range(0, products.shape[0], SUBLANES))
+    partial.at[v, k // SUBLANES][pl.ds(k % SUBLANES, SUBLANES, stride=SUBLANES), :] = rows
+
+
+def _total(partial, v):
+    """Sums over the states for a group of tokens: [16, 128]."""
+    halves = [
+        sum(partial[v, half, pl.ds(s * SUBLANES, SUBLANES)] for s in range(SUBLANES)) for half in range(GROUP // SUBLANES)
+    ]
+    return jnp.concatenate(halves, axis=0)
