@@ -122,7 +122,7 @@ def backward(
         out_shape=[out_shape],
         scratch_shapes=[
             *[_lanes(shape.chunk, shape.n)] * 4,
-            *[_rows(shape)] * 3,
+            *[_rows(shape)] * 4,
             *[_partial_sums(shape)] * 3,
             pltpu.VMEM((shape.block // LANES, shape.chunk, shape.n, LANES), jnp.float32),
             pltpu.VMEM((shape.blocks, shape.n, shape.block), jnp.float32),
@@ -228,14 +228,14 @@ def _forward_kernel(
 
     @pl.when(block == 0)
     def _():
-        _spread(x.B, B, tokens, shape)
-        _spread(x.C, C, tokens, shape)
+        _spread(x, B, C, tokens, shape)
 
     A2 = [x.A[:, i] * LOG2_E for i in lanes]
     for i, w in zip(lanes, whole):
         starts[0, 0, :, i] = last[0, :, w]
 
-    def prepare(g, _):
+    def prepare(step):
+        g = tokens.group(step, reverse)
         rows = _group(g)
         for v, i in enumerate(lanes):
             u = _load(x.u, rows, i)
@@ -243,12 +243,9 @@ def _forward_kernel(
             u, d_g = _masked(tokens, g, u, d_g)
             d[v, rows] = d_g
             q[v, rows] = d_g * u
-        return 0
 
-    lax.fori_loop(0, tokens.groups, prepare, 0)
-
-    def steps(g, h):
-        g = tokens.groups - 1 - g if reverse else g
+    def steps(step, h):
+        g = tokens.group(step, reverse)
         rows = _group(g)
         h = list(h)
         for k in range(GROUP)[:: -1 if reverse else 1]:
@@ -264,7 +261,10 @@ def _forward_kernel(
             if x.z is not None:
                 y = y * jax.nn.silu(_load(x.z, rows, i))
             out[0, rows, i] = y.astype(out.dtype)
+        prepare(step + 1)
         return tuple(h)
+
+    prepare(0)
 
     h = lax.fori_loop(0, tokens.groups, steps, tuple(last[0, :, w] for w in whole))
     for w, h_v in zip(whole, h):
@@ -284,6 +284,7 @@ def _backward_kernel(
     d,
     q,
     gy,
+    gate,
     w_part,
     s_part,
     y_part,
@@ -311,42 +312,43 @@ def _backward_kernel(
 
     @pl.when(block == 0)
     def _():
-        _spread(x.B, B, tokens, shape)
-        _spread(x.C, C, tokens, shape)
+        _spread(x, B, C, tokens, shape)
         dB[...] = jnp.zeros_like(dB)
         dC[...] = jnp.zeros_like(dC)
 
     A = [x.A[:, i] for i in lanes]
     A2 = [a * LOG2_E for a in A]
 
-    def prepare(g, _):
+    def prepare(step):
+        g = tokens.group(step, reverse)
         rows = _group(g)
         for v, i in enumerate(lanes):
             u, g_out, d_g = _load(x.u, rows, i), _load(d_out, rows, i), _step_sizes(x, rows, i, softplus)
             if x.z is not None:
-                g_out = g_out * jax.nn.silu(_load(x.z, rows, i))
+                z = _load(x.z, rows, i)
+                gate[v, rows] = jax.nn.sigmoid(z)
+                g_out = g_out * z * gate[v, rows]
             u, g_out, d_g = _masked(tokens, g, u, g_out, d_g)
             d[v, rows] = d_g
             q[v, rows] = d_g * u
             gy[v, rows] = g_out
-        return 0
 
-    lax.fori_loop(0, tokens.groups, prepare, 0)
-
-    def recompute(g, h):
-        g = tokens.groups - 1 - g if reverse else g
+    def recompute(step, h):
+        g = tokens.group(step, reverse)
         h = list(h)
         for k in range(GROUP)[:: -1 if reverse else 1]:
             t = g * GROUP + k
             for v in tiles:
                 states[v, t] = h[v]
                 h[v] = jnp.exp2(d[v, pl.ds(t, 1)] * A2[v]) * h[v] + q[v, pl.ds(t, 1)] * B[t]
+        prepare(step + 1)
         return tuple(h)
 
+    prepare(0)
     h = lax.fori_loop(0, tokens.groups, recompute, tuple(starts[0, 0, :, i] for i in lanes))
 
-    def steps(g, carry):
-        g = g if reverse else tokens.groups - 1 - g
+    def steps(step, carry):
+        g = tokens.group(step, not reverse)
         rows = _group(g)
         h, G, dA = (list(c) for c in carry)  # h_t, a_{t+1} G_{t+1}, dA
         for k in range(GROUP)[:: 1 if reverse else -1]:
@@ -385,8 +387,8 @@ def _backward_kernel(
                 if x.D is not None:
                     y = y + x.D[:, i] * u
                 z = _load(x.z, rows, i)
-                gate = jax.nn.sigmoid(z)
-                dz = _load(d_out, rows, i) * y * gate * (1 + z * (1 - gate))
+                gate_g = gate[v, rows]
+                dz = _load(d_out, rows, i) * y * gate_g * (1 + z * (1 - gate_g))
                 grad.z[0, rows, i] = dz.astype(grad.z.dtype)
             grad.u[0, rows, i] = du.astype(grad.u.dtype)
             grad.delta[0, rows, i] = dd.astype(grad.delta.dtype)
@@ -414,12 +416,17 @@ class _Tokens(NamedTuple):
     groups: Any  # groups that hold them
     ragged: bool  # whether some chunk's last group has rows beyond the end
 
+    def group(self, step, reverse: bool):
+        """The group of this step of the walk; after the last one comes the last one again."""
+        step = jnp.minimum(step, self.groups - 1)
+        return self.groups - 1 - step if reverse else step
+
 
 def _tokens(shape: Shape, forwards: bool) -> _Tokens:
     c = pl.program_id(1)
     c = c if forwards else shape.chunks - 1 - c
     count = jnp.minimum(shape.chunk, shape.l - c * shape.chunk)
-    return _Tokens(count, (count + GROUP - 1) // GROUP, shape.l % GROUP != 0)
+    return _Tokens(count, lax.div(count + (GROUP - 1), jnp.int32(GROUP)), shape.l % GROUP != 0)
 
 
 def _masked(tokens: _Tokens, g, *arrays):
@@ -460,14 +467,15 @@ def _step_sizes(x: Inputs, rows, i, softplus: bool):
     return jnp.maximum(raw, 0) + y * functools.reduce(lambda p, c: p * y + c, reversed(LOG1P))
 
 
-def _spread(source, target, tokens: _Tokens, shape: Shape):
+def _spread(x: Inputs, B, C, tokens: _Tokens, shape: Shape):
     """Each token's n coefficients as [n, 128]: states in sublanes, the same in every lane."""
 
     def group(g, _):
-        (values,) = _masked(tokens, g, source[0, _group(g)].astype(jnp.float32))
-        columns = values.T
-        for k in range(GROUP):
-            target[g * GROUP + k] = jnp.broadcast_to(columns[:, k : k + 1], (shape.n, LANES))
+        for source, target in ((x.B, B), (x.C, C)):
+            (values,) = _masked(tokens, g, source[0, _group(g)].astype(jnp.float32))
+            columns = values.T
+            for k in range(GROUP):
+                target[g * GROUP + k] = jnp.broadcast_to(columns[:, k : k + 1], (shape.n, LANES))
         return 0
 
     lax.fori_loop(0, tokens.groups, group, 0)
