@@ -35,6 +35,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(np.asarray(present).reshape(shape), AXES, axis_types=axis_types)
 
 
+def platform() -> str:
+    """The platform that a program traced now is for: that of the mesh in context, else of the default backend.
+
+    "cpu", "tpu" or "gpu". With a mesh it can be another than this machine's, when a program is only compiled here.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis split over `BATCH_AXES`, everything else whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

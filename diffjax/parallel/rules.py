@@ -8,10 +8,11 @@ the average's copies, whose paths end alike.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffjax.errors import UserError
@@ -22,7 +23,7 @@ LogicalAxes = Sequence[tuple[str, tuple[str | None, ...]]]
 STRATEGIES: dict[str, dict[str, str]] = {
     "dp": {},
     "fsdp": {"embed": "fsdp"},
-    "fsdp_tp": {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"},
+    "fsdp_tp": {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "channels": "tensor"},
 }
 
 ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {
@@ -31,6 +32,7 @@ ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {
     "embed": None,
     "heads": "tensor",
     "mlp": "tensor",
+    "channels": "tensor",
 }
 
 
@@ -42,6 +44,50 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(ACTIVATIONS[name] if name else None for name in names)))
+
+
+def mesh_axes(**sizes: int) -> dict[str, tuple[str, ...]]:
+    """For each named dimension of an activation the axes of the mesh in context that split it, by `ACTIVATIONS`.
+
+    None without a mesh, inside another `shard_map`, and where they do not divide the size: the single example that a
+    model is initialised with is computed by every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return dict.fromkeys(sizes, ())
+    found = {}
+    for name, size in sizes.items():
+        axes = ACTIVATIONS[name] or ()
+        axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if mesh.shape.get(axis, 1) > 1)
+        found[name] = axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+    return found
+
+
+def per_device(function: Callable, axes: Mapping[str, tuple[str, ...]], in_names: Any, out_names: Any) -> Callable:
+    """`function`, run by every device on its own part of the arrays; without a mesh, `function` itself.
+
+    Args:
+        axes: from `mesh_axes`. in_names, out_names: trees of PartitionSpecs whose entries are its names.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return function
+
+    def specs(names: Any) -> Any:
+        return jax.tree.map(lambda spec: PartitionSpec(*(axes[name] if name else None for name in spec)), names)
+
+    # The check of varying axes has no rule for Pallas calls.
+    return jax.shard_map(function, in_specs=specs(in_names), out_specs=specs(out_names), check_vma=False)
+
+
+def sum_over_devices(tree: Any, axes: Mapping[str, tuple[str, ...]], names: Any) -> Any:
+    """Inside `per_device`: sums every array over the mesh axes that its own names do not mention."""
+
+    def total(spec: PartitionSpec, x: jax.Array) -> jax.Array:
+        over = tuple(axis for name, split in axes.items() if name not in spec for axis in split)
+        return jax.lax.psum(x.astype(jnp.float32), over).astype(x.dtype) if over else x
+
+    return jax.tree.map(lambda spec, x: None if x is None else total(spec, x), names, tree)
 
 
 def shardings(tree: Any, mesh: Mesh, strategy: str, axes: LogicalAxes, replicate_below: int) -> Any:
