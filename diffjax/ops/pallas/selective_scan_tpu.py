@@ -29,6 +29,7 @@ from diffjax.ops.recurrence import Inputs
 
 LANES, SUBLANES = 128, 8
 GROUP = 16  # tokens that are loaded together: the rows of a bfloat16 register
+HALVES = GROUP // SUBLANES
 CHUNK = 128  # tokens between saved states
 LOG2_E = math.log2(math.e)
 # log1p(y) / y on [0, 1] to 2e-7: the hardware's logarithm would lose the small step sizes in 1 + y.
@@ -68,7 +69,7 @@ def forward(
     tile = _Specs(shape, forwards=not reverse)
     padded = shape.blocks * shape.block
     out, starts, last = pl.pallas_call(
-        functools.partial(_forward_kernel, shape=shape, softplus=softplus, reverse=reverse),
+        functools.partial(_forward_kernel, shape=shape, softplus=softplus, reverse=reverse, interpret=interpret),
         grid=(shape.b, shape.chunks, shape.blocks),
         in_specs=[tile.inputs(x)],
         out_specs=[tile.tokens, tile.starts, tile.whole],
@@ -114,8 +115,8 @@ def backward(
         None if x.z is None else jax.ShapeDtypeStruct(x.z.shape, x.z.dtype),
         None if x.bias is None else per_channel,
     )
-    (gradients,) = pl.pallas_call(
-        functools.partial(_backward_kernel, shape=shape, softplus=softplus, reverse=reverse),
+    (grads,) = pl.pallas_call(
+        functools.partial(_backward_kernel, shape=shape, softplus=softplus, reverse=reverse, interpret=interpret),
         grid=(shape.b, shape.chunks, shape.blocks),
         in_specs=[tile.inputs(x), tile.starts, tile.tokens, tile.last],
         out_specs=[tile.gradients(x)],
@@ -133,13 +134,13 @@ def backward(
         name="selective_scan_gradient",
     )(x, _pad_states(starts, 2, shape.n), d_out, _pad_states(d_last, 1, shape.n))
     n = inputs.A.shape[0]
-    over_batch = lambda g: None if g is None else jnp.sum(g, axis=0)[..., : shape.e]
-    return gradients._replace(
-        A=over_batch(gradients.A)[:n],
-        B=gradients.B[..., :n],
-        C=gradients.C[..., :n],
-        D=None if x.D is None else over_batch(gradients.D)[0],
-        bias=None if x.bias is None else over_batch(gradients.bias)[0],
+    dA, dD, dbias = (None if a is None else jnp.sum(a, 0)[:, : shape.e] for a in (grads.A, grads.D, grads.bias))
+    return grads._replace(
+        A=dA[:n],
+        B=grads.B[..., :n],
+        C=grads.C[..., :n],
+        D=None if dD is None else dD[0],
+        bias=None if dbias is None else dbias[0],
     )
 
 
@@ -198,7 +199,7 @@ def _rows(shape: Shape) -> Any:
 
 
 def _partial_sums(shape: Shape) -> Any:
-    return pltpu.VMEM((shape.block // LANES, GROUP // SUBLANES, SUBLANES * SUBLANES, LANES), jnp.float32)
+    return pltpu.VMEM((shape.block // LANES, HALVES, SUBLANES * SUBLANES, LANES), jnp.float32)
 
 
 def _cost(shape: Shape, x: Inputs, operations: int, exponentials: int, passes: int) -> pl.CostEstimate:
@@ -214,7 +215,7 @@ def _cost(shape: Shape, x: Inputs, operations: int, exponentials: int, passes: i
 
 
 def _forward_kernel(
-    x: Inputs, out, starts, last, B, C, d, q, partial, *, shape: Shape, softplus: bool, reverse: bool
+    x: Inputs, out, starts, last, B, C, d, q, partial, *, shape: Shape, softplus: bool, reverse: bool, interpret: bool
 ):
     tokens = _tokens(shape, forwards=not reverse)
     block = pl.program_id(2)
@@ -236,24 +237,28 @@ def _forward_kernel(
 
     def prepare(step):
         g = tokens.group(step, reverse)
-        rows = _group(g)
+        rows, ready = _group(g), []
         for v, i in enumerate(lanes):
             u = _load(x.u, rows, i)
             d_g = _step_sizes(x, rows, i, softplus)
             u, d_g = _masked(tokens, g, u, d_g)
-            d[v, rows] = d_g
-            q[v, rows] = d_g * u
+            ready += [(d, v, d_g), (q, v, d_g * u)]
+        return rows, ready
 
     def steps(step, h):
         g = tokens.group(step, reverse)
         rows = _group(g)
-        h = list(h)
-        for k in range(GROUP)[:: -1 if reverse else 1]:
-            t = g * GROUP + k
+        ready = prepare(step + 1)
+
+        def token(h, half, k, t):
+            h = list(h)
             for v in range(len(lanes)):
                 a = jnp.exp2(d[v, pl.ds(t, 1)] * A2[v])
                 h[v] = a * h[v] + q[v, pl.ds(t, 1)] * B[t]
-                _keep(partial, v, k, C[t] * h[v])
+                _keep(partial, v, half, k, C[t] * h[v])
+            return tuple(h)
+
+        h = _walk(token, h, g, reverse, interpret)
         for v, i in enumerate(lanes):
             y = _total(partial, v)
             if x.D is not None:
@@ -261,11 +266,10 @@ def _forward_kernel(
             if x.z is not None:
                 y = y * jax.nn.silu(_load(x.z, rows, i))
             out[0, rows, i] = y.astype(out.dtype)
-        prepare(step + 1)
-        return tuple(h)
+        _keep_rows(*ready)
+        return h
 
-    prepare(0)
-
+    _keep_rows(*prepare(0))
     h = lax.fori_loop(0, tokens.groups, steps, tuple(last[0, :, w] for w in whole))
     for w, h_v in zip(whole, h):
         last[0, :, w] = h_v
@@ -294,6 +298,7 @@ def _backward_kernel(
     shape: Shape,
     softplus: bool,
     reverse: bool,
+    interpret: bool,
 ):
     tokens = _tokens(shape, forwards=reverse)
     block = pl.program_id(2)
@@ -321,54 +326,60 @@ def _backward_kernel(
 
     def prepare(step):
         g = tokens.group(step, reverse)
-        rows = _group(g)
+        rows, ready = _group(g), []
         for v, i in enumerate(lanes):
             u, g_out, d_g = _load(x.u, rows, i), _load(d_out, rows, i), _step_sizes(x, rows, i, softplus)
             if x.z is not None:
                 z = _load(x.z, rows, i)
-                gate[v, rows] = jax.nn.sigmoid(z)
-                g_out = g_out * z * gate[v, rows]
+                open_g = jax.nn.sigmoid(z)
+                g_out = g_out * z * open_g
+                ready.append((gate, v, open_g))
             u, g_out, d_g = _masked(tokens, g, u, g_out, d_g)
-            d[v, rows] = d_g
-            q[v, rows] = d_g * u
-            gy[v, rows] = g_out
+            ready += [(d, v, d_g), (q, v, d_g * u), (gy, v, g_out)]
+        return rows, ready
 
     def recompute(step, h):
         g = tokens.group(step, reverse)
-        h = list(h)
-        for k in range(GROUP)[:: -1 if reverse else 1]:
-            t = g * GROUP + k
+        ready = prepare(step + 1)
+
+        def token(h, half, k, t):
+            h = list(h)
             for v in tiles:
                 states[v, t] = h[v]
                 h[v] = jnp.exp2(d[v, pl.ds(t, 1)] * A2[v]) * h[v] + q[v, pl.ds(t, 1)] * B[t]
-        prepare(step + 1)
-        return tuple(h)
+            return tuple(h)
 
-    prepare(0)
+        h = _walk(token, h, g, reverse, interpret)
+        _keep_rows(*ready)
+        return h
+
+    _keep_rows(*prepare(0))
     h = lax.fori_loop(0, tokens.groups, recompute, tuple(starts[0, 0, :, i] for i in lanes))
 
     def steps(step, carry):
         g = tokens.group(step, not reverse)
         rows = _group(g)
-        h, G, dA = (list(c) for c in carry)  # h_t, a_{t+1} G_{t+1}, dA
-        for k in range(GROUP)[:: 1 if reverse else -1]:
-            t = g * GROUP + k
+
+        def token(carry, half, k, t):
+            h, G, dA = (list(c) for c in carry)  # h_t, exp(d_(t+1) A) G_(t+1), dA
             dB_t, dC_t = dB[t], dC[t]
             for v in tiles:
                 d_t, q_t, gy_t = d[v, pl.ds(t, 1)], q[v, pl.ds(t, 1)], gy[v, pl.ds(t, 1)]
-                a = jnp.exp2(d_t * A2[v])
                 G_t = G[v] + C[t] * gy_t
                 dC_t = dC_t + _live(shape, block, v, h[v] * gy_t)
                 dB_t = dB_t + _live(shape, block, v, G_t * q_t)
                 if x.z is not None:
-                    _keep(y_part, v, k, C[t] * h[v])
-                _keep(w_part, v, k, G_t * B[t])
+                    _keep(y_part, v, half, k, C[t] * h[v])
+                _keep(w_part, v, half, k, G_t * B[t])
+                G[v] = jnp.exp2(d_t * A2[v]) * G_t
                 h[v] = states[v, t]
-                G[v] = a * G_t
-                through = G[v] * h[v]  # G_t a_t h_{t-1}
-                dA[v] = dA[v] + through * d_t
-                _keep(s_part, v, k, through * A[v])
+                P = G[v] * h[v]
+                dA[v] = dA[v] + P * d_t
+                _keep(s_part, v, half, k, P * A[v])
             dB[t], dC[t] = dB_t, dC_t
+            return tuple(h), tuple(G), tuple(dA)
+
+        carry = _walk(token, carry, g, not reverse, interpret)
         for v, i in enumerate(lanes):
             w, s = _total(w_part, v), _total(s_part, v)
             u, d_g, gy_g = _load(x.u, rows, i), d[v, rows], gy[v, rows]
@@ -392,7 +403,7 @@ def _backward_kernel(
                 grad.z[0, rows, i] = dz.astype(grad.z.dtype)
             grad.u[0, rows, i] = du.astype(grad.u.dtype)
             grad.delta[0, rows, i] = dd.astype(grad.delta.dtype)
-        return tuple(h), tuple(G), tuple(dA)
+        return carry
 
     carry = h, tuple(adjoint[block, :, i] for i in lanes), tuple(grad.A[0, :, w] for w in whole)
     h, G, dA = lax.fori_loop(0, tokens.groups, steps, carry)
@@ -458,6 +469,11 @@ def _raw(x: Inputs, rows, i):
     return delta if x.bias is None else delta + x.bias[:, i]
 
 
+def _keep_rows(rows, ready):
+    for ref, v, value in ready:
+        ref[v, rows] = value
+
+
 def _step_sizes(x: Inputs, rows, i, softplus: bool):
     """d = softplus(delta + bias), or the sum itself."""
     raw = _raw(x, rows, i)
@@ -481,15 +497,30 @@ def _spread(x: Inputs, B, C, tokens: _Tokens, shape: Shape):
     lax.fori_loop(0, tokens.groups, group, 0)
 
 
-def _keep(partial, v, k, products):
-    """Adds products [n, 128] of the group's token k to 8 sublanes and keeps those for `_total`."""
+def _keep(partial, v, half, k, products):
+    """Adds products [n, 128] of token k of a half group to 8 sublanes and keeps those for `_total`."""
     rows = sum(products[i : i + SUBLANES] for i in range(0, products.shape[0], SUBLANES))
-    partial.at[v, k // SUBLANES][pl.ds(k % SUBLANES, SUBLANES, stride=SUBLANES), :] = rows
+    partial.at[v, half][pl.ds(k, SUBLANES, stride=SUBLANES), :] = rows
 
 
 def _total(partial, v):
     """Sums over the states for a group of tokens: [16, 128]."""
-    halves = [
-        sum(partial[v, half, pl.ds(s * SUBLANES, SUBLANES)] for s in range(SUBLANES)) for half in range(GROUP // SUBLANES)
-    ]
-    return jnp.concatenate(halves, axis=0)
+    rows = [pl.ds(s * SUBLANES, SUBLANES) for s in range(SUBLANES)]
+    return jnp.concatenate([sum(partial[v, half, r] for r in rows) for half in range(HALVES)], axis=0)
+
+
+def _walk(step, carry, g, backwards: bool, interpret: bool):
+    """carry = step(carry, half, k, t) for the tokens of group g; token t is the k-th of its half."""
+    for half in range(HALVES)[:: -1 if backwards else 1]:
+
+        def one(i, carry, half=half):
+            k = SUBLANES - 1 - i if backwards else i
+            return step(carry, half, k, g * GROUP + half * SUBLANES + k)
+
+        # Unrolled but for tests, which would wait for the compilation.
+        carry = (
+            lax.fori_loop(0, SUBLANES, one, carry)
+            if interpret
+            else functools.reduce(lambda c, i, one=one: one(i, c), range(SUBLANES), carry)
+        )
+    return carry
