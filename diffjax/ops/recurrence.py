@@ -225,11 +225,11 @@ def _loop_adjoint(
         dC = jnp.einsum("bne,be->bn", a * before, gy) + B * jnp.sum(q * gy, axis=1, keepdims=True)
         dB = jnp.einsum("bne,be->bn", G, q)  # (5)
         sums = jnp.sum(P * A, axis=1), jnp.sum(G * B[..., None], axis=1), dB, dC
-        return (aG, dA + jnp.sum(P * d[:, None], axis=0)), sums
+        return (aG, dA + P * d[:, None]), sums
 
     _, (before, y) = lax.scan(again, h, chunk, reverse=reverse)
-    (G, dA), sums = lax.scan(step, (G, jnp.zeros_like(A)), (chunk, gy, before), reverse=not reverse)
-    return G, y, dA, *sums
+    (G, dA), sums = lax.scan(step, (G, jnp.zeros_like(G)), (chunk, gy, before), reverse=not reverse)
+    return G, y, jnp.sum(dA, axis=0), *sums
 
 
 LOOP = Form(_loop_outputs, _loop_adjoint)

@@ -70,7 +70,7 @@ def floors(b: int, tokens: int, e: int, n: int) -> tuple[float, float]:
 
 
 def torch_recurrence(arguments: dict[str, jax.Array], g: jax.Array) -> tuple[Callable, Callable] | None:
-    """(forward, forward and backward) of the recurrence in torch operations, one step after the other."""
+    """(forward, forward and backward) in torch operations, step by step, in the layout [b, e, l, n] of public code."""
     try:
         import torch
     except ImportError:
@@ -80,13 +80,13 @@ def torch_recurrence(arguments: dict[str, jax.Array], g: jax.Array) -> tuple[Cal
     cotangent = torch.tensor(np.asarray(g))
 
     def forward() -> Any:
-        u, delta, A, B, C = tensors.values()
+        u, delta, A, B, C = (tensors[name] for name in ("u", "delta", "A", "B", "C"))
         d = torch.nn.functional.softplus(delta)
-        decay = torch.exp(torch.einsum("ble,en->blen", d, A))
-        drive = torch.einsum("ble,bln->blen", d * u, B)
-        h, outputs = torch.zeros_like(drive[:, 0]), []
+        decay = torch.exp(torch.einsum("ble,en->beln", d, A))
+        drive = torch.einsum("ble,bln->beln", d * u, B)
+        h, outputs = torch.zeros_like(drive[:, :, 0]), []
         for t in range(u.shape[1]):
-            h = decay[:, t] * h + drive[:, t]
+            h = decay[:, :, t] * h + drive[:, :, t]
             outputs.append(torch.einsum("ben,bn->be", h, C[:, t]))
         return torch.stack(outputs, dim=1)
 
