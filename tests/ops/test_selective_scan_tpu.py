@@ -44,7 +44,9 @@ def run(arguments, d_out, d_last, *, softplus, reverse):
 )
 def test_values_last_state_and_gradients(shape, reverse, softplus, options, dtype):
     b, tokens, e, n = shape
-    arguments = {name: x for name, x in draw(shape, dtype=dtype).items() if name in (*"u delta A B C".split(), *options)}
+    arguments = {
+        name: x for name, x in draw(shape, dtype=dtype).items() if name in (*["u", "delta", "A", "B", "C"], *options)
+    }
     if not softplus:
         arguments["delta"] = 0.1 * jnp.abs(arguments["delta"])
     normal = np.random.default_rng(1).standard_normal
