@@ -2,9 +2,9 @@
 
     JAX_PLATFORMS=cpu python -m tests.benchmarks.tpu_bundles [--blocks 256 512] [--generations v5e v6e]
 
-Every row is one loop of a kernel compiled for bfloat16 [8, 1056, 3072] and 16 states. All loops run over groups of 16
-tokens; the figure is per 8 tokens of a block of channels. `steps` loops run for every block of channels, `spread` and
-`sums` (of dB and dC over lanes) once for all. The compiler's dump also counts what each slot of the bundles holds:
+Every row is one loop of a kernel compiled for bfloat16 [8, 1056, 3072] and 16 states; the figures are per 8 tokens.
+`states` and `steps` run for every block of channels, `spread` (of B and C over lanes) and `sums` (of dB and dC) once.
+The compiler's dump also counts what each slot of the bundles holds:
 the arithmetic slots (4 a bundle) bound these loops. Stalls are not in it.
 """
 
@@ -17,6 +17,8 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+
+from diffjax.ops.pallas import selective_scan_tpu as kernels
 
 BATCH, TOKENS, CHANNELS, STATES = 8, 1056, 3072, 16
 SLOTS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
@@ -36,8 +38,9 @@ def main() -> None:
     for generation in arguments.generations:
         for block in arguments.blocks:
             for loop, bundles, slots in measured(generation, block):
-                figures = "".join(f"{slots[name] / 2:>8.1f}" for name in SHOWN)
-                print(f"{generation:<5}{block:>6}  {loop:<18}{bundles / 2:>19.1f}  {figures}", flush=True)
+                eights = (kernels.WIDE if loop in ("spread", "sums") else kernels.GROUP) / 8
+                figures = "".join(f"{slots[name] / eights:>8.1f}" for name in SHOWN)
+                print(f"{generation:<5}{block:>6}  {loop:<18}{bundles / eights:>19.1f}  {figures}", flush=True)
 
 
 def measured(generation: str, block: int) -> Iterator[tuple[str, int, dict[str, int]]]:
@@ -81,11 +84,10 @@ def compile_kernels(generation: str, block: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from diffjax.ops.pallas import selective_scan_tpu as kernels
     from diffjax.ops.recurrence import Inputs
     from tests import tpu
 
-    kernels.sizes = lambda tokens, channels: (kernels.CHUNK, block)
+    kernels.sizes = lambda *_: (kernels.CHUNK, block)
     of = jax.ShapeDtypeStruct
     wide, narrow = (of((BATCH, TOKENS, size), jnp.bfloat16) for size in (CHANNELS, STATES))
     channels, state = of((CHANNELS,), jnp.float32), of((BATCH, STATES, CHANNELS), jnp.float32)

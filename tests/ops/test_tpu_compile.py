@@ -24,7 +24,7 @@ def shapes(b, tokens, e, dtype=jnp.bfloat16, options=("D", "z", "bias")):
     optional = {"D": channels, "z": wide, "bias": channels}
     optional = {name: x if name in options else None for name, x in optional.items()}
     inputs = Inputs(u=wide, delta=wide, A=of((STATES, e), jnp.float32), B=narrow, C=narrow, **optional)
-    chunk, _ = kernels.sizes(tokens, e)
+    chunk, _ = kernels.sizes(tokens, e, STATES)
     starts = of((b, -(-tokens // chunk), STATES, e), jnp.float32)
     return inputs, starts, wide, of((b, STATES, e), jnp.float32)
 
