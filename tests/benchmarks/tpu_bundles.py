@@ -4,8 +4,8 @@
 
 Every row is one loop of a kernel compiled for bfloat16 [8, 1056, 3072] and 16 states; the figures are per 8 tokens.
 `states` and `steps` run for every block of channels, `spread` (of B and C over lanes) and `sums` (of dB and dC) once.
-The compiler's dump also counts what each slot of the bundles holds:
-the arithmetic slots (4 a bundle) bound these loops. Stalls are not in it.
+The compiler also counts what the slots of the bundles hold: arithmetic (4 slots a bundle) bounds the loops. Stalls are
+not in it.
 """
 
 import argparse
