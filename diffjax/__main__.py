@@ -43,12 +43,16 @@ def main(argv: list[str]) -> int:
 
 
 def _set_logging(level: str) -> None:
-    """By default silent: what fails in a library's thread is logged there and also raised, and one line reports it."""
+    """Our own log lines go to stdout. Libraries are silent by default: what fails in one of their threads is logged
+    there and also raised, and one line reports it."""
     if level not in LOG_LEVELS:
         raise UserError(f"DIFFJAX_LOG={level} is unknown; valid: {', '.join(LOG_LEVELS)}")
     logging.set_verbosity(level)
     for name in ("asyncio", "orbax"):
         python_logging.getLogger(name).setLevel(logging.get_absl_logger().level)
+    own = python_logging.getLogger("diffjax")
+    own.setLevel(python_logging.INFO)
+    own.handlers = [python_logging.StreamHandler(sys.stdout)]
 
 
 def _run(argv: list[str]) -> None:

@@ -3,10 +3,10 @@
 # DIFFJAX_VENV names an environment to make or reuse (default: .venv in the project). One that already satisfies the
 # requirements is used as it is; pip runs only where something is missing.
 #
-# usage: . launch/environment.sh [EXTRA]      EXTRA: an optional-dependency group of pyproject.toml, such as dev
+# usage: . launch/environment.sh [EXTRA,EXTRA]      optional-dependency groups of pyproject.toml, such as dev
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-extra="${1:-}"
+extras="${1:-}"
 venv="${DIFFJAX_VENV:-$PWD/.venv}"
 PYTHON="$venv/bin/python"
 
@@ -25,8 +25,8 @@ if [ ! -x "$PYTHON" ]; then
   "$base" -m venv "$venv"
 fi
 
-if ! "$PYTHON" launch/satisfied.py "$extra"; then
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}"
+if ! "$PYTHON" launch/satisfied.py "$extras"; then
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}"
 fi
 
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"

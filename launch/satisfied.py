@@ -1,4 +1,7 @@
-"""Exit 0 when this environment satisfies requirements.txt (and an extra of pyproject.toml), else say what it lacks."""
+"""Exit 0 when this environment satisfies requirements.txt (and extras of pyproject.toml), else say what it lacks.
+
+usage: satisfied.py [EXTRA,EXTRA,...]
+"""
 
 import re
 import sys
@@ -9,10 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def wanted(extra: str) -> list[str]:
+def wanted(extras: str) -> list[str]:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [line for line in lines if line and line[0] != "#"] + project["optional-dependencies"].get(extra, [])
+    optional = [line for extra in extras.split(",") if extra for line in project["optional-dependencies"][extra]]
+    return [line for line in lines if line and line[0] != "#"] + optional
 
 
 def satisfied(requirement: str) -> bool:
@@ -32,7 +36,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    lacking = [requirement for requirement in wanted(*sys.argv[1:2]) if not satisfied(requirement)]
+    lacking = [requirement for requirement in wanted("".join(sys.argv[1:2])) if not satisfied(requirement)]
     if lacking:
         print("installing:", ", ".join(lacking))
     sys.exit(bool(lacking))
