@@ -1,1 +1,1 @@
-"""Kernels of the operations, each beside a plain twin in the folder above."""
+"""Pallas kernels, one file per operation and kind of device; each has a plain twin in `diffjax.ops`."""
