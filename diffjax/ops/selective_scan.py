@@ -85,7 +85,8 @@ def selective_scan(
     arguments = {name: None if x is None else jnp.asarray(x) for name, x in arguments.items()}
     _check(arguments)
     u, delta, A, B, C, D, z, bias = arguments.values()
-    options = Options(delta_softplus, reverse, _chosen(implementation, interpret), interpret)
+    target = platform()
+    options = Options(delta_softplus, reverse, _chosen(implementation, target, interpret), target, interpret)
     inputs = Inputs(u, delta, A.T.astype(jnp.float32), B, C, _float32(D), z, _float32(bias))
     out, last = _scan(options, inputs)
     return (out, jnp.swapaxes(last, 1, 2)) if return_last_state else out
@@ -96,6 +97,7 @@ class Options:
     softplus: bool
     reverse: bool
     implementation: str
+    target: str  # the platform that the program is for
     interpret: bool
 
 
@@ -151,7 +153,7 @@ def _passes(options: Options) -> tuple[Callable, Callable]:
     """(forward, backward) of the implementation."""
     keywords: dict[str, Any] = {"softplus": options.softplus, "reverse": options.reverse}
     if options.implementation == "pallas":
-        kernels = _kernels()
+        kernels = _kernels(options.target)
         passes = kernels.forward, kernels.backward
         keywords["interpret"] = options.interpret
     else:
@@ -160,9 +162,9 @@ def _passes(options: Options) -> tuple[Callable, Callable]:
     return forward, backward
 
 
-def _kernels() -> Any:
+def _kernels(target: str) -> Any:
     # Imported where they are used: most programs on a CPU have no use for Pallas.
-    if platform() == "gpu":
+    if target == "gpu":
         from diffjax.ops.pallas import selective_scan_gpu
 
         return selective_scan_gpu
@@ -171,8 +173,7 @@ def _kernels() -> Any:
     return selective_scan_tpu
 
 
-def _chosen(implementation: str | None, interpret: bool) -> str:
-    target = platform()
+def _chosen(implementation: str | None, target: str, interpret: bool) -> str:
     if implementation is None:
         return _default(target)
     if implementation not in IMPLEMENTATIONS:

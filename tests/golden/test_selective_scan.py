@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.golden.cases import Case, cases
-from tests.ops.scans import IMPLEMENTATIONS, scan
+from tests.ops.scans import IMPLEMENTATIONS, KERNELS, scan
 
 pytestmark = pytest.mark.golden
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -27,7 +27,7 @@ def run(case: Case, implementation: str):
     return jax.jit(lambda x: scan(implementation, **x, delta_softplus=softplus, return_last_state=True))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *KERNELS])
 @pytest.mark.parametrize("case", cases("selective_scan"))
 def test_values(case, implementation):
     out, last = run(case, implementation)(inputs(case))
@@ -35,7 +35,7 @@ def test_values(case, implementation):
         np.testing.assert_allclose(value, stored, rtol=0, atol=2e-6 + 2e-7 * np.abs(stored).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *KERNELS])
 @pytest.mark.parametrize("case", cases("selective_scan", "grad:"))
 def test_gradients(case, implementation):
     forward = run(case, implementation)

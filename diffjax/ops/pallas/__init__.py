@@ -1,0 +1,1 @@
+"""Pallas kernels, one file per operation and kind of device; each has a plain twin in `diffjax.ops`."""

@@ -1,0 +1,58 @@
+"""The GPU kernels pass the compiler for an H100, with the memory that they were meant to need. Nothing is run."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.programs import ROOT
+
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """What the compiler said of each program, by name; compiled elsewhere, since XLA reads its flags once a process."""
+    if not any(map(importlib.util.find_spec, PLUGINS)):
+        pytest.skip(
+            "NOT CHECKED that the GPU kernels compile: no CUDA plugin; pip install 'diffjax[cuda12]', no GPU needed"
+        )
+    command = [sys.executable, "-m", "tests.ops.compile_for_h100"]
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+def partial_sums(b, tokens, e, n=16):
+    """Bytes of what leaves the backward kernel to be summed: dB and dC by blocks of 32 channels, dA, dD and dbias."""
+    return 4 * b * (2 * (e // 32) * tokens * n + n * e + 2 * e)
+
+
+@pytest.mark.slow
+def test_both_passes_compile_and_write_no_array_with_states(reports):
+    for shape in ((8, 258, 1536), (8, 1026, 3072)):
+        for dtype in ("bfloat16", "float32"):
+            assert reports[f"forward {shape} {dtype} reverse=False"]["temp"] == 0
+            backward = reports[f"backward {shape} {dtype} reverse=False"]
+            assert backward["temp"] <= 1.01 * partial_sums(*shape)
+    assert all(report["kernels"] == 1 for name, report in reports.items() if name != "spread")
+
+
+@pytest.mark.slow
+def test_the_other_direction_copies_nothing(reports):
+    for name in ("forward", "backward"):
+        there, back = (reports[f"{name} (8, 258, 1536) bfloat16 reverse={reverse}"] for reverse in (False, True))
+        assert back["temp"] == there["temp"]
+
+
+@pytest.mark.slow
+def test_eight_devices_scan_their_own_part_and_only_sums_cross(reports):
+    assert reports["spread"]["kernels"] == 2
+    assert reports["spread"]["collectives"] == ["all-reduce"]
+    b, tokens, e, n, chunks = 4, 258, 384, 16, 17
+    between_the_passes = 4 * b * chunks * n * e + 2 * b * tokens * e  # stored states, and the cotangent in bfloat16
+    assert reports["spread"]["temp"] <= 1.05 * (partial_sums(b, tokens, e) + between_the_passes)
