@@ -231,6 +231,16 @@ def test_rematerialisation_changes_no_value(remat):
     jax.tree.map(close, value_and_gradients(remat), value_and_gradients("dots"))
 
 
+def test_dots_keeps_what_spares_a_second_forward_scan():
+    def loops(remat):
+        model, (x, t, y) = tiny(depth=1, remat=remat, scan="sequential"), inputs()
+        params = jax.eval_shape(model.init, jax.random.key(0), x, t, y)["params"]
+        gradient = jax.grad(lambda p: jnp.mean(model.apply({"params": p}, x, t, y) ** 2))
+        return str(jax.make_jaxpr(gradient)(params)).count("scan[")
+
+    assert loops("none") == loops("dots") < loops("full")
+
+
 def test_bfloat16_computes_in_bfloat16_and_returns_float32():
     params, (x, t, y) = some_params(tiny()), inputs()
     full = apply(tiny(), params, x, t, y)
