@@ -13,19 +13,20 @@ from ml_collections import ConfigDict
 from diffjax.training import config as configs
 
 ROOT = Path(__file__).parent.parent
-QUICKSTART = "configs/quickstart.py:model={},runlocal"
-TINY = QUICKSTART.format("dit")
+BACKBONES = ("dit", "dis")  # rows of the quickstart
+TINY = "configs/quickstart.py:model=dit,runlocal"
+QUIET = ("evals.samples.every_steps=0", "log.tensorboard=false")
 
 
 def tiny_config(*overrides: str, model: str = "dit") -> ConfigDict:
-    """Seconds on a CPU: two or three blocks on the digits; no pictures, no TensorBoard unless asked for."""
-    quiet = ["--config.evals.samples.every_steps=0", "--config.log.tensorboard=false"]
-    return configs.load(str(ROOT / QUICKSTART.format(model)), [*quiet, *(f"--config.{o}" for o in overrides)])
+    """Seconds on a CPU: two or three blocks of width 48 on the digits; no pictures, no TensorBoard unless asked for."""
+    recipe = ROOT / TINY.replace("=dit", f"={model}")
+    return configs.load(str(recipe), [f"--config.{o}" for o in (*QUIET, *overrides)])
 
 
-def train_arguments(workdir: Path, *overrides: str) -> list[str]:
-    quiet = ("evals.samples.every_steps=0", "log.tensorboard=false")
-    return ["train", f"--config={TINY}", f"--workdir={workdir}", *(f"--config.{o}" for o in (*quiet, *overrides))]
+def train_arguments(workdir: Path, *overrides: str, model: str = "dit") -> list[str]:
+    recipe = TINY.replace("=dit", f"={model}")
+    return ["train", f"--config={recipe}", f"--workdir={workdir}", *(f"--config.{o}" for o in (*QUIET, *overrides))]
 
 
 def start(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen:

@@ -1,5 +1,7 @@
 """Nothing depends on the number of devices but the order of additions."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -8,11 +10,20 @@ from diffjax.training import generate
 from diffjax.training.checkpoint import Checkpoints
 from diffjax.training.loop import open_batches
 from diffjax.training.setup import build
-from tests.programs import tiny_config
+from tests.programs import BACKBONES, tiny_config
 
 STEPS = 20
-# Large enough leaves are sharded whatever their size; heads 4 and width 64 divide.
-SHAPES = ("model.width=64", "model.heads=4", "parallel.replicate_below=0", f"total_steps={STEPS}", "optim.clip=1.0")
+# Leaves are sharded whatever their size; width 64, 4 heads and 128 channels divide.
+SHAPES = ("parallel.replicate_below=0", f"total_steps={STEPS}", "optim.clip=1.0", "model.width=64")
+OWN_SHAPES = {"dit": ("model.heads=4",), "dis": ("model.drop_path=0.3",)}
+# A parameter, and its part on a device of every layout.
+SHARDED = {
+    "dit": (("blocks", "mlp", "fc1", "kernel"), {"dp8": (64, 256), "fsdp8": (8, 256), "2x2x2": (32, 128)}),
+    "dis": (
+        ("out_blocks", "mixer", "out_proj", "kernel"),
+        {"dp8": (128, 64), "fsdp8": (16, 64), "2x2x2": (64, 32)},
+    ),
+}
 LAYOUTS = {
     "dp8": ("parallel.mesh.data=8",),
     "fsdp8": ("parallel.mesh.data=1", "parallel.mesh.fsdp=8", "parallel.strategy=fsdp"),
@@ -25,10 +36,11 @@ LAYOUTS = {
 }
 
 
-def setup_of(layout):
+def setup_of(layout, model):
+    shapes = (*SHAPES, *OWN_SHAPES[model])
     if layout == "one":
-        return build(tiny_config(*SHAPES), devices=jax.devices()[:1])
-    return build(tiny_config(*SHAPES, *LAYOUTS[layout]))
+        return build(tiny_config(*shapes, model=model), devices=jax.devices()[:1])
+    return build(tiny_config(*shapes, *LAYOUTS[layout], model=model))
 
 
 def run(setup, state, first, last):
@@ -43,27 +55,27 @@ def run(setup, state, first, last):
     return np.array(losses), state
 
 
-@pytest.fixture(scope="module")
-def one():
-    setup = setup_of("one")
+@pytest.fixture(scope="module", params=BACKBONES)
+def one(request):
+    """Setup, losses and final state of a backbone on one device, and the backbone."""
+    setup = setup_of("one", request.param)
     with jax.set_mesh(setup.mesh):
         state = setup.init()
     losses, state = run(setup, state, 0, STEPS)
-    return setup, losses, state
+    return setup, losses, state, request.param
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_initial_values_equal_those_of_one_device(one, layout, tmp_path):
-    setup = setup_of(layout)
+    model = one[3]
+    setup = setup_of(layout, model)
     with jax.set_mesh(setup.mesh):
         state = setup.init()
     fresh = one[0].init()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(fresh.params))
-    kernel = state.params["blocks"]["mlp"]["fc1"]["kernel"]
-    assert (
-        kernel.sharding.shard_shape(kernel.shape)[1:]
-        == {"dp8": (64, 256), "fsdp8": (8, 256), "2x2x2": (32, 128)}[layout]
-    )
+    path, part = SHARDED[model]
+    kernel = functools.reduce(lambda tree, name: tree[name], path, state.params)
+    assert kernel.sharding.shard_shape(kernel.shape)[1:] == part[layout]
 
     half = STEPS // 2
     first, state = run(setup, state, 0, half)
@@ -84,13 +96,13 @@ def test_losses_and_initial_values_equal_those_of_one_device(one, layout, tmp_pa
 
 
 def test_what_one_device_saved_goes_on_on_eight(one, tmp_path):
-    setup, losses, _ = one
+    setup, losses, _, model = one
     state = setup.init()
     _, state = run(setup, state, 0, 10)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state, 10, {"next_batch": 10}, {})
     checkpoints.wait()
-    eight = setup_of("2x2x2")
+    eight = setup_of("2x2x2", model)
     restored, _ = checkpoints.restore(eight.abstract, 10)
     checkpoints.close()
     resumed, _ = run(eight, restored, 10, STEPS)
@@ -98,7 +110,7 @@ def test_what_one_device_saved_goes_on_on_eight(one, tmp_path):
 
 
 def test_image_i_depends_neither_on_the_batch_nor_on_the_devices(one):
-    setup, _, state = one
+    setup, _, state, model = one
     labels = generate.interleaved_labels(12, 10)
 
     def images(setup, params, batch_size, first=0, labels=labels):
@@ -110,17 +122,17 @@ def test_image_i_depends_neither_on_the_batch_nor_on_the_devices(one):
     assert together.std() > 0.1
     np.testing.assert_allclose(images(setup, state.ema, 5), together, atol=1e-4)
     np.testing.assert_allclose(images(setup, state.ema, 3, first=4, labels=labels[4:7]), together[4:7], atol=1e-4)
-    eight = setup_of("dp8")
+    eight = setup_of("dp8", model)
     params = jax.device_put(jax.device_get(state.ema), jax.tree.map(lambda leaf: leaf.sharding, eight.abstract.ema))
     np.testing.assert_allclose(images(eight, params, 12), together, atol=1e-4)
     assert not np.allclose(together[0], together[10])  # the same label, another image
 
 
 def test_random_values_of_an_example_are_bit_equal_on_one_and_eight_devices(one):
-    """The time, noise, label drop and keys of the loss, seen through a backbone that returns what it is given."""
+    """Time, noise, label drop and dropout keys of the loss, seen through a backbone that returns what it is given."""
     draws = {}
     for layout in ("one", *LAYOUTS):
-        setup = one[0] if layout == "one" else setup_of(layout)
+        setup = one[0] if layout == "one" else setup_of(layout, one[3])
         batches = open_batches(setup.config)
         batch = next(batches)
         batches.close()
@@ -139,21 +151,3 @@ def test_random_values_of_an_example_are_bit_equal_on_one_and_eight_devices(one)
     for layout in LAYOUTS:
         jax.tree.map(np.testing.assert_array_equal, draws["one"], draws[layout])
     assert len(np.unique(draws["one"]["t"])) > 8
-
-
-@pytest.mark.slow
-def test_dis_with_drop_path_trains_alike_on_every_layout():
-    """Channels, their scans and their convolutions divided over devices; examples drop what they drop on one device."""
-    shapes = ("model.width=64", "model.drop_path=0.5", "parallel.replicate_below=0", "optim.clip=1.0")
-    losses = {}
-    for layout, overrides in {"one": (), **LAYOUTS}.items():
-        config = tiny_config(*shapes, *overrides, model="dis")
-        setup = build(config, devices=jax.devices()[:1] if layout == "one" else None)
-        with jax.set_mesh(setup.mesh):
-            state = setup.init()
-        kernel = state.params["in_blocks"]["mixer"]["in_proj"]
-        shard = {"one": (64, 128), "dp8": (64, 128), "fsdp8": (8, 128), "2x2x2": (32, 64)}[layout]
-        assert kernel.sharding.shard_shape(kernel.shape)[2:] == shard
-        losses[layout], _ = run(setup, state, 0, 4)
-    for layout in LAYOUTS:
-        np.testing.assert_allclose(losses[layout], losses["one"], rtol=1e-5)

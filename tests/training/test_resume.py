@@ -1,6 +1,7 @@
 """Exact resume: a run that was stopped, cut or killed ends with the same bits as one that was left alone."""
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -44,13 +45,17 @@ def cut():
 
 
 @pytest.mark.parametrize(
-    "options",
-    [(), ("optim.accumulate=2", "optim.clip=1.0", "data.flip=true", "diffusion.label_drop=0.5")],
-    ids=["plain", "accumulate-flip-label-drop"],
+    "model, options",
+    [
+        ("dit", ()),
+        ("dit", ("optim.accumulate=2", "optim.clip=1.0", "data.flip=true", "diffusion.label_drop=0.5")),
+        ("dis", ("model.drop_path=0.3", "optim.accumulate=2")),
+    ],
+    ids=["dit", "dit-accumulate-flip-label-drop", "dis-drop-path-accumulate"],
 )
-def test_a_stopped_or_cut_run_ends_as_one_left_alone(tmp_path, monkeypatch, capsys, options):
-    assert main(train_arguments(tmp_path / "straight", *RUN, *options)) == 0
-    again = train_arguments(tmp_path / "again", *RUN, *options)
+def test_a_stopped_or_cut_run_ends_as_one_left_alone(tmp_path, monkeypatch, capsys, model, options):
+    assert main(train_arguments(tmp_path / "straight", *RUN, *options, model=model)) == 0
+    again = train_arguments(tmp_path / "again", *RUN, *options, model=model)
     with monkeypatch.context() as patched:
         at_batch(patched, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert main(again) == 0
@@ -101,11 +106,16 @@ LONG = ("model.width=96", "total_steps=160", "checkpoint.every_steps=4", "log.ev
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Hashes of the run never interrupted, read in worker processes or not."""
-    workdir = tmp_path_factory.mktemp("straight")
-    process = start(train_arguments(workdir, *LONG), workdir.with_suffix(".log"))
-    assert process.wait(240) == 0
-    return final_hashes(workdir, 160)
+    """model -> hashes of the run never interrupted, read in worker processes or not."""
+
+    @functools.cache
+    def hashes(model):
+        workdir = tmp_path_factory.mktemp(f"straight-{model}")
+        process = start(train_arguments(workdir, *LONG, model=model), workdir.with_suffix(".log"))
+        assert process.wait(240) == 0
+        return final_hashes(workdir, 160)
+
+    return hashes
 
 
 def saves_under_way(workdir):
@@ -133,10 +143,10 @@ def nobody_left(pid, seconds=10):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_at_any_moment(tmp_path, straight, workers, record_property):
+@pytest.mark.parametrize("model, workers", [("dit", 0), ("dit", 2), ("dis", 0)])
+def test_killed_at_any_moment(tmp_path, straight, model, workers):
     workdir, log, moments = tmp_path / "run", tmp_path / "log", random.Random(workers)
-    arguments = train_arguments(workdir, *LONG, f"data.workers={workers}")
+    arguments = train_arguments(workdir, *LONG, f"data.workers={workers}", model=model)
     kills = hits = most_workers = 0
     for number in range(6):
         before = max(complete_steps(workdir), default=0)
@@ -157,9 +167,9 @@ def test_killed_at_any_moment(tmp_path, straight, workers, record_property):
         assert nobody_left(process.pid), "workers outlive a killed program"
     assert most_workers >= workers
     assert start(arguments, log).wait(240) == 0
-    assert final_hashes(workdir, 160) == straight
+    assert final_hashes(workdir, 160) == straight(model)
     assert not saves_under_way(workdir)
-    print(f"workers {workers}: {kills} kills, {hits} during a save")
+    print(f"{model}, workers {workers}: {kills} kills, {hits} during a save")
     assert hits >= 2
 
 
@@ -181,4 +191,4 @@ def test_asked_to_stop(tmp_path, straight, name, workers):
         assert nobody_left(process.pid), "workers outlive the program"
     assert step > 4
     assert start(arguments, log).wait(240) == 0
-    assert final_hashes(workdir, 160) == straight
+    assert final_hashes(workdir, 160) == straight("dit")
