@@ -52,7 +52,7 @@ def _set_logging(level: str) -> None:
         python_logging.getLogger(name).setLevel(logging.get_absl_logger().level)
     own = python_logging.getLogger("diffjax")
     own.setLevel(python_logging.INFO)
-    own.handlers = [python_logging.StreamHandler(sys.stdout)]
+    own.handlers, own.propagate = [python_logging.StreamHandler(sys.stdout)], False
 
 
 def _run(argv: list[str]) -> None:
