@@ -19,7 +19,14 @@ the state that enters every chunk of the sequence, and the backward pass runs (1
 n / chunk times the size of u; recomputed at once are chunk states.
 
 The implementations differ in the length of a chunk and in how a chunk is run: `LOOP` goes token by token, `ASSOCIATIVE`
-composes the maps h -> a h + x in parallel, log2(chunk) times over everything. All arithmetic is float32.
+composes the maps h -> a h + x in parallel, log2(chunk) times over everything. All arithmetic is float32. Both passes
+together, on two CPU cores for [2, 1024, 768] with 16 states, and MiB of temporaries of [8, 1026, 3072] in bfloat16:
+
+    in a chunk         chunk   CPU ms   CPU MiB   compiled for v5e   for H100
+    LOOP                  16       69        31                374        452
+    ASSOCIATIVE           16      189        44                575        490
+    ASSOCIATIVE           64      357        87               1078        633
+    ASSOCIATIVE          128      412       160               1390        855
 """
 
 import functools

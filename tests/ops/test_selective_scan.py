@@ -144,9 +144,9 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
     logger = logging.getLogger("diffjax")
     monkeypatch.setattr(logger, "handlers", [caplog.handler])  # the program's own may stand there
     monkeypatch.setattr(logger, "propagate", False)
-    monkeypatch.setattr(logger, "level", logging.INFO)
-    for _ in range(3):
-        exported(**draw((1, 4, 2, 2)))
+    with caplog.at_level(logging.INFO, logger="diffjax"):
+        for _ in range(3):
+            exported(**draw((1, 4, 2, 2)))
     assert [record.getMessage() for record in caplog.records] == ["selective_scan: chunked, as this program is for cpu"]
 
 

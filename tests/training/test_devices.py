@@ -55,7 +55,7 @@ def run(setup, state, first, last):
     return np.array(losses), state
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(scope="module", params=["dit", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES[1:])])
 def one(request):
     """Setup, losses and final state of a backbone on one device, and the backbone."""
     setup = setup_of("one", request.param)

@@ -49,7 +49,7 @@ def cut():
     [
         ("dit", ()),
         ("dit", ("optim.accumulate=2", "optim.clip=1.0", "data.flip=true", "diffusion.label_drop=0.5")),
-        ("dis", ("model.drop_path=0.3", "optim.accumulate=2")),
+        pytest.param("dis", ("model.drop_path=0.3", "optim.accumulate=2"), marks=pytest.mark.slow),
     ],
     ids=["dit", "dit-accumulate-flip-label-drop", "dis-drop-path-accumulate"],
 )
