@@ -98,7 +98,10 @@ def base() -> ConfigDict:
 
 
 def dis_recipe(c: ConfigDict, examples: int) -> None:
-    """What the DiS script trains every data set with: 1,000 epochs in float32, 5 of them of warm-up, flipped images."""
+    """What the DiS script trains every data set with: 1,000 epochs in float32, 5 of them of warm-up, flipped images.
+
+    The script skips steps whose loss is not finite; a run of ours ends at the first one and names it.
+    """
     c.model.update(DIS)
     c.batch_size = 128
     c.total_steps = 1000 * examples // c.batch_size

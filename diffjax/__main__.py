@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 
 def _set_logging(level: str) -> None:
-    """Our own log lines go to stdout. Libraries are silent by default: what fails in one of their threads is logged
+    """Our own log lines are printed. Libraries are silent by default: what fails in one of their threads is logged
     there and also raised, and one line reports it."""
     if level not in LOG_LEVELS:
         raise UserError(f"DIFFJAX_LOG={level} is unknown; valid: {', '.join(LOG_LEVELS)}")
@@ -52,7 +52,14 @@ def _set_logging(level: str) -> None:
         python_logging.getLogger(name).setLevel(logging.get_absl_logger().level)
     own = python_logging.getLogger("diffjax")
     own.setLevel(python_logging.INFO)
-    own.handlers, own.propagate = [python_logging.StreamHandler(sys.stdout)], False
+    own.handlers, own.propagate = [_Printer()], False
+
+
+class _Printer(python_logging.Handler):
+    """Writes to what sys.stdout is at the time, which a verb may have redirected."""
+
+    def emit(self, record: python_logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
 
 
 def _run(argv: list[str]) -> None:

@@ -31,6 +31,7 @@ from diffjax.models.layers import (
     DTYPES,
     LabelEmbed,
     TimeEmbed,
+    check_counts,
     layer_norm,
     modulate,
     patchify,
@@ -263,9 +264,7 @@ class DiS(nn.Module):
         for option, valid in choices.items():
             if getattr(self, option) not in valid:
                 raise UserError(f"DiS: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
-        for option in ("patch", "depth", "width", "channels", "d_state", "d_conv", "expand"):
-            if getattr(self, option) < 1:
-                raise UserError(f"DiS: {option} = {getattr(self, option)}; valid: a positive integer")
+        check_counts(self, ("patch", "depth", "width", "channels", "d_state", "d_conv", "expand"))
         if not 0 <= self.drop_path < 1:
             raise UserError(f"DiS: drop_path = {self.drop_path}; valid: 0 to below 1")
 

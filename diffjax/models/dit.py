@@ -22,6 +22,7 @@ from diffjax.models.layers import (
     Mlp,
     SelfAttention,
     TimeEmbed,
+    check_counts,
     layer_norm,
     modulate,
     patchify,
@@ -119,9 +120,7 @@ class DiT(nn.Module):
         for option, valid in (("dtype", DTYPES), ("remat", REMAT_POLICIES), ("attention", IMPLEMENTATIONS)):
             if getattr(self, option) not in valid:
                 raise UserError(f"DiT: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
-        for option in ("patch", "depth", "width", "heads", "channels"):
-            if getattr(self, option) < 1:
-                raise UserError(f"DiT: {option} = {getattr(self, option)}; valid: a positive integer")
+        check_counts(self, ("patch", "depth", "width", "heads", "channels"))
         if self.width % self.heads:
             raise UserError(f"DiT: width = {self.width} is not divisible by heads = {self.heads}")
         if self.width % 4:

@@ -5,6 +5,7 @@ Parameters are float32; `dtype` is the compute dtype. Norm statistics, softmax a
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from diffjax.errors import UserError
 from diffjax.ops.attention import attention
 from diffjax.parallel.rules import constrain
 
@@ -27,6 +29,15 @@ REMAT_POLICIES: dict[str, Any] = {
 xavier = nn.initializers.xavier_uniform()
 normal = nn.initializers.normal
 zeros = nn.initializers.zeros_init()
+
+
+def check_counts(module: nn.Module, options: Sequence[str]) -> None:
+    """Raise UserError unless these options are positive integers, and `num_classes` is one or 0."""
+    for option, least in {**dict.fromkeys(options, 1), "num_classes": 0}.items():
+        value = getattr(module, option)
+        if not isinstance(value, int) or value < least:
+            valid = "a positive integer" if least else "0 (unconditional) or a positive integer"
+            raise UserError(f"{type(module).__name__}: {option} = {value!r}; valid: {valid}")
 
 
 def sincos_positions(height: int, width: int, d: int) -> np.ndarray:

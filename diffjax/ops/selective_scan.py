@@ -55,15 +55,17 @@ def selective_scan(
 ) -> Any:
     """h_t = exp(d_t A) h_(t-1) + d_t B_t u_t,  out_t = (C_t h_t + D u_t) silu(z_t),  d_t = softplus(delta_t + bias).
 
-    Mamba, arXiv 2312.00752, algorithm 2. Computed in float32 whatever the inputs; over a mesh, each device scans its
-    own examples and channels.
+    Mamba, arXiv 2312.00752, algorithm 2. Computed in float32 whatever the inputs. Over the mesh in context
+    (`jax.set_mesh`) each device scans its own examples and channels; inside a `jax.shard_map` of the caller's, over
+    all its axes, give that check_vma=False. Differentiable in reverse, and by pallas once only.
 
     Args:
         u, delta, z: [b, l, e], all float32 or all bfloat16. No z: no gate.
         A: [e, n], negative. B, C: [b, l, n], float32 or bfloat16. D, delta_bias: [e]; none: zero.
         delta_softplus: False takes delta + delta_bias itself as the step size.
         reverse: run from the last token to the first.
-        implementation: one of `IMPLEMENTATIONS`; None takes pallas on TPU and GPU and chunked elsewhere, and logs it.
+        implementation: one of `IMPLEMENTATIONS`; None takes pallas for TPU and GPU and chunked elsewhere, and logs it.
+            What the program is for says the mesh in context, else jax's default device.
         interpret: run the pallas kernel as plain operations on any backend, slowly: for tests.
 
     Returns:
@@ -110,7 +112,8 @@ def _scan(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
 def _forward(options: Options, inputs: Inputs) -> tuple[tuple[jax.Array, jax.Array], tuple[Inputs, jax.Array]]:
     forward, _ = _passes(options)
     outputs = (SEQUENCE, STARTS, STATE)
-    out, starts, last = per_device(forward, _split(inputs), (NAMES,), outputs)(inputs)
+    whole = options.implementation == "pallas"
+    out, starts, last = per_device(forward, _split(inputs), (NAMES,), outputs, whole)(inputs)
     starts = checkpoint_name(starts, "selective_scan")  # for policies that keep it and spare a second forward pass
     return (out, last), (inputs, starts)
 
@@ -123,8 +126,8 @@ def _backward(options: Options, residuals: tuple[Inputs, jax.Array], cotangents:
     def summed(*arguments: Any) -> Inputs:
         return sum_over_devices(backward(*arguments), split, NAMES)
 
-    arguments = (inputs, starts, *cotangents)
-    return (per_device(summed, split, (NAMES, STARTS, SEQUENCE, STATE), NAMES)(*arguments),)
+    names, whole = (NAMES, STARTS, SEQUENCE, STATE), options.implementation == "pallas"
+    return (per_device(summed, split, names, NAMES, whole)(inputs, starts, *cotangents),)
 
 
 _scan.defvjp(_forward, _backward)
@@ -183,7 +186,7 @@ def _chosen(implementation: str | None, target: str, interpret: bool) -> str:
     if implementation == "pallas" and target not in KERNELS_FOR and not interpret:
         raise UserError(
             f"selective_scan: implementation 'pallas' runs on {' and '.join(KERNELS_FOR)}, this program is for "
-            f"{target}; use 'chunked', or interpret=True to test the kernel"
+            f"{target}; use 'chunked' (in a test of the kernel, interpret=True)"
         )
     return implementation
 
@@ -198,8 +201,12 @@ def _default(target: str) -> str:
 
 def _check(arrays: Mapping[str, Any]) -> None:
     """Raise UserError unless shapes and dtypes are those of the docstring."""
+    if absent := [name for name in ("u", "delta", "A", "B", "C") if arrays[name] is None]:
+        raise UserError(f"selective_scan: {', '.join(absent)} not given; only D, z and delta_bias may be None")
+    if any(_varies_over_devices(x) for x in arrays.values() if x is not None):
+        raise UserError("selective_scan inside jax.shard_map needs check_vma=False there")
     u, A = arrays["u"], arrays["A"]
-    if u.ndim != 3 or 0 in u.shape or A.ndim != 2 or A.shape[0] != u.shape[2]:
+    if 0 in A.shape or u.ndim != 3 or 0 in u.shape or A.ndim != 2 or A.shape[0] != u.shape[2]:
         raise UserError(f"selective_scan: u is {u.shape}, A is {A.shape}; valid: u [b, l, e], A [e, n], none empty")
     (b, tokens, e), n = u.shape, A.shape[1]
     per_token, wide, narrow = (b, tokens, e), (e,), (b, tokens, n)
@@ -212,6 +219,12 @@ def _check(arrays: Mapping[str, Any]) -> None:
             raise UserError(f"selective_scan: {name} is {x.dtype}; valid: float32, bfloat16")
         if x is not None and name in ("delta", "z") and x.dtype != u.dtype:
             raise UserError(f"selective_scan: {name} is {x.dtype} and u is {u.dtype}; valid: the same for both")
+
+
+def _varies_over_devices(x: jax.Array) -> bool:
+    """Whether x is a part of an array inside a `shard_map` that checks which values differ between devices."""
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    return bool(kind is not None and kind.varying)
 
 
 def _float32(x: jax.Array | None) -> jax.Array | None:

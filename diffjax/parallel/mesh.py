@@ -1,6 +1,7 @@
 """The device mesh: `data` and `fsdp` share the batch, `fsdp` and `tensor` share the parameters."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,12 +37,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def platform() -> str:
-    """The platform that a program traced now is for: that of the mesh in context, else of the default backend.
+    """The platform that a program traced now is for: "cpu", "tpu" or "gpu".
 
-    "cpu", "tpu" or "gpu". With a mesh it can be another than this machine's, when a program is only compiled here.
+    That of the mesh in context (`jax.set_mesh`), which can be another than this machine's when a program is only
+    compiled here; else of jax's default device, else of its default backend.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = jax.default_backend() if device is None else device.platform
+    config: Any = jax.config
+    device = jax.sharding.get_abstract_mesh().abstract_device or config.jax_default_device
+    name = jax.default_backend() if device is None else getattr(device, "platform", str(device).split(":")[0])
     return "gpu" if name in ("cuda", "rocm") else name
 
 

@@ -49,28 +49,38 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def mesh_axes(**sizes: int) -> dict[str, tuple[str, ...]]:
     """For each named dimension of an activation the axes of the mesh in context that split it, by `ACTIVATIONS`.
 
-    None without a mesh, inside another `shard_map`, and where they do not divide the size: the single example that a
-    model is initialised with is computed by every device.
+    None without a mesh, inside another `shard_map`, and where they do not divide the size, as with the single example
+    that a model is initialised with.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    found: dict[str, tuple[str, ...]] = dict.fromkeys(sizes, ())
     if mesh.empty or mesh.manual_axes:
-        return dict.fromkeys(sizes, ())
-    found = {}
+        return found
+    if mesh.explicit_axes:
+        raise UserError(
+            f"the mesh in context has explicit axes {mesh.explicit_axes}; valid: automatic axes, AxisType.Auto"
+        )
     for name, size in sizes.items():
         axes = ACTIVATIONS[name] or ()
-        axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if mesh.shape.get(axis, 1) > 1)
-        found[name] = axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+        for axis in (axes,) if isinstance(axes, str) else axes:
+            parts = math.prod(mesh.shape[a] for a in found[name]) * mesh.shape.get(axis, 1)
+            if mesh.shape.get(axis, 1) > 1 and size % parts == 0:
+                found[name] += (axis,)
     return found
 
 
-def per_device(function: Callable, axes: Mapping[str, tuple[str, ...]], in_names: Any, out_names: Any) -> Callable:
+def per_device(
+    function: Callable, axes: Mapping[str, tuple[str, ...]], in_names: Any, out_names: Any, whole: bool
+) -> Callable:
     """`function`, run by every device on its own part of the arrays; without a mesh, `function` itself.
 
     Args:
         axes: from `mesh_axes`. in_names, out_names: trees of PartitionSpecs whose entries are its names.
+        whole: where no axis splits anything, run it on every device nevertheless, as Pallas calls need; else
+            `function` itself, and the compiler divides it.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
+    if mesh.empty or mesh.manual_axes or not (whole or any(axes.values())):
         return function
 
     def specs(names: Any) -> Any:

@@ -39,8 +39,6 @@ def unwrap(checkpoint: Any) -> dict[str, Any]:
     Training checkpoints keep both beside the optimizer; the published results use the averaged weights. The prefix
     comes from saving a model that was wrapped for data parallelism.
     """
-    if not isinstance(checkpoint, Mapping):
-        raise UserError(f"the checkpoint holds no weights but a {type(checkpoint).__name__}")
     weights = _inner(checkpoint)
     if not any(hasattr(value, "shape") for value in weights.values()):
         found = ", ".join(map(str, checkpoint))[:200] or "nothing"
@@ -48,7 +46,9 @@ def unwrap(checkpoint: Any) -> dict[str, Any]:
     return weights
 
 
-def _inner(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def _inner(checkpoint: Any) -> dict[str, Any]:
+    if not isinstance(checkpoint, Mapping):
+        raise UserError(f"the checkpoint holds no weights but a {type(checkpoint).__name__}")
     candidates = (checkpoint.get("ema"), checkpoint.get("model"), checkpoint)
     inner: Mapping[str, Any] = next(weights for weights in candidates if isinstance(weights, Mapping))
     prefix = "module." if inner and all(str(key).startswith("module.") for key in inner) else ""

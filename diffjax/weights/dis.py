@@ -89,8 +89,9 @@ MIXER_ARGUMENTS = ("d_state", "d_conv", "expand", "dt_rank")
 def from_reference(state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Module, dict[str, Any]]:
     """The module and its parameters; `config` as in `diffjax.weights.from_reference`.
 
-    Two things the shapes do not tell: whether `depth` is even (default) or odd, which matters to drop path alone, and
-    `drop_path_rate` (default: the published 0.1).
+    The shapes do not tell whether `depth` is even (default) or odd, which matters to drop path alone, `drop_path_rate`
+    (default: the published 0.1), whether the last label is the null class (default: yes; `class_dropout_prob` = 0 or
+    `num_classes` say otherwise), and `skip` of a model of one block.
     """
     mapping.check_names("dis", config, ARGUMENTS)
     mapping.check_names("dis: ssm_cfg", config.get("ssm_cfg") or {}, MIXER_ARGUMENTS)
@@ -162,7 +163,8 @@ def _arguments(sizes: mapping.Sizes, present: set[str], config: dict[str, Any]) 
         told["skip"] = "skips" in present
     given = config | {"num_classes": max(config["num_classes"], -1) or -1} if "num_classes" in config else config
     mapping.check_agreement("dis", told, given)
-    mapping.check_agreement("dis: ssm_cfg", mixer, config.get("ssm_cfg") or {})
+    given_mixer = {name: value for name, value in (config.get("ssm_cfg") or {}).items() if value != "auto"}
+    mapping.check_agreement("dis: ssm_cfg", mixer | {"dt_rank": sizes["r"]}, given_mixer)
     if wrong := [name for name, value in FIXED.items() if config.get(name, value) != value]:
         raise UserError(f"dis: {wrong[0]} = {config[wrong[0]]} is not supported; valid: {FIXED[wrong[0]]}")
     return mixer | {

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from diffjax import models, rng
 from diffjax.errors import UserError
-from diffjax.models.dis import SIZES, depthwise_conv
+from diffjax.models.dis import SIZES, DiS, DiSBlock, add, depthwise_conv
 from diffjax.models.layers import sinusoidal_time
 from diffjax.ops.macs import count_macs
 from tests.models.test_dit import inputs, some_params
@@ -87,7 +88,7 @@ def test_gmacs(name):
 
 @pytest.fixture(scope="module")
 def fresh():
-    model = tiny(width=128, depth=5)
+    model = tiny(width=128, depth=4)
     x, t, y = inputs()
     return jax.jit(model.init)(jax.random.key(0), x, t, y)["params"]
 
@@ -105,7 +106,7 @@ def test_initial_weights_are_uniform_within_the_published_bounds(fresh):
         "conv bias": (direction["conv_bias"], 4),
         "x_proj": (direction["x_proj"]["kernel"], channels),
         "dt_proj": (direction["dt_proj"]["kernel"], rank),
-        "out_proj": (block["out_proj"]["kernel"], channels * 5),
+        "out_proj": (block["out_proj"]["kernel"], channels * 4),
         "skip": (fresh["out_blocks"]["skip"]["kernel"], 2 * width),
         "modulation": (fresh["final"]["modulation"]["kernel"], width),
         "linear": (fresh["final"]["linear"]["kernel"], width),
@@ -203,6 +204,45 @@ def silent(block):
     return without_output({**block, "skip": jax.tree.map(jnp.zeros_like, block["skip"])})
 
 
+def test_every_addition_drops_by_its_own_row():
+    """Two blocks on either side of the middle one, against the same blocks called one by one."""
+    model = tiny(depth=4, drop_path=0.8)
+    params, (x, t, y) = some_params(model), inputs()
+    keys = rng.per_example(jax.random.key(1), jnp.arange(3))
+
+    class Tokens(DiS):
+        @nn.compact
+        def __call__(self, x, t, y):
+            return self._tokens(x, t, y)[0]
+
+    class Together(DiS):
+        @nn.compact
+        def __call__(self, x, t, y):
+            kept = self._kept(keys)
+            h, r = self._all_blocks(self._tokens(x, t, y)[0], kept)
+            return add(r, h, kept[-1])
+
+    fields = {name: getattr(model, name) for name in DiS.__dataclass_fields__ if name not in ("parent", "name")}
+
+    def one_by_one(params):
+        tokens, kept = Tokens(**fields).apply({"params": params}, x, t, y), model._kept(keys)
+        block, carry, skips = DiSBlock(*model._block_fields()), (jnp.zeros_like(tokens), tokens), []
+        for j in range(5):
+            own, skip = params["mid_block"], None
+            if j != 2:
+                own = jax.tree.map(lambda a, i=j % 3: a[i], params["in_blocks" if j < 2 else "out_blocks"])
+                skip = skips.pop() if j > 2 else None
+            carry, h = block.apply({"params": own}, carry, kept[j], skip)
+            if j < 2:
+                skips.append(h)
+        return add(carry[1], carry[0], kept[5])
+
+    found = jax.jit(lambda p: Together(**fields).apply({"params": p}, x, t, y))(params)
+    np.testing.assert_allclose(found, jax.jit(one_by_one)(params), rtol=1e-5, atol=1e-5)
+    rows = np.asarray(model._kept(keys))
+    assert len({tuple(row) for row in rows[2:]}) > 2, "rows that differ, or this test sees nothing"
+
+
 def test_without_training_or_rate_nothing_is_dropped():
     params, (x, t, y) = some_params(tiny()), inputs()
     keys = rng.per_example(jax.random.key(0), jnp.arange(3))
@@ -293,6 +333,8 @@ def test_time_features_of_odd_width_end_in_zero():
         ({"norm": "batch"}, "valid: rms, layer"),
         ({"scan": "fast"}, "valid: sequential, associative, chunked, pallas"),
         ({"depth": 0}, "depth = 0"),
+        ({"depth": 3.5}, "depth = 3.5; valid: a positive integer"),
+        ({"num_classes": -1}, "num_classes = -1; valid: 0 \\(unconditional\\) or a positive integer"),
         ({"d_state": 0}, "d_state = 0"),
         ({"drop_path": 1.0}, "drop_path = 1.0; valid: 0 to below 1"),
         ({"heads": 4}, "has no argument heads"),

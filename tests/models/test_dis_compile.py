@@ -1,4 +1,4 @@
-"""What the TPU compiler says of DiS: a block of the largest size trains on one chip, thanks to the scan kernel."""
+"""What the TPU compiler says of DiS: with the scan's own backward pass a block of the largest size fits one chip."""
 
 import flax.linen as nn
 import jax
@@ -32,12 +32,14 @@ def gradient(scan):
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*arguments).compile()
 
 
-def test_a_block_of_dis_h_needs_a_gibibyte_and_a_half():
-    memory = gradient("pallas").memory_analysis()
-    assert memory.temp_size_in_bytes < 1.5 * GIB
+def test_a_block_of_dis_h_fits_and_takes_a_tenth_of_what_the_associative_scan_takes():
+    """The latter fits too, barely and alone: 15.3 of 15.75 GiB. Plain `chunked` needs 1.3 GiB as the kernel does."""
+    temporaries = {scan: gradient(scan).memory_analysis().temp_size_in_bytes for scan in ("pallas", "associative")}
+    assert temporaries["pallas"] < 1.5 * GIB
+    assert temporaries["associative"] > 10 * temporaries["pallas"]
 
 
-def test_the_same_block_does_not_fit_with_a_differentiated_associative_scan(monkeypatch):
+def test_the_same_block_does_not_fit_with_an_associative_scan_that_jax_differentiates(monkeypatch):
     def plain(u, delta, A, B, C, D, z, bias, *, reverse, implementation):
         u32, d = u.astype(jnp.float32), jax.nn.softplus(delta.astype(jnp.float32) + bias)
         maps = jnp.exp(d[..., None, :] * A.T), (d * u32)[..., None, :] * B.astype(jnp.float32)[..., None]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diffjax.errors import UserError
@@ -15,7 +15,8 @@ from diffjax.ops import selective_scan as exported
 from diffjax.ops.recurrence import balanced
 from diffjax.ops.selective_scan import _default, selective_scan
 from diffjax.parallel.mesh import make_mesh
-from tests.ops.scans import IMPLEMENTATIONS, draw, exact, scan
+from diffjax.parallel.rules import mesh_axes
+from tests.ops.scans import IMPLEMENTATIONS, KERNELS, draw, exact, scan
 
 
 def value_and_gradients(implementation, arguments, g, g_last, **options):
@@ -85,6 +86,21 @@ def test_huge_and_tiny_steps_stay_finite(implementation):
     assert_exact(implementation, arguments)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tokens", [258, 1026])
+def test_long_lengths_and_directions_of_the_kernels(implementation, tokens, reverse):
+    assert_exact(implementation, draw((1, tokens, 2, 2)), reverse=reverse)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("seed", range(3))
+def test_random_shapes_dtypes_and_options_of_the_kernels(implementation, seed):
+    test_random_shapes_dtypes_and_options(implementation, seed)
+
+
 def test_reverse_is_the_flipped_scan_of_flipped_inputs():
     arguments = draw((2, 19, 6, 4))
     flipped = {name: jnp.flip(x, 1) if x.ndim == 3 else x for name, x in arguments.items()}
@@ -92,7 +108,7 @@ def test_reverse_is_the_flipped_scan_of_flipped_inputs():
     np.testing.assert_allclose(selective_scan(**arguments, reverse=True), jnp.flip(forward, 1), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, pytest.param("pallas-tpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["dp8", "2x2x2"])
 def test_devices_scan_their_own_part_and_only_sums_cross(implementation, mesh):
     arguments = draw((8, 21, 6, 4))
@@ -121,6 +137,43 @@ def test_one_example_on_many_devices_is_computed_by_all():
     alone = selective_scan(**arguments)
     with jax.set_mesh(make_mesh({"data": 8})):
         np.testing.assert_allclose(jax.jit(lambda x: selective_scan(**x))(arguments), alone, rtol=1e-6, atol=1e-6)
+
+
+def test_axes_that_divide_split_and_others_do_not():
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        assert mesh_axes(batch=8, channels=6) == {"batch": ("data", "fsdp"), "channels": ("tensor",)}
+        assert mesh_axes(batch=6, channels=5) == {"batch": ("data",), "channels": ()}
+        assert mesh_axes(batch=1) == {"batch": ()}
+    assert mesh_axes(batch=8) == {"batch": ()}
+    explicit = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(explicit), pytest.raises(UserError, match="explicit axes .*; valid: automatic"):
+        mesh_axes(batch=8)
+
+
+def test_a_mesh_with_other_axes_is_left_to_the_compiler():
+    arguments = draw((8, 9, 4, 2))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    placed = {n: jax.device_put(x, NamedSharding(mesh, P("x") if x.ndim == 3 else P())) for n, x in arguments.items()}
+    with jax.set_mesh(mesh):
+        out = jax.jit(lambda x: selective_scan(**x))(placed)
+    assert out.sharding.shard_shape(out.shape) == (1, 9, 4)
+    np.testing.assert_allclose(out, selective_scan(**arguments), rtol=1e-6, atol=1e-6)
+
+
+def test_inside_a_shard_map_of_the_caller():
+    arguments = draw((8, 9, 4, 2))
+    mesh = make_mesh({"data": 8})
+    specs = {name: P("data") if x.ndim == 3 else P() for name, x in arguments.items()}
+
+    def run(check):
+        local = jax.shard_map(
+            lambda x: selective_scan(**x), mesh=mesh, in_specs=(specs,), out_specs=P("data"), check_vma=check
+        )
+        return jax.jit(local)(arguments)
+
+    np.testing.assert_allclose(run(False), selective_scan(**arguments), rtol=1e-6, atol=1e-6)
+    with pytest.raises(UserError, match="check_vma=False"):
+        run(True)
 
 
 def test_chunked_needs_a_twentieth_of_the_memory_of_associative():
@@ -155,6 +208,8 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
     [
         ({"u": jnp.zeros((2, 3))}, r"u is \(2, 3\).*valid: u \[b, l, e\]"),
         ({"u": jnp.zeros((2, 0, 4)), "delta": jnp.zeros((2, 0, 4))}, "none empty"),
+        ({"A": jnp.zeros((4, 0))}, "none empty"),
+        ({"B": None}, "B not given; only D, z and delta_bias may be None"),
         ({"A": jnp.zeros((5, 3))}, r"A is \(5, 3\)"),
         ({"delta": jnp.zeros((2, 6, 1))}, r"delta is \(2, 6, 1\), expected \(2, 6, 4\)"),
         ({"B": jnp.zeros((2, 6, 4))}, r"B is \(2, 6, 4\), expected \(2, 6, 3\)"),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffjax.errors import UserError
 from diffjax.ops.pallas import selective_scan_tpu as kernels
 from diffjax.ops.recurrence import Inputs
 from tests.ops.scans import draw, exact
@@ -78,3 +79,5 @@ def test_chunks_are_whole_groups(tokens):
 
 def test_many_states_shorten_the_chunk():
     assert kernels.sizes(1056, 1536, 64)[0] == 32
+    with pytest.raises(UserError, match="at most 128 states, not 256; use 'chunked'"):
+        kernels.sizes(1056, 1536, 256)

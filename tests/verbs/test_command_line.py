@@ -14,7 +14,7 @@ from absl import flags
 from diffjax.__main__ import VERBS, main
 from diffjax.evaluation.samples import write_samples
 from diffjax.weights import to_reference
-from tests.programs import ROOT, TINY, train_arguments
+from tests.programs import BACKBONES, ROOT, TINY, train_arguments
 from tests.weights.test_dit import module_and_params
 from tests.weights.torch_writer import Named, pretended, tensor, write_zip
 
@@ -319,8 +319,10 @@ def test_refused_changes_leave_the_stored_config_alone(world, capsys):
     assert (world / "run" / "config.json").read_text() == before
 
 
-def test_bench_reports_both_times(capsys):
-    assert main(["bench", f"--config={TINY}", "--steps=2", "--turns=1", "--config.log.tensorboard=false"]) == 0
+@pytest.mark.parametrize("model", BACKBONES)
+def test_bench_reports_both_times(capsys, model):
+    recipe = TINY.replace("=dit", f"={model}")
+    assert main(["bench", f"--config={recipe}", "--steps=2", "--turns=1", "--config.log.tensorboard=false"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["loop_over_step"] == pytest.approx(report["loop_seconds"] / report["step_seconds"])
     assert report["images_per_second"] == pytest.approx(16 / report["loop_seconds"])

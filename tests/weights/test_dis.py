@@ -120,6 +120,7 @@ def test_training_checkpoints(state_dict, wrap):
         ({"rms_norm": False}, "rms_norm = False contradicts"),
         ({"skip": False}, "skip = False contradicts"),
         ({"ssm_cfg": {"d_state": 8}}, "ssm_cfg: d_state = 8 contradicts .* 16"),
+        ({"ssm_cfg": {"dt_rank": 7}}, "ssm_cfg: dt_rank = 7 contradicts"),
         ({"ssm_cfg": {"states": 8}}, "ssm_cfg has no argument states; valid: d_state"),
         ({"bimamba_type": "v1"}, "bimamba_type = v1 is not supported; valid: v2"),
         ({"drop_path_rate": 1.5}, "drop_path = 1.5; valid: 0 to below 1"),

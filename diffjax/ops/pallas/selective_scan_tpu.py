@@ -36,6 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from numpy.polynomial import Chebyshev, Polynomial
 
+from diffjax.errors import UserError
 from diffjax.ops.recurrence import Inputs
 
 LANES, SUBLANES = 128, 8
@@ -72,7 +73,13 @@ class Shape(NamedTuple):
 
 
 def sizes(l: int, e: int, n: int = 16) -> tuple[int, int]:  # noqa: E741
-    """(tokens per chunk, channels per block) for l tokens of e channels with n states; both passes fit 16 MiB."""
+    """(tokens per chunk, channels per block) for l tokens of e channels with n states; both passes fit 16 MiB.
+
+    Raises:
+        UserError: more states than fit.
+    """
+    if n > 128:
+        raise UserError(f"selective_scan: pallas on a TPU takes at most 128 states, not {n}; use 'chunked'")
     chunk = max(WIDE, CHUNK * 16 // max(n, 16) // WIDE * WIDE)
     return min(chunk, pl.cdiv(l, WIDE) * WIDE), BLOCK if e % BLOCK == 0 else LANES
 
