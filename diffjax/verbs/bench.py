@@ -32,7 +32,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
-    print(json.dumps(bench(configs.load(values.config, overrides), values.steps, values.turns), indent=2))
+    with contextlib.redirect_stdout(sys.stderr):  # lines of the run; the report alone goes to stdout
+        report = bench(configs.load(values.config, overrides), values.steps, values.turns)
+    print(json.dumps(report, indent=2))
 
 
 def bench(config: Any, steps: int, turns: int) -> dict[str, Any]:
@@ -52,7 +54,6 @@ def bench(config: Any, steps: int, turns: int) -> dict[str, Any]:
             tensorboard=config.log.tensorboard,
         )
         stack.enter_context(contextlib.closing(reporter))
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # its lines; the report alone goes to stdout
         fixed = setup.put(next(batches))
         started = time.perf_counter()
         state, _ = jax.block_until_ready(setup.step(setup.init(), fixed, setup.key))
