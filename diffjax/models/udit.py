@@ -400,7 +400,7 @@ class UDiT(nn.Module):
         """
         dtype = DTYPES[self.dtype]
         self.check_input(*x.shape[1:3])
-        c1, c2, c3 = self._conditions(t, y, keys if train else None, train)
+        c1, c2, c3 = self._conditions(t, y, train, keys)
         x = conv3(self.width, dtype, "image_embed", init=xavier_as_matrix)(x)
         e1 = self._stage(0, x, c1)
         e2 = self._stage(1, Shrink(dtype, name="shrink_1")(e1), c2)
@@ -412,7 +412,7 @@ class UDiT(nn.Module):
         x = conv3(2 * self.width, dtype, "output")(constrain(x, "batch", None, None, "embed"))
         return FinalLayer(self.channels * (1 + self.learn_sigma), dtype, name="final")(x, c2).astype(jnp.float32)
 
-    def _conditions(self, t: jax.Array, y: jax.Array | None, keys: jax.Array | None, train: bool) -> list[jax.Array]:
+    def _conditions(self, t: jax.Array, y: jax.Array | None, train: bool, keys: jax.Array | None) -> list[jax.Array]:
         """SiLU(time + label) of the three levels, float32 [b, D], [b, 2 D] and [b, 4 D]."""
         if self.num_classes and y is None:
             raise UserError(f"this U-DiT has {self.num_classes} classes: it needs labels y, not None")
@@ -421,7 +421,7 @@ class UDiT(nn.Module):
         for level in (1, 2, 3):
             width = self.width * 2 ** (level - 1)
             c = TimeEmbed(width, width, name=f"time_embed_{level}")(features)
-            if self.num_classes:
+            if y is not None and self.num_classes:
                 kept = self._drop(y, level, keys) if train else y
                 c = c + LabelEmbed(self.num_classes + self.null_class, width, name=f"label_embed_{level}")(kept)
             conditions.append(constrain(nn.silu(c), "batch", "embed"))
