@@ -1,8 +1,9 @@
 """Tables between a reference's state_dict and our parameters, usable in both directions.
 
-A row is (reference key, our path, einops pattern from their axes to ours). "{l}" in the key stands for 0 .. l-1, "{j1}"
-for 1 .. j: those arrays become one, stacked on a leading axis in the order of the numbers. Every axis has a name; the sizes of the names say which shape each array
-must have, and can be read off the arrays. A trailing digit tells apart axes of one size: "d2 d" is a square.
+A row is (reference key, our path, einops pattern from their axes to ours). "{l}" in the key stands for 0 .. l-1 and
+"{j1}" for 1 .. j: those arrays become one, stacked on a leading axis in the order of the numbers. Every axis has a
+name; the sizes of the names say which shape each array must have, and can be read off the arrays. A trailing digit
+tells apart axes of one size: "d2 d" is a square.
 """
 
 import itertools

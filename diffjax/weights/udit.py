@@ -99,10 +99,10 @@ BETWEEN: mapping.Table = (
 
 # Parts that not every model has, and what their keys contain.
 OPTIONAL = {
-    "labels": "y_embedder_",
-    "cosine": ".logit_scale",
-    "downsampler": ".downsampler.",
-    "basic": ".fc",
+    "labels": ("y_embedder_",),
+    "cosine": (".logit_scale",),
+    "downsampler": (".downsampler.",),
+    "basic": (".fc",),
     "rep": (".project_", ".dwconv."),
 }
 
@@ -141,9 +141,7 @@ def from_reference(state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Mod
     mapping.check_names("udit", config, ARGUMENTS)
     config = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
     weights = _with_new_names(state_dict)
-    present = {
-        part for part, pieces in OPTIONAL.items() if any(piece in key for key in weights for piece in _t(pieces))
-    }
+    present = {part for part, pieces in OPTIONAL.items() if any(piece in key for key in weights for piece in pieces)}
     positions = config.get("posemb_type", "rope2d" if "cosine" in present else None)
     if positions not in POSITIONS:
         raise UserError(f"udit: posemb_type = {positions!r} is not supported; valid: 'rope2d', None")
@@ -200,12 +198,8 @@ def _with_new_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {key.replace(".before_attn.", ".downsampler.layer."): value for key, value in state_dict.items()}
 
 
-def _t(pieces: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (pieces,) if isinstance(pieces, str) else pieces
-
-
 def _table(present: set[str]) -> mapping.Table:
-    """The rows of a model that has these of the optional parts, and "rope"."""
+    """The rows of a model that has these of the optional parts, and of "rope"."""
     rows = [(key, path, _pattern(pattern, "double", present)) for key, path, pattern in BETWEEN]
     for number, level in enumerate(HIDDEN, 1):
         rows += [(k.format(number), p.format(number), _pattern(text, level, present)) for k, p, text in EMBEDDERS]
@@ -214,7 +208,7 @@ def _table(present: set[str]) -> mapping.Table:
             (f"{theirs}.{{{blocks}}}.{key}", f"{ours}/{path}", _pattern(text, LEVELS[width], present))
             for key, path, text in LAYER
         ]
-    absent = [piece for part, pieces in OPTIONAL.items() if part not in present for piece in _t(pieces)]
+    absent = [piece for part, pieces in OPTIONAL.items() if part not in present for piece in pieces]
     return [row for row in rows if not any(piece in row[0] for piece in absent)]
 
 
