@@ -77,13 +77,16 @@ def _shifts_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tup
     padded = _pad(x, size)
 
     def add_row(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-        rows = jax.lax.dynamic_slice_in_dim(padded, i, size, axis=1).astype(jnp.float32)
         here = jax.lax.dynamic_index_in_dim(grad, i, axis=1, keepdims=False).astype(jnp.float32)
-        products = [jnp.sum(rows[:, a, b : b + width] * here, axis=0) for a in range(size) for b in range(size)]
-        return total + jnp.stack(products), None
 
-    total, _ = jax.lax.scan(add_row, jnp.zeros((size**2, width, d), jnp.float32), jnp.arange(height))
-    grad_kernel = jnp.sum(total, axis=1).reshape(kernel.shape).astype(kernel.dtype)
+        def of_kernel_row(a: jax.Array) -> jax.Array:
+            row = jax.lax.dynamic_index_in_dim(padded, i + a, axis=1, keepdims=False).astype(jnp.float32)
+            return jnp.stack([jnp.sum(row[:, b : b + width] * here, axis=0) for b in range(size)])
+
+        return total + jax.lax.map(of_kernel_row, jnp.arange(size)), None
+
+    total, _ = jax.lax.scan(add_row, jnp.zeros((size, size, width, d), jnp.float32), jnp.arange(height))
+    grad_kernel = jnp.sum(total, axis=2)[:, :, None].astype(kernel.dtype)
     return _shifts(grad, kernel[::-1, ::-1]), grad_kernel
 
 
