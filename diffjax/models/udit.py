@@ -236,9 +236,9 @@ class ConvMlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         d, g = x.shape[-1], self.hidden
         if self.rep:
-            x = dense(g, self.dtype, "in_1")(dense(g // 2, self.dtype, "in_0")(x))
-        else:
-            x = dense(g, self.dtype, "in")(x)
+            # constrained between two linear maps too: else small batches are gathered in place of their weights
+            x = constrain(dense(g // 2, self.dtype, "in_0")(x), "batch", None, None, "embed")
+        x = dense(g, self.dtype, "in_1" if self.rep else "in")(x)
         x = nn.gelu(constrain(x, "batch", None, None, "mlp"), approximate=False)
         sizes = (5, 3, 1) if self.rep else (5,)
         kernels = [self.param(f"kernel_{size}", xavier, (size, size, 1, g)) for size in sizes]
@@ -246,8 +246,8 @@ class ConvMlp(nn.Module):
         y = depthwise_conv(x, kernels, implementation=self.depthwise) + jnp.asarray(bias, self.dtype)
         x = constrain(x + y if self.rep else y, "batch", None, None, "mlp")
         if self.rep:
-            return dense(d, self.dtype, "out_1")(dense(g // 2, self.dtype, "out_0")(x))
-        return dense(d, self.dtype, "out")(x)
+            x = constrain(dense(g // 2, self.dtype, "out_0")(x), "batch", None, None, "embed")
+        return dense(d, self.dtype, "out_1" if self.rep else "out")(x)
 
 
 class UDiTLayer(nn.Module):
