@@ -6,9 +6,9 @@ from typing import Any
 import flax.linen as nn
 
 from diffjax.errors import UserError
-from diffjax.models import dis, dit
+from diffjax.models import dis, dit, udit
 
-FAMILIES: dict[str, type[nn.Module]] = {"DiT": dit.DiT, "DiS": dis.DiS}
+FAMILIES: dict[str, type[nn.Module]] = {"DiT": dit.DiT, "DiS": dis.DiS, "U-DiT": udit.UDiT}
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class PublishedModel:
         gmacs: multiply-accumulates of the matrix products of one forward pass, in 1e9; what the DiT papers print as
             GFLOPs. For DiS they are ours: its scans and depthwise convolutions (2 d_state and d_conv per channel,
             token and direction) are not among them, and the figures of its paper could not be checked.
+        deploy_params, deploy_gmacs: the same of the fused form, for models that have one; what the U-DiT paper prints
+            of S, B and L (52.05 M and 6.04, 204.43 M and 22.22, 810.19 M and 85.00), while what is trained is larger.
+            Its depthwise convolutions are counted.
     """
 
     family: str
@@ -27,6 +30,8 @@ class PublishedModel:
     gmacs: float
     paper: str
     kwargs: dict[str, Any] = field(default_factory=dict)
+    deploy_params: int | None = None
+    deploy_gmacs: float | None = None
 
 
 def _dit(size: str, patch: int, params: int, gmacs: float) -> PublishedModel:
@@ -38,6 +43,12 @@ def _dit(size: str, patch: int, params: int, gmacs: float) -> PublishedModel:
 def _dis(size: str, patch: int, params: int, gmacs: float) -> PublishedModel:
     depth, width = dis.SIZES[size]
     return PublishedModel("DiS", params, gmacs, "arXiv 2402.05608", {"patch": patch, "depth": depth, "width": width})
+
+
+def _udit(size: str, params: int, gmacs: float, deploy_params: int, deploy_gmacs: float) -> PublishedModel:
+    width, heads, depth = udit.SIZES[size]
+    kwargs = {"width": width, "heads": heads, "depth": depth}
+    return PublishedModel("U-DiT", params, gmacs, "arXiv 2405.02730", kwargs, deploy_params, deploy_gmacs)
 
 
 MODELS: dict[str, PublishedModel] = {
@@ -68,6 +79,10 @@ MODELS: dict[str, PublishedModel] = {
     "DiS-H/2": _dis("H", 2, 906_966_560, 225.62),
     "DiS-H/4": _dis("H", 4, 906_892_928, 57.75),
     "DiS-H/8": _dis("H", 8, 907_704_320, 15.78),
+    "U-DiT-T": _udit("T", 9_098_176, 1.597, 8_110_144, 1.389),
+    "U-DiT-S": _udit("S", 58_896_568, 7.129, 52_045_240, 6.021),
+    "U-DiT-B": _udit("B", 231_251_304, 26.509, 204_425_064, 22.179),
+    "U-DiT-L": _udit("L", 916_335_304, 102.025, 810_188_488, 84.909),
 }
 
 

@@ -82,8 +82,13 @@ def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """x (1 + scale) + shift, with one shift and scale [b, d] per example for x [b, n, d]."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """x (1 + scale) + shift, with one shift and scale [b, d] per example for x [b, ..., d]."""
+    return x * (1 + per_example(scale, x)) + per_example(shift, x)
+
+
+def per_example(value: jax.Array, like: jax.Array) -> jax.Array:
+    """value [b, d] as [b, 1, ..., d], ready to multiply `like` [b, ..., d]."""
+    return jnp.expand_dims(value, tuple(range(1, like.ndim - 1)))
 
 
 class TimeEmbed(nn.Module):

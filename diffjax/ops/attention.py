@@ -9,11 +9,14 @@ from diffjax.errors import UserError
 IMPLEMENTATIONS = ("xla", "cudnn")
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str = "xla") -> jax.Array:
-    """softmax(q k^T / sqrt(width)) v, bidirectional (Vaswani et al., arXiv 1706.03762, eq. 1).
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None = None, implementation: str = "xla"
+) -> jax.Array:
+    """softmax(scale q k^T) v, bidirectional (Vaswani et al., arXiv 1706.03762, eq. 1).
 
     Args:
         q: [b, n, heads, k]. k, v: [b, m, heads, k], same dtype.
+        scale: of the logits; None: 1 / sqrt(width).
         implementation: "xla" (any backend; logits and softmax in float32) or "cudnn" (fused, CUDA, 16-bit types).
 
     Returns:
@@ -22,8 +25,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str =
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention implementation {implementation!r} is unknown; valid: {', '.join(IMPLEMENTATIONS)}")
     if implementation == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    scale = q.shape[-1] ** -0.5
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = jnp.einsum("bnhk,bmhk->bhnm", q * scale, k, preferred_element_type=jnp.float32)
     # The division of softmax waits until after the weighted sum, which is smaller than the weights.
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))

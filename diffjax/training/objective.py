@@ -33,15 +33,22 @@ class Objective:
 
 def build_model(config: ConfigDict) -> nn.Module:
     """The backbone of a config; its input, output and label table follow from the data and the process."""
-    model = models.create(
+    model: Any = models.create(
         **config.model,
         channels=config.data.channels,
         num_classes=config.data.num_classes,
         null_class=config.diffusion.label_drop > 0,
         learn_sigma=config.diffusion.variance == "learned_range",
     )
+    if drops_labels(model):
+        model = model.clone(label_drop=config.diffusion.label_drop)
     model.check_input(config.data.size, config.data.size)
     return model
+
+
+def drops_labels(model: nn.Module) -> bool:
+    """Whether the backbone drops labels by itself in training, in several places; else the loss does, once."""
+    return getattr(model, "label_drop_per_level", False)
 
 
 def build_objective(config: ConfigDict) -> Objective:
@@ -93,7 +100,8 @@ def bind(model: nn.Module) -> Apply:
 
 def _training_loss(config: ConfigDict) -> Callable:
     process = _process(config.diffusion)
-    drop, null = config.diffusion.label_drop, config.data.num_classes
+    drop = 0.0 if drops_labels(build_model(config)) else config.diffusion.label_drop
+    null = config.data.num_classes
 
     def loss(apply: Apply, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         def keys(stream: str) -> jax.Array:

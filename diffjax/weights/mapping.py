@@ -1,10 +1,12 @@
 """Tables between a reference's state_dict and our parameters, usable in both directions.
 
-A row is (reference key, our path, einops pattern from their axes to ours). "{l}" in the key stands for 0 .. l-1: those
-arrays become one, stacked on a leading axis. Every axis has a name; the sizes of the names say which shape each array
-must have, and can be read off the arrays. A trailing digit tells apart axes of one size: "d2 d" is a square.
+A row is (reference key, our path, einops pattern from their axes to ours). "{l}" in the key stands for 0 .. l-1 and
+"{j1}" for 1 .. j: those arrays become one, stacked on a leading axis in the order of the numbers. Every axis has a
+name; the sizes of the names say which shape each array must have, and can be read off the arrays. A trailing digit
+tells apart axes of one size: "d2 d" is a square.
 """
 
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -36,9 +38,10 @@ def infer(table: Table, state_dict: Mapping[str, Any], known: Sizes) -> dict[str
     for template, _, pattern in table:
         matches = {key: match for key in state_dict if (match := _regex(template).fullmatch(key))}
         arrays += [(_groups(pattern), getattr(state_dict[key], "shape", ())) for key in matches]
-        for axis in _placeholders(template) if matches else []:
-            counted[axis][1 + max(int(match[axis]) for match in matches.values())] += 1
-    sizes |= {axis: counts.most_common(1)[0][0] for axis, counts in counted.items()}
+        for name in _placeholders(template) if matches else []:
+            numbers = [int(match[name]) for match in matches.values()]
+            counted[_base(name)][1 + max(numbers) - _first(name)] += 1
+    sizes |= {axis: counts.most_common(1)[0][0] for axis, counts in counted.items() if axis not in known}
     while votes := Counter(vote for groups, shape in arrays for vote in _solve(groups, shape, sizes)):
         axis, size = votes.most_common(1)[0][0]
         sizes[axis] = size
@@ -119,7 +122,13 @@ def _placeholders(template: str) -> list[str]:
 def _keys(template: str, sizes: Sizes) -> list[str]:
     """The keys that a row stands for; the first alone when their number is unknown."""
     names = _placeholders(template)
-    return [template.format(**{names[0]: i}) for i in range(sizes.get(names[0], 1))] if names else [template]
+    ranges = [range(_first(name), _first(name) + sizes.get(_base(name), 1)) for name in names]
+    return [template.format(**dict(zip(names, numbers))) for numbers in itertools.product(*ranges)]
+
+
+def _first(name: str) -> int:
+    """The number at which a placeholder starts: that in its name, else 0."""
+    return int(name.removeprefix(_base(name)) or 0)
 
 
 def _regex(template: str) -> re.Pattern[str]:

@@ -1,0 +1,501 @@
+"""U-DiT: a U-shaped DiT whose self-attention runs on down-sampled tokens (arXiv 2405.02730).
+
+    e1 = stage(conv(x), c1);  e2 = stage(shrink(e1), c2);  m = stage(shrink(e2), c3)
+    d2 = stage(Linear[grow(m), e2], c2);  d1 = stage(Linear[grow(d2), e1], c2)
+    out = conv(LN(conv(d1)) (1 + scale) + shift),   c_i = time_i(t) + label_i(y)
+
+on maps of width D, 2D, 4D, 2D and 2D; shrink halves the grid, grow doubles it. Every block of a stage is two layers
+
+    x = x + gate_a Attention(LN(x) (1 + scale_a) + shift_a)
+    x = x + gate_m Mlp(LN(x) (1 + scale_m) + shift_m)
+
+whose shifts, scales and gates are linear in SiLU(c) and start at zero. The attention looks at s x s interleaved
+sub-images, each on its own, after a depthwise convolution y = x + conv(x) at full resolution:
+
+    softmax(exp(min(l, 4.6052)) q k / (|q| |k|)) v,   q and k rotated by 2-D positions (RoPE2D)
+
+The feed-forward network is trained in a re-parameterised form with G hidden channels,
+
+    z = GELU(W1 (W0 x)),   u = z + conv5(z) + conv3(z) + conv1(z),   out = V1 (V0 u)          ("rep")
+
+and deployed as GELU(W x), one 5 x 5 convolution and one linear map: exactly `fuse`, which the published sizes count.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from diffjax import rng
+from diffjax.errors import UserError
+from diffjax.models.layers import (
+    DTYPES,
+    REMAT_POLICIES,
+    LabelEmbed,
+    Mlp,
+    TimeEmbed,
+    layer_norm,
+    modulate,
+    per_example,
+    sinusoidal_time,
+    xavier,
+    zeros,
+)
+from diffjax.ops import depthwise
+from diffjax.ops.attention import attention
+from diffjax.ops.depthwise import add_kernels, depthwise_conv
+from diffjax.parallel.rules import LogicalAxes, constrain
+
+# Width, heads and blocks per stage. T is in the published code alone: no row of the paper has its cost.
+SIZES = {
+    "T": (48, 2, (2, 3, 4, 3, 2)),
+    "S": (96, 4, (2, 5, 8, 5, 2)),
+    "B": (192, 8, (2, 5, 8, 5, 2)),
+    "L": (384, 16, (2, 5, 8, 5, 2)),
+}
+# The paper's models without its modifications of attention and feed-forward network (table 10).
+VANILLA = {"attention": "dot", "positions": "none", "ffn": "basic"}
+
+STAGES = ("encoder_1", "encoder_2", "latent", "decoder_2", "decoder_1")
+WIDTHS = (1, 2, 4, 2, 2)  # of the stages, in multiples of `width`
+SCALES = (1, 2, 4, 2, 1)  # how much smaller than the input their maps are
+
+CHOICES = {
+    "attention": ("cosine", "dot"),
+    "positions": ("rope", "none"),
+    "rope_rows": ("sqrt", "width"),
+    "ffn": ("rep", "single", "basic"),
+    "dtype": tuple(DTYPES),
+    "remat": tuple(REMAT_POLICIES),
+}
+
+LOGICAL_AXES: LogicalAxes = (
+    (r"image_embed/kernel", (None, None, None, "embed")),
+    (r"time_embed_\d/fc\d/kernel", (None, "embed")),
+    (r"label_embed_\d/embedding", ("vocab", "embed")),
+    (r"modulation/kernel", ("embed", None)),
+    (r"attention/logit_scale", ("heads",)),
+    (r"downsample/kernel", (None, None, None, "embed")),
+    (r"attention/qkv/kernel", ("embed", "heads", None, "kv")),
+    (r"attention/qkv/bias", ("heads", None, "kv")),
+    (r"attention/out/kernel", ("heads", "kv", "embed")),
+    (r"mlp/(in_0|out_1)/kernel", ("embed", None)),
+    (r"mlp/(in|in_1|fc1)/kernel", ("embed", "mlp")),
+    (r"mlp/(in|in_1|fc1)/bias", ("mlp",)),
+    (r"mlp/kernel_\d", (None, None, None, "channels")),
+    (r"mlp/bias_\d", ("channels",)),
+    (r"mlp/(out|out_0|fc2)/kernel", ("mlp", "embed")),
+    (r"(shrink|grow)_\d/conv/kernel", (None, None, "embed", None)),
+    (r"reduce_\d/kernel", ("embed", None)),
+    (r"output/kernel", (None, None, "embed", None)),
+    (r"final/conv/kernel", (None, None, "embed", "patch")),
+    (r"bias", (None,)),
+)
+
+
+def xavier_as_matrix(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Xavier-uniform values for a convolution kernel seen as the matrix [height * width * in, out]."""
+    return xavier(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
+
+
+def conv3(features: int, dtype: Any, name: str, bias: bool = True, init: Any = xavier) -> nn.Conv:
+    return nn.Conv(features, (3, 3), use_bias=bias, kernel_init=init, dtype=dtype, name=name)
+
+
+def dense(features: int, dtype: Any, name: str, init: Any = xavier) -> nn.Dense:
+    return nn.Dense(features, kernel_init=init, dtype=dtype, name=name)
+
+
+class Shrink(nn.Module):
+    """conv 3x3 to half the channels, then 2 x 2 pixels as channels; [b, h, w, d] -> [b, h / 2, w / 2, 2 d]."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = conv3(x.shape[-1] // 2, self.dtype, "conv", bias=False)(x)
+        return rearrange(x, "b (h y) (w x) c -> b h w (c y x)", y=2, x=2)
+
+
+class Grow(nn.Module):
+    """conv 3x3 to twice the channels, then four channels as 2 x 2 pixels; [b, h, w, d] -> [b, 2 h, 2 w, d / 2]."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = conv3(2 * x.shape[-1], self.dtype, "conv", bias=False)(x)
+        return rearrange(x, "b h w (y x c) -> b (h y) (w x) c", y=2, x=2)
+
+
+class Downsample(nn.Module):
+    """The interleaved sub-images of x + depthwise conv(x); [b, h, w, d] -> [b, s * s, h / s * w / s, d].
+
+    Sub-image y * s + x holds the pixels (i s + y, j s + x), so that nothing is lost.
+    """
+
+    factor: int
+    kernel: int
+    shortcut: bool
+    depthwise: str | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d = x.shape[-1]
+        if self.kernel:
+            kernel = self.param("kernel", xavier, (self.kernel, self.kernel, 1, d))
+            bias = self.param("bias", zeros, (d,)).astype(self.dtype)
+            y = depthwise_conv(x, [kernel], implementation=self.depthwise) + bias
+            x = x + y if self.shortcut else y
+        return rearrange(x, "b (h y) (w x) d -> b (y x) (h w) d", y=self.factor, x=self.factor)
+
+
+def rope_angles(height: int, width: int, k: int, rows: str) -> np.ndarray:
+    """The rotation angles of RoPE2D for a map of tokens, float32 [height * width, k / 2].
+
+    They alternate x f_0, y f_0, x f_1, ... with f_j = 10000^(-4 j / k). `rows` is the length of a row by which a token
+    number becomes (x, y): "sqrt" = floor(sqrt(height * width)), as published, which is the true one of square maps
+    only; "width" = the true one of any map.
+    """
+    frequencies = np.float32(10000.0) ** (-np.arange(0, k, 4, dtype=np.float32) / np.float32(k))
+    number = np.arange(height * width)
+    row_length = width if rows == "width" else math.isqrt(height * width)
+    places = np.stack([number % row_length, number // row_length], axis=-1).astype(np.float32)
+    return rearrange(places[:, None] * frequencies[:, None], "n k xy -> n (k xy)")
+
+
+def rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
+    """Rotates the pairs (x_j, x_(j + k/2)) by the angles [n, k / 2]; x [b, n, heads, k] float32.
+
+    The references pair neighbours instead; their weights are reordered when read, since halves need no shuffling.
+    """
+    a, b = jnp.split(x, 2, axis=-1)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+def normalize(x: jax.Array) -> jax.Array:
+    """x / max(|x|, 1e-12) over the last axis, with a gradient of zero rather than NaN at zero."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
+
+
+class SubImageAttention(nn.Module):
+    """Multi-head self-attention inside each of the interleaved sub-images; [b, h, w, d] -> the same.
+
+    The sub-images are taken before the projection. On a TPU v5e (compiler's estimate, bfloat16, [32, 32, 32, 96], 4
+    heads; forward / with gradients) that needs 0.69 / 2.7 million cycles; taken from the projected q, k and v 1.5 /
+    5.6; as batch axes of the products, nothing moved, 12 / 38. On a CPU, a quarter of that batch in float32: 52 / 140,
+    60 / 169 and 93 / 195 ms.
+    """
+
+    heads: int
+    factor: int
+    kernel: int
+    shortcut: bool
+    kind: str
+    positions: str
+    rope_rows: str
+    logit_clamp: float
+    depthwise: str | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        (_, height, width, d), s = x.shape, self.factor
+        x = Downsample(s, self.kernel, self.shortcut, self.depthwise, self.dtype, name="downsample")(x)
+        x = rearrange(x, "b p n d -> (b p) n d")
+        features = (self.heads, 3, d // self.heads)
+        qkv = nn.DenseGeneral(features, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
+        qkv = constrain(qkv, "batch", "length", "heads")
+        q, k = self._compared(qkv[..., 0, :], qkv[..., 1, :], height // s, width // s)
+        x = attention(q, k, qkv[..., 2, :], scale=1.0 if self.kind == "cosine" else None)
+        x = nn.DenseGeneral(d, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="out")(x)
+        return rearrange(x, "(b y x) (h w) d -> b (h y) (w x) d", y=s, x=s, h=height // s)
+
+    def _compared(self, q: jax.Array, k: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys [b, n, heads, k] with positions and, for cosine attention, norm and scale: in float32."""
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        if self.positions == "rope":
+            angles = rope_angles(height, width, q.shape[-1], self.rope_rows)
+            q, k = rotate(q, angles), rotate(k, angles)
+        if self.kind == "cosine":
+            scale = self.param("logit_scale", nn.initializers.constant(math.log(10.0)), (self.heads,))
+            q, k = normalize(q) * jnp.exp(jnp.minimum(scale, self.logit_clamp))[:, None], normalize(k)
+        return q.astype(self.dtype), k.astype(self.dtype)
+
+
+class ConvMlp(nn.Module):
+    """1x1 -> GELU (erf) -> depthwise 5x5 -> 1x1; [b, h, w, d] -> the same. `rep`: the form that is trained."""
+
+    hidden: int
+    rep: bool
+    depthwise: str | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d, g = x.shape[-1], self.hidden
+        if self.rep:
+            # constrained between two linear maps too: else small batches are gathered in place of their weights
+            x = constrain(dense(g // 2, self.dtype, "in_0")(x), "batch", None, None, "embed")
+        x = dense(g, self.dtype, "in_1" if self.rep else "in")(x)
+        x = nn.gelu(constrain(x, "batch", None, None, "mlp"), approximate=False)
+        sizes = (5, 3, 1) if self.rep else (5,)
+        kernels = [self.param(f"kernel_{size}", xavier, (size, size, 1, g)) for size in sizes]
+        bias = sum(self.param(f"bias_{size}", zeros, (g,)) for size in sizes)
+        y = depthwise_conv(x, kernels, implementation=self.depthwise) + jnp.asarray(bias, self.dtype)
+        x = constrain(x + y if self.rep else y, "batch", None, None, "mlp")
+        if self.rep:
+            x = constrain(dense(g // 2, self.dtype, "out_0")(x), "batch", None, None, "embed")
+        return dense(d, self.dtype, "out_1" if self.rep else "out")(x)
+
+
+class UDiTLayer(nn.Module):
+    """Half a block: one attention and one feed-forward network."""
+
+    attention: dict[str, Any]
+    ffn: str
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array) -> tuple[jax.Array, None]:
+        """x [b, h, w, d], c = SiLU(conditioning) [b, d] -> (x, None), the carry of `nn.scan`."""
+        x = constrain(x, "batch", None, None, "embed")
+        parameters = dense(6 * x.shape[-1], self.dtype, "modulation", init=zeros)(c)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(parameters, 6, axis=-1)
+        attend = SubImageAttention(**self.attention, dtype=self.dtype, name="attention")
+        x = x + per_example(gate_a, x) * attend(modulate(layer_norm(x), shift_a, scale_a))
+        x = constrain(x, "batch", None, None, "embed")
+        x = x + per_example(gate_m, x) * self._mlp(modulate(layer_norm(x), shift_m, scale_m))
+        return constrain(x, "batch", None, None, "embed"), None
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        if self.ffn == "basic":
+            return Mlp(self.hidden, self.dtype, name="mlp")(rearrange(x, "b h w d -> b (h w) d")).reshape(x.shape)
+        depthwise = self.attention["depthwise"]
+        return ConvMlp(self.hidden, self.ffn == "rep", depthwise, self.dtype, name="mlp")(x)
+
+
+class FinalLayer(nn.Module):
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        parameters = dense(2 * x.shape[-1], self.dtype, "modulation", init=zeros)(c)
+        x = modulate(layer_norm(x), *jnp.split(parameters, 2, axis=-1))
+        return conv3(self.features, self.dtype, "conv", init=zeros)(x)
+
+
+class UDiT(nn.Module):
+    """The backbone; see the module docstring.
+
+    Attributes:
+        width: of the first stage. heads: of every stage.
+        depth: blocks of the stages encoder 1, encoder 2, latent, decoder 2, decoder 1.
+        mlp_ratio: hidden channels of the feed-forward networks per width.
+        channels: of the input; the output has twice as many with `learn_sigma`.
+        num_classes: 0 for an unconditional model.
+        null_class: one more label, index `num_classes`, for classifier-free guidance.
+        attention: "cosine" = normalised q and k and a learned scale per head; "dot" = q k / sqrt(k).
+        positions: "rope" or "none".
+        rope_rows: "sqrt", as published, or "width": differs on maps that are not square, see `rope_angles`.
+        logit_clamp: largest logarithm of the learned scale; the published 4.6052 is not quite log 100.
+        down_factor: the attention's sub-images are s x s; one number, or one per stage. 1: plain self-attention.
+        down_kernel: side of the depthwise convolution before them. 0: none (the paper's pixel shuffle, table 7).
+        down_shortcut: whether its input is added to it.
+        ffn: "rep" = the form of the paper that is trained; "single" = with one layer for each of its groups of
+            parallel and successive ones, the form that `fuse` gives; "basic" = DiT's, without convolution.
+        label_drop_per_level: in training each of the three label tables replaces the label by the null class on its
+            own, as published, so that all of them do so in one of a thousand cases only. The labels of the batch are
+            then to be given undropped.
+        label_drop: the probability of that.
+        dtype: compute dtype, "float32" or "bfloat16".
+        remat: what a layer keeps for its backward pass: "none" = everything, "dots" = results of linear maps, "full" =
+            nothing but its input.
+        depthwise: implementation of `diffjax.ops.depthwise`; None or "" lets the backend choose.
+    """
+
+    width: int
+    heads: int
+    depth: tuple[int, ...]
+    mlp_ratio: float = 2.0
+    channels: int = 4
+    num_classes: int = 1000
+    null_class: bool = True
+    learn_sigma: bool = True
+    attention: str = "cosine"
+    positions: str = "rope"
+    rope_rows: str = "sqrt"
+    logit_clamp: float = 4.6052
+    down_factor: int | tuple[int, ...] = 2
+    down_kernel: int = 5
+    down_shortcut: bool = True
+    ffn: str = "rep"
+    label_drop_per_level: bool = True
+    label_drop: float = 0.1
+    dtype: str = "float32"
+    remat: str = "dots"
+    depthwise: str | None = None
+
+    logical_axes = LOGICAL_AXES
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """The down-sampling factor of each stage."""
+        return (self.down_factor,) * 5 if isinstance(self.down_factor, int) else tuple(self.down_factor)
+
+    def validate(self) -> None:
+        """Raise UserError for options that exclude each other, before anything is traced."""
+        choices = CHOICES | ({"depthwise": depthwise.IMPLEMENTATIONS} if self.depthwise else {})
+        for option, valid in choices.items():
+            if getattr(self, option) not in valid:
+                raise UserError(f"U-DiT: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
+        for option in ("width", "heads", "channels"):
+            if getattr(self, option) < 1:
+                raise UserError(f"U-DiT: {option} = {getattr(self, option)}; valid: a positive integer")
+        for option, values in (("depth", self.depth), ("down_factor", self.factors)):
+            if len(values) != 5 or min(values) < 1:
+                raise UserError(f"U-DiT: {option} = {values}; valid: five positive integers, one per stage")
+        if self.down_kernel < 0 or (self.down_kernel and self.down_kernel % 2 == 0):
+            raise UserError(f"U-DiT: down_kernel = {self.down_kernel}; valid: an odd number, or 0 for no convolution")
+        if not 0 <= self.label_drop < 1:
+            raise UserError(f"U-DiT: label_drop = {self.label_drop}; valid: 0 to below 1")
+        self._validate_width()
+
+    def _validate_width(self) -> None:
+        if self.width % 2:
+            raise UserError(f"U-DiT: width = {self.width} is not even, as halving the channels needs")
+        if self.width % self.heads:
+            raise UserError(f"U-DiT: width = {self.width} is not divisible by heads = {self.heads}")
+        if self.positions == "rope" and self.width // self.heads % 4:
+            raise UserError(
+                f"U-DiT: width / heads = {self.width} / {self.heads} = {self.width // self.heads} is not divisible "
+                "by 4, as positions = 'rope' need"
+            )
+        if self.ffn == "rep" and any(self._hidden(stage) % 2 for stage in range(5)):
+            raise UserError(f"U-DiT: width = {self.width} times mlp_ratio = {self.mlp_ratio} is not even, as ffn needs")
+
+    def check_input(self, height: int, width: int) -> None:
+        """Raise UserError unless the maps of every stage can be cut into their sub-images."""
+        unit = math.lcm(4, *(scale * factor for scale, factor in zip(SCALES, self.factors)))
+        if height % unit or width % unit:
+            raise UserError(
+                f"image size {height} x {width} is not divisible by {unit}, as two halvings and "
+                f"down_factor = {self.down_factor} need"
+            )
+
+    def fused(self) -> "UDiT":
+        """The model of `fuse(params)` for parameters of this one."""
+        return self.clone(ffn="single") if self.ffn == "rep" else self
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False, keys: jax.Array | None = None
+    ) -> jax.Array:
+        """x [b, h, w, c], t [b] in 0..999, y [b] int32 or None -> float32 [b, h, w, c or 2c].
+
+        With `train` and `label_drop_per_level` the typed keys [b], one per example, say which levels drop its label.
+        """
+        dtype = DTYPES[self.dtype]
+        self.check_input(*x.shape[1:3])
+        c1, c2, c3 = self._conditions(t, y, train, keys)
+        x = conv3(self.width, dtype, "image_embed", init=xavier_as_matrix)(x)
+        e1 = self._stage(0, x, c1)
+        e2 = self._stage(1, Shrink(dtype, name="shrink_1")(e1), c2)
+        x = self._stage(2, Shrink(dtype, name="shrink_2")(e2), c3)
+        x = jnp.concatenate([Grow(dtype, name="grow_2")(x), e2], axis=-1)
+        x = self._stage(3, dense(2 * self.width, dtype, "reduce_2")(x), c2)
+        x = jnp.concatenate([Grow(dtype, name="grow_1")(x), e1], axis=-1)
+        x = self._stage(4, dense(2 * self.width, dtype, "reduce_1")(x), c2)
+        x = conv3(2 * self.width, dtype, "output")(constrain(x, "batch", None, None, "embed"))
+        return FinalLayer(self.channels * (1 + self.learn_sigma), dtype, name="final")(x, c2).astype(jnp.float32)
+
+    def _conditions(self, t: jax.Array, y: jax.Array | None, train: bool, keys: jax.Array | None) -> list[jax.Array]:
+        """SiLU(time + label) of the three levels, float32 [b, D], [b, 2 D] and [b, 4 D]."""
+        if self.num_classes and y is None:
+            raise UserError(f"this U-DiT has {self.num_classes} classes: it needs labels y, not None")
+        features = sinusoidal_time(t)
+        conditions = []
+        for level in (1, 2, 3):
+            width = self.width * 2 ** (level - 1)
+            c = TimeEmbed(width, width, name=f"time_embed_{level}")(features)
+            if y is not None and self.num_classes:
+                kept = self._drop(y, level, keys) if train else y
+                c = c + LabelEmbed(self.num_classes + self.null_class, width, name=f"label_embed_{level}")(kept)
+            conditions.append(constrain(nn.silu(c), "batch", "embed"))
+        return conditions
+
+    def _drop(self, y: jax.Array, level: int, keys: jax.Array | None) -> jax.Array:
+        """The labels that a level sees in training: drawn from (key of the example, "label_drop", level)."""
+        if not (self.label_drop_per_level and self.label_drop and self.null_class):
+            return y
+        if keys is None:
+            raise UserError("U-DiT: training with label_drop_per_level needs keys, one per example")
+        draws = rng.uniform(rng.fold(rng.fold_name(keys, "label_drop"), level))
+        return jnp.where(draws < self.label_drop, self.num_classes, y)
+
+    def _hidden(self, stage: int) -> int:
+        return int(WIDTHS[stage] * self.width * self.mlp_ratio)
+
+    def _stage(self, stage: int, x: jax.Array, c: jax.Array) -> jax.Array:
+        """The blocks of a stage as one scanned module: parameters [2 depth, ...], compiled once."""
+        layer: Any = UDiTLayer
+        if self.remat != "none":
+            layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        stack = nn.scan(
+            layer,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=2 * self.depth[stage],
+        )
+        options = {
+            "heads": self.heads,
+            "factor": self.factors[stage],
+            "kernel": self.down_kernel,
+            "shortcut": self.down_shortcut,
+            "kind": self.attention,
+            "positions": self.positions,
+            "rope_rows": self.rope_rows,
+            "logit_clamp": self.logit_clamp,
+            "depthwise": self.depthwise or None,
+        }
+        x, _ = stack(options, self.ffn, self._hidden(stage), DTYPES[self.dtype], name=STAGES[stage])(x, c)
+        return x
+
+
+def fuse(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same function with fewer parameters: those of `UDiT.fused` for those of a model with ffn "rep".
+
+    W = W1 W0, b = W1 b0 + b1, and K = K5 + K3 + K1 + 1 at the centre, each kernel in the middle of the largest: exact
+    but for rounding. The arguments, which may be stacked, are not changed; parameters of other models come back as
+    they are, so that fusing twice is fusing once.
+    """
+    if "in_0" in params:
+        return _fuse_mlp(params)
+    return {name: fuse(value) if isinstance(value, Mapping) else value for name, value in params.items()}
+
+
+def _fuse_mlp(mlp: Mapping[str, Any]) -> dict[str, Any]:
+    kernels = [jnp.asarray(mlp[f"kernel_{size}"]) for size in (5, 3, 1)]
+    return {
+        "in": _fuse_linear(mlp["in_0"], mlp["in_1"]),
+        "kernel_5": add_kernels([*kernels, jnp.ones_like(kernels[-1])]),
+        "bias_5": mlp["bias_5"] + mlp["bias_3"] + mlp["bias_1"],
+        "out": _fuse_linear(mlp["out_0"], mlp["out_1"]),
+    }
+
+
+def _fuse_linear(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, jax.Array]:
+    with jax.default_matmul_precision("highest"):
+        kernel = jnp.einsum("...io,...oe->...ie", first["kernel"], second["kernel"])
+        bias = jnp.einsum("...o,...oe->...e", first["bias"], second["kernel"]) + second["bias"]
+    return {"kernel": kernel, "bias": bias}
