@@ -26,8 +26,8 @@ def depthwise_conv(x: jax.Array, kernels: Sequence[jax.Array], *, implementation
 
     Measured for one 5 x 5 kernel, forward / with gradients. CPU, 2 cores, float32: grouped 95 / 481 ms and shifts
     8 / 66 ms at [8, 32, 32, 384]; 13 / 131 and 0.8 / 4 ms at [8, 8, 8, 768]. TPU v5e, bfloat16, thousands of cycles by
-    the compiler's estimate: grouped 560 / 1430 and shifts 2410 / 6640 at [32, 32, 32, 192]; 110 / 280 and 690 / 1910
-    at [32, 8, 8, 768]. GPU: not measured.
+    the compiler's estimate: grouped 560 / 1430 at [32, 32, 32, 192] and 110 / 280 at [32, 8, 8, 768], where shifts
+    take 2410 and 690 forwards alone. GPU: not measured.
     """
     if implementation is None:
         implementation = "shifts" if platform() == "cpu" else "grouped"
