@@ -11,7 +11,10 @@ from ml_collections import ConfigDict
 # Leaves of `model` that one backbone has and another has not.
 DIT = {"attention": "xla"}
 DIS = {"drop_path": 0.1, "scan": ""}  # scan: "" lets the backend choose
-UDIT = {"label_drop_per_level": True, "depthwise": ""}  # the published label drop; depthwise: "" lets the backend choose
+UDIT = {
+    "label_drop_per_level": True,
+    "depthwise": "",
+}  # the published label drop; depthwise: "" lets the backend choose
 
 
 def parse(arg: str | None, **defaults: Any) -> ConfigDict:

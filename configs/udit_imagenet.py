@@ -21,12 +21,11 @@ Expected FID-50K (ADM reference, EMA 0.9999, 250 DDPM steps, ft-EMA decoder), wi
     | U-DiT-B, 512 pixels    | 106.7  | 15.39 |       |                                      |
 
 Eight A100 took 0.84 steps/s for L. The labels drop out level by level, as published: the fully unconditional network
-of guidance is hardly trained; --config.model.label_drop_per_level=false drops them together. The argument `vanilla` trains the paper's model without
-its changes to attention and feed-forward network, 20.89 instead of 16.64 for B.
+of guidance is hardly trained; --config.model.label_drop_per_level=false drops them together. The argument `vanilla`
+trains the paper's model without its changes to attention and feed-forward network, 20.89 instead of 16.64 for B.
 """
 
 from configs import common
-
 
 VANILLA = {"similarity": "dot", "positions": "none", "ffn": "basic"}  # table 10 of the paper
 

@@ -149,7 +149,9 @@ class Downsample(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         d = x.shape[-1]
         if self.kernel:
-            kernel = self.param("kernel", xavier, (self.kernel, self.kernel, 1, d))
+            kernel = constrain(
+                self.param("kernel", xavier, (self.kernel, self.kernel, 1, d)), None, None, None, "embed"
+            )
             bias = self.param("bias", zeros, (d,)).astype(self.dtype)
             y = depthwise_conv(x, [kernel], implementation=self.depthwise) + bias
             x = x + y if self.shortcut else y
@@ -248,6 +250,8 @@ class ConvMlp(nn.Module):
         x = nn.gelu(constrain(x, "batch", None, None, "mlp"), approximate=False)
         sizes = (5, 3, 1) if self.rep else (5,)
         kernels = [self.param(f"kernel_{size}", xavier, (size, size, 1, g)) for size in sizes]
+        # constrained, since kernels split over the batch's axes would gather the batch in place of themselves
+        kernels = [constrain(kernel, None, None, None, "mlp") for kernel in kernels]
         bias = sum(self.param(f"bias_{size}", zeros, (g,)) for size in sizes)
         y = depthwise_conv(x, kernels, implementation=self.depthwise) + jnp.asarray(bias, self.dtype)
         x = constrain(x + y if self.rep else y, "batch", None, None, "mlp")
@@ -304,7 +308,7 @@ class UDiT(nn.Module):
         channels: of the input; the output has twice as many with `learn_sigma`.
         num_classes: 0 for an unconditional model.
         null_class: one more label, index `num_classes`, for classifier-free guidance.
-        similarity: of queries and keys, "cosine" = normalised q and k and a learned scale per head; "dot" = q k / sqrt(k).
+        similarity: "cosine" = normalised queries and keys and a learned scale per head; "dot" = q k / sqrt(k).
         positions: "rope" or "none".
         rope_rows: "sqrt", as published, or "width": differs on maps that are not square, see `rope_angles`.
         logit_clamp: largest logarithm of the learned scale; the published 4.6052 is not quite log 100.

@@ -32,7 +32,6 @@ class Setup:
     Attributes:
         abstract: shapes, dtypes and shardings of the state.
         init: () -> state at step 0. step: (state, batch, key) -> (state, metrics), donates the state.
-        key: root of the training streams.
     """
 
     config: ConfigDict
@@ -43,7 +42,11 @@ class Setup:
     abstract: TrainState
     init: Callable[[], TrainState]
     step: Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-    key: jax.Array
+
+    @functools.cached_property
+    def key(self) -> jax.Array:
+        """Root of the training streams."""
+        return jax.jit(lambda: rng.stream(self.config.seed, "train"), out_shardings=replicated(self.mesh))()
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's part of a batch -> arrays of the global batch, sharded over the mesh."""
@@ -91,7 +94,6 @@ def build(config: ConfigDict, devices: Any = None) -> Setup:
         abstract=with_shardings(shapes, sharding),
         init=lambda: jitted_init(params_key),
         step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, replicated(mesh))),
-        key=jax.jit(lambda: rng.stream(config.seed, "train"), out_shardings=replicated(mesh))(),
     )
 
 

@@ -60,7 +60,10 @@ def run(setup, state, first, last):
     return np.array(losses), state
 
 
-@pytest.fixture(scope="module", params=["dit", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES[1:])])
+ONE = [BACKBONES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES[1:])]
+
+
+@pytest.fixture(scope="module", params=ONE)
 def one(request):
     """Setup, losses and final state of a backbone on one device, and the backbone."""
     setup = setup_of("one", request.param)

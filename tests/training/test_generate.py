@@ -1,10 +1,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from diffjax import rng
 from diffjax.parallel.mesh import make_mesh
 from diffjax.training import generate
+from diffjax.training.setup import build
+from diffjax.verbs import sample
+from tests.programs import tiny_config
 
 
 def fake_sampler(params, indices, labels):
@@ -42,3 +46,22 @@ def test_each_image_has_its_own_key():
     seen = np.concatenate(list(generate.generate(sampler, 0.0, np.zeros(6, np.int32), mesh, 4)))
     expected = jax.random.key_data(rng.per_example(rng.stream(5, "sample"), jnp.arange(6)))
     np.testing.assert_array_equal(seen, np.asarray(expected, np.float32))
+
+
+@pytest.mark.slow
+def test_the_fused_form_draws_the_same_images():
+    setup = build(tiny_config(model="udit"), devices=jax.devices()[:1])
+    shapes, r = setup.abstract.params, np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(r.normal(0, 0.1, leaf.shape), jnp.float32), shapes)
+    images = {}
+    for fused in (True, False):
+        sampler = generate.compile_sampler(setup.objective, setup.model, setup.mesh, seed=3, fused=fused)
+        images[fused] = sampler(params, jnp.arange(4), jnp.arange(4))
+    assert float(jnp.std(images[False])) > 0.1
+    scale = float(jnp.max(jnp.abs(images[False])))
+    np.testing.assert_allclose(images[True], images[False], atol=1e-4 * scale)
+    assert not np.array_equal(images[True], images[False])  # two programs, not one
+    assert sample.form(setup.model, params, fused=True).startswith("fused: ")
+    assert sample.form(setup.model, params, fused=False) == "as trained"
+    dit = build(tiny_config(model="dit"), devices=jax.devices()[:1])
+    assert sample.form(dit.model, dit.abstract.params, fused=True) == "as trained"

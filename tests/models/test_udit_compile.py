@@ -1,0 +1,34 @@
+"""What the TPU compiler makes of a training step of U-DiT on several chips: weights move, feature maps do not."""
+
+import re
+
+import pytest
+
+from diffjax.training import config as configs
+from tests.benchmarks.tpu_train_step import compiled_step
+from tests.programs import ROOT
+
+pytestmark = pytest.mark.slow
+BATCH = 40  # on four chips in parts of 10 or 20, numbers that no other axis has
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("parallel.mesh.fsdp=2",),
+        ("parallel.mesh.tensor=2", "parallel.strategy=fsdp_tp"),
+    ],
+    ids=["fsdp", "fsdp_tp"],
+)
+def test_no_feature_map_crosses_chips(overrides):
+    """Seen before the depthwise kernels were constrained: all of [b, 8, 8, 768] gathered in the latent stage."""
+    overrides = (f"batch_size={BATCH}", "parallel.replicate_below=0", *overrides)
+    config = configs.load(f"{ROOT}/configs/udit_imagenet.py:model=u-dit-s", [f"--config.{o}" for o in overrides])
+    with config.unlocked():
+        config.model.depth = (1, 1, 1, 1, 1)
+    program = compiled_step(config).as_text()
+    moved = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", program)
+    assert len(moved) > 10  # the weights
+    shapes = [[int(n) for n in dims.split(",")] for text in moved for dims in re.findall(r"\[([\d,]+)\]", text)]
+    maps = [shape for shape in shapes if len(shape) > 3 and {10, 20, BATCH} & set(shape)]
+    assert maps == []
