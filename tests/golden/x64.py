@@ -1,7 +1,7 @@
 """Float64 for the stored float64 cases, without it leaking into other tests.
 
-    with float64():
-        x = jnp.asarray(stored)  # keeps its float64
+with float64():
+    x = jnp.asarray(stored)  # keeps its float64
 """
 
 from contextlib import AbstractContextManager
