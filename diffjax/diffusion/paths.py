@@ -79,8 +79,8 @@ def linear(t: Array) -> Point:
 
 def gvp(t: Array) -> Point:
     """x = sin(π t / 2) x0 + cos(π t / 2) eps: a generalised variance-preserving path of SiT."""
-    xp, angle = namespace(t), np.pi / 2 * t
-    alpha, sigma = xp.sin(angle), xp.cos(angle)
+    xp = namespace(t)
+    alpha, sigma = xp.sin(np.pi / 2 * t), xp.sin(np.pi / 2 * (1 - t))  # zero at the end, which a cosine is not
     return Point(alpha, sigma, np.pi / 2 * sigma, -np.pi / 2 * alpha)
 
 
