@@ -49,7 +49,7 @@ from diffjax.diffusion.paths import (
     predicts_x0,
 )
 from diffjax.diffusion.process import Process, choose, ones, unchanged
-from diffjax.diffusion.weighting import weight_of_time
+from diffjax.diffusion.weighting import check_numbers, weight_of_time
 from diffjax.errors import UserError
 
 STEPS = 1000  # M of (4), (6)
@@ -92,7 +92,7 @@ def ve_schedule() -> Schedule:
 
 def linear_schedule() -> Schedule:
     """σ = t."""
-    return Schedule(unchanged, lambda t: namespace(t).ones_like(t), unchanged)
+    return Schedule(unchanged, ones, unchanged)
 
 
 def vp_betas(sigma_min: float, sigma_max: float, first: float = 1e-3) -> tuple[float, float]:
@@ -103,12 +103,15 @@ def vp_betas(sigma_min: float, sigma_max: float, first: float = 1e-3) -> tuple[f
 
 
 @cache
-def iddpm_table(steps: int = STEPS) -> np.ndarray:
-    """u_0 > u_1 > ... > u_M = 0 of equation (6): float64 [steps + 1]."""
+def iddpm_table() -> np.ndarray:
+    """u_0 > u_1 > ... > u_M = 0 of equation (6): float64 [M + 1].
+
+    The public code rounds ᾱ to float32, which moves the smallest u by 5e-4 of themselves; the nearest j stay the same.
+    """
     c1, c2 = IDDPM_CLIPS
-    abar = np.sin(np.pi / 2 * np.arange(steps + 1) / (steps * (c2 + 1))) ** 2
-    u = np.zeros(steps + 1)
-    for j in range(steps, 0, -1):
+    abar = np.sin(np.pi / 2 * np.arange(STEPS + 1) / (STEPS * (c2 + 1))) ** 2
+    u = np.zeros(STEPS + 1)
+    for j in range(STEPS, 0, -1):
         u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(abar[j - 1] / abar[j], c1) - 1)
     u.setflags(write=False)
     return u
@@ -129,7 +132,7 @@ def iddpm_round(sigma: Array) -> Array:
 
 def sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> np.ndarray:
     """Noise levels from sigma_max to sigma_min, evenly spaced in σ^(1/rho), then 0: float64 [steps + 1]. EDM eq. 5."""
-    return np.append((ramp(steps, sigma_max ** (1 / rho), sigma_min ** (1 / rho))) ** rho, 0.0)
+    return np.append(ramp(steps, sigma_max ** (1 / rho), sigma_min ** (1 / rho)) ** rho, 0.0)
 
 
 def vp_sigmas(steps: int, sigma_min: float | None = None, sigma_max: float | None = None) -> np.ndarray:
@@ -236,9 +239,7 @@ SETTINGS = {
     "edm": Setting("edm", None, quarter_log, "lognormal", (80.0, 0.002)),
     "vp": Setting("epsilon", unit_variance_scale(1.0), vp_model_time, "vp", VP_SPAN),
     "ve": Setting("minus_epsilon", ones, ve_model_time, "ve", VE_RANGE[::-1]),
-    "iddpm": Setting(
-        "epsilon", unit_variance_scale(1.0), iddpm_model_time, "iddpm", (81.0, float(iddpm_table()[-2])), iddpm_round
-    ),
+    "iddpm": Setting("epsilon", unit_variance_scale(1.0), iddpm_model_time, "iddpm", IDDPM_SPAN, iddpm_round),
 }
 
 
@@ -260,8 +261,9 @@ def edm(
     "iddpm". EDM2 (2312.02696) has p_mean -0.4, p_std 1.0 for 512-pixel latents and -0.8, 1.6 for 64 pixels. UserError
     on an unknown name or an impossible number.
     """
-    if p_std < 0 or not sigma_data > 0:
-        raise UserError(f"sigma_data = {sigma_data}, p_std = {p_std}: valid: above 0, at least 0")
+    check_numbers(gamma, sigma_data)
+    if p_std < 0:
+        raise UserError(f"p_std = {p_std}: valid: at least 0")
     chosen = choose(SETTINGS, "setting", setting)
     predictions: dict[str, Prediction] = {
         "edm": predicts_edm(sigma_data),
@@ -302,10 +304,13 @@ def rescaled(process: Process, schedule: Schedule, scaling: str = "none") -> Pro
     def path(t: Array) -> Point:
         sigma, sigma_dot = schedule.sigma(t), schedule.sigma_dot(t)
         if scaling == "none":
-            return Point(namespace(t).ones_like(t), sigma, 0 * sigma, sigma_dot)
+            return Point(ones(t), sigma, 0 * sigma, sigma_dot)
         scale = 1 / namespace(t).sqrt(sigma**2 + 1)
         scale_dot = -sigma * sigma_dot * scale**3
         return Point(scale, scale * sigma, scale_dot, scale_dot * sigma + scale * sigma_dot)
+
+    def nearest(t: Array) -> Array:
+        return schedule.inverse(process.nearest(schedule.sigma(t)))
 
     return replace(
         process,
@@ -316,5 +321,5 @@ def rescaled(process: Process, schedule: Schedule, scaling: str = "none") -> Pro
         sample_times=lambda keys: schedule.inverse(process.sample_times(keys)),
         weight=lambda t: process.weight(schedule.sigma(t)),
         span=tuple(schedule.inverse(np.array(process.span)).tolist()),
-        nearest=lambda t: schedule.inverse(process.nearest(schedule.sigma(t))),
+        nearest=unchanged if process.nearest is unchanged else nearest,
     )

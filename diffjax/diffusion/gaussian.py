@@ -7,7 +7,7 @@ Data x0 is destroyed in T steps of variance β_t. With ᾱ_t = Π_{s<=t} (1 - β
          m_t(x0, x_t) = β_t √ᾱ_{t-1}/(1-ᾱ_t) x0 + (1-ᾱ_{t-1}) √(1-β_t)/(1-ᾱ_t) x_t
 
 The model undoes one step: p(x_{t-1} | x_t) = N(m_t(x̂0, x_t), σ_t²), where x̂0 is the network's output or follows from
-its prediction of the noise, by inverting (1), or of v = √ᾱ_t eps - √(1-ᾱ_t) x0 (2202.00512, appendix D), and the
+its prediction of the noise, by inverting (1), or of v = √ᾱ_t eps - √(1-ᾱ_t) x0 (2202.00512), and the
 variance is fixed or interpolated by a second output, also called v:
 
     (3)  x̂0 = √(1/ᾱ_t) x_t - √(1/ᾱ_t - 1) eps^ = √ᾱ_t x_t - √(1-ᾱ_t) v^                DDPM eq. 15
@@ -38,7 +38,7 @@ import numpy as np
 from diffjax import rng
 from diffjax.diffusion.paths import PREDICTIONS, Point, conversion
 from diffjax.diffusion.process import Grid
-from diffjax.diffusion.weighting import weights
+from diffjax.diffusion.weighting import check_numbers, weights
 from diffjax.errors import UserError
 
 OPTIONS = {
@@ -79,6 +79,9 @@ class GaussianDiffusion:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
+        if self.weighting in ("velocity", "likelihood", "uncertainty"):
+            raise UserError(f"weighting {self.weighting!r} belongs to processes in continuous time")
+        check_numbers(self.gamma, self.sigma_data)
         for name, valid in OPTIONS.items():
             if getattr(self, name) not in valid:
                 raise UserError(f"diffusion {name} {getattr(self, name)!r} is unknown; valid: {', '.join(valid)}")

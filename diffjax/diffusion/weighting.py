@@ -7,19 +7,19 @@ A loss w |f^ - f|² of the network's output f is, by equation (4) of `paths`, on
 The published weights are rules for λ, each the plain squared error of some quantity g, for which λ = (Δ_g/σ)². Here
 they are kept as Λ = λ σ², finite also where there is no noise, so that w = Λ / Δ². With SNR = (α/σ)²:
 
-    (2)  uniform      w = 1                        the network's own output
-         snr          Λ = α²                       the noise
-         min_snr      Λ = min(α², γ σ²)            λ = min(SNR, γ)                        min-SNR 2303.09556, eq. 9
-         edm          Λ = α² + σ²/sd²              λ = SNR + 1/sd², EDM's 1/c_out²        EDM 2206.00364, table 1
-         velocity     Λ = Δ_v²,  Δ_v = α σ' - σ α' the velocity                           SiT 2401.08740, section 2
-         likelihood   Λ = α |Δ_v| / σ              the bound of the likelihood, λ = SNR D/σ² with D of (5) in `paths`
+    (2)  uniform      w = 1                           the network's own output
+         snr          Λ = α²                          the noise
+         min_snr      Λ = min(α², γ σ²)               λ = min(SNR, γ), min-SNR 2303.09556
+         edm          Λ = α² + σ²/sd²                 λ = SNR + 1/sd², the 1/c_out² of EDM 2206.00364
+         velocity     Λ = Δ_v²,   Δ_v = α σ' - σ α'   the velocity, SiT 2401.08740
+         likelihood   Λ = α |Δ_v| / σ                 λ = SNR D/σ² with the D of (5) in `paths`, SiT
 
 so that for the noise min-SNR is min(1, γ/SNR), "velocity" is (D/σ)² and "likelihood" D/σ². Where α = 0 the error of
 the data means nothing; min-SNR is 1 there, as in public code. The score's "uniform" is the error of σ s, which is the
 noise's: that of the score itself is infinite at the data.
 
-EDM2 (2312.02696, eq. 14, 15) lets the model say how large it expects the error to be, as a log variance u of the noise
-level that is trained with it and used for nothing else:
+EDM2 (2312.02696) lets the model say how large it expects the error to be, as a log variance u of the noise level that
+is trained with it and used for nothing else:
 
     (3)  w |f^ - f|² / exp(u) + u
 
@@ -46,9 +46,7 @@ def weights(weighting: str, c: Point, prediction: Prediction, *, gamma: float = 
     gamma is that of min_snr, sigma_data the sd of edm. Infinite or NaN where a weight has no meaning. UserError on an
     unknown name or a number that is not positive.
     """
-    for option, value in {"gamma": gamma, "sigma_data": sigma_data}.items():
-        if not value > 0:
-            raise UserError(f"weighting {option} = {value!r}: valid: a positive number")
+    check_numbers(gamma, sigma_data)
     if weighting not in WEIGHTINGS:
         raise UserError(f"weighting {weighting!r} is unknown; valid: {', '.join(WEIGHTINGS)}")
     plain = weighting in ("uniform", "uncertainty")
@@ -65,6 +63,13 @@ def weights(weighting: str, c: Point, prediction: Prediction, *, gamma: float = 
     if weighting == "velocity":
         return determinant(c, predicts_velocity) ** 2 / squared
     return c.alpha / c.sigma * abs(determinant(c, predicts_velocity)) / squared
+
+
+def check_numbers(gamma: float, sigma_data: float) -> None:
+    """UserError unless both are positive."""
+    for option, value in {"gamma": gamma, "sigma_data": sigma_data}.items():
+        if not value > 0:
+            raise UserError(f"weighting {option} = {value!r}: valid: a positive number")
 
 
 def weight_of_time(
