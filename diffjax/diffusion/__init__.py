@@ -1,1 +1,43 @@
-"""Diffusion processes, samplers and guidance."""
+"""Diffusion processes, samplers and guidance.
+
+`paths` holds the mathematics that all share: how data and noise mix, and what networks predict of them. `gaussian`,
+`edm` and `flow` make processes of it, `weighting` the weights of their losses.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from diffjax.diffusion import edm, flow, gaussian
+from diffjax.diffusion.gaussian import GaussianDiffusion
+from diffjax.diffusion.process import Process
+from diffjax.errors import UserError
+
+PROCESSES: dict[str, Callable[..., Any]] = {
+    "gaussian": gaussian.gaussian_diffusion,
+    "edm": edm.edm,
+    "edm_vp": partial(edm.edm, "vp"),
+    "edm_ve": partial(edm.edm, "ve"),
+    "edm_iddpm": partial(edm.edm, "iddpm"),
+    "flow_linear": flow.flow,
+    "flow_gvp": partial(flow.flow, "gvp"),
+    "flow_vp": partial(flow.flow, "vp"),
+}
+
+
+def create_process(name: str, **options: Any) -> GaussianDiffusion | Process:
+    """The process `name`, one of PROCESSES, from plain values; see its function there for the options.
+
+    All know prediction, weighting, gamma and sigma_data. Options of "gaussian": respacing, variance, loss, num_steps;
+    of all others: times; of the "edm" ones: p_mean, p_std; of the "flow" ones: logit_mean, logit_std, shift. An
+    option of "" counts as not given. UserError on an unknown name or option, and on a combination without meaning.
+    """
+    if name not in PROCESSES:
+        raise UserError(f"process {name!r} is unknown; valid: {', '.join(PROCESSES)}")
+    valid = [p.name for p in inspect.signature(PROCESSES[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    given = {option: value for option, value in options.items() if value != ""}
+    for option in given:
+        if option not in valid:
+            raise UserError(f"process {name!r} has no option {option!r}; valid: {', '.join(valid)}")
+    return PROCESSES[name](**given)

@@ -7,9 +7,10 @@ Data x0 is destroyed in T steps of variance β_t. With ᾱ_t = Π_{s<=t} (1 - β
          m_t(x0, x_t) = β_t √ᾱ_{t-1}/(1-ᾱ_t) x0 + (1-ᾱ_{t-1}) √(1-β_t)/(1-ᾱ_t) x_t
 
 The model undoes one step: p(x_{t-1} | x_t) = N(m_t(x̂0, x_t), σ_t²), where x̂0 is the network's output or follows from
-its noise prediction by inverting (1), and the variance is fixed or interpolated by a second output v:
+its prediction of the noise, by inverting (1), or of v = √ᾱ_t eps - √(1-ᾱ_t) x0 (2202.00512), and the
+variance is fixed or interpolated by a second output, also called v:
 
-    (3)  x̂0 = √(1/ᾱ_t) x_t - √(1/ᾱ_t - 1) eps^                                       DDPM eq. 15
+    (3)  x̂0 = √(1/ᾱ_t) x_t - √(1/ᾱ_t - 1) eps^ = √ᾱ_t x_t - √(1-ᾱ_t) v^                DDPM eq. 15
     (4)  log σ_t² = f log β_t + (1-f) log β~_t,   f = (v+1)/2                          improved DDPM eq. 15
 
 Training minimises the squared error of the prediction, which learns the mean, plus one term of the variational bound in
@@ -35,12 +36,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax import rng
+from diffjax.diffusion.paths import PREDICTIONS, Point, conversion
+from diffjax.diffusion.process import Grid
+from diffjax.diffusion.weighting import check_numbers, weights
 from diffjax.errors import UserError
 
 OPTIONS = {
-    "prediction": ("epsilon", "x0"),
+    "prediction": ("epsilon", "x0", "v"),
     "variance": ("learned_range", "fixed_small", "fixed_large"),
     "loss": ("mse", "rescaled_mse", "rescaled_kl"),
+    "weighting": ("uniform", "snr", "min_snr", "edm"),
 }
 
 
@@ -60,6 +65,7 @@ class GaussianDiffusion:
     prediction: what the network predicts. variance: where σ² comes from; "learned_range" needs twice the channels,
     [..., :c] the prediction and [..., c:] v; the fixed ones are β~ ("fixed_small") and β ("fixed_large").
     loss: "mse" is (squared error) + (5); "rescaled_mse" weights (5) with K/1000; "rescaled_kl" is K times (5) alone.
+    weighting: of the squared error; its numbers are gamma and sigma_data, see `weighting`.
     """
 
     betas: np.ndarray
@@ -68,13 +74,21 @@ class GaussianDiffusion:
     variance: str
     loss: str
     original_steps: int
+    weighting: str = "uniform"
+    gamma: float = 5.0
+    sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
+        if self.weighting in ("velocity", "likelihood", "uncertainty"):
+            raise UserError(f"weighting {self.weighting!r} belongs to processes in continuous time")
+        check_numbers(self.gamma, self.sigma_data)
         for name, valid in OPTIONS.items():
             if getattr(self, name) not in valid:
                 raise UserError(f"diffusion {name} {getattr(self, name)!r} is unknown; valid: {', '.join(valid)}")
         if self.num_steps < 2:
             raise UserError(f"a diffusion process needs at least 2 steps, not {self.num_steps}")
+        if self.loss == "rescaled_kl" and self.weighting != "uniform":
+            raise UserError(f"weighting {self.weighting!r} is of the squared error, which loss 'rescaled_kl' has not")
 
     @property
     def num_steps(self) -> int:
@@ -136,6 +150,37 @@ class GaussianDiffusion:
         """log β; the first entry is that of β~ above, which gives the better likelihood there."""
         return np.log(np.append(self.posterior_variance[1], self.betas[1:]))
 
+    @cached_property
+    def mse_weights(self) -> np.ndarray:
+        """The weight of the squared error at each step: float64 [K]."""
+        c = self.points(np.arange(self.num_steps))
+        numbers = {"gamma": self.gamma, "sigma_data": self.sigma_data}
+        return weights(self.weighting, c, PREDICTIONS[self.prediction], **numbers)
+
+    def points(self, steps: np.ndarray) -> Point:
+        """√ᾱ and √(1-ᾱ) at steps [n], or of the data at -1: float64 [n]. Steps have no derivatives: NaN."""
+        alpha = np.append(self.sqrt_alphas_cumprod, 1.0)[steps]
+        sigma = np.append(self.sqrt_one_minus_alphas_cumprod, 0.0)[steps]
+        return Point(alpha, sigma, np.full_like(alpha, np.nan), np.full_like(alpha, np.nan))
+
+    def grid(self, steps: np.ndarray) -> Grid:
+        """The process at steps [n] of 0, ..., K-1, or -1 for the data themselves, as float64 tables for samplers.
+
+        t is the step, model_time the original one (-1 for the data); velocities are NaN. UserError on another step.
+        """
+        steps = np.asarray(steps, np.int64)
+        if not ((steps >= -1) & (steps < self.num_steps)).all():
+            raise UserError(f"steps {steps.tolist()} of a process of {self.num_steps}: valid: -1 (the data) to K-1")
+        c = self.points(steps)
+        model_time = np.append(self.timestep_map, -1)[steps].astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):  # the data determine no noise
+            converted = conversion(c, PREDICTIONS[self.prediction])
+        return Grid(steps.astype(np.float64), model_time, np.ones(steps.shape), c.alpha, c.sigma, converted)
+
+    def input_scale(self, k: jax.Array) -> jax.Array:
+        """What the network's input is multiplied with at steps k [b]: ones, float32 [b]."""
+        return jnp.ones(k.shape, jnp.float32)
+
     def model_time(self, k: jax.Array) -> jax.Array:
         """The original step of step k [b] int32, as the network receives it: float32 [b]."""
         return jnp.asarray(self.timestep_map, jnp.float32)[k]
@@ -161,6 +206,16 @@ class GaussianDiffusion:
         """The noise with which (1) turns x0 into xt: equation (3) solved for eps."""
         return (at(self.sqrt_recip_alphas_cumprod, k, xt) * xt - x0) / at(self.sqrt_recipm1_alphas_cumprod, k, xt)
 
+    def x0_from_v(self, xt: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """The data of the v [b, ..., c] of progressive distillation at xt = x_k."""
+        return at(self.sqrt_alphas_cumprod, k, xt) * xt - at(self.sqrt_one_minus_alphas_cumprod, k, xt) * v
+
+    def target(self, x0: jax.Array, k: jax.Array, eps: jax.Array) -> jax.Array:
+        """What the network should predict [b, ..., c] for data x0 and noise eps at steps k [b]."""
+        if self.prediction == "v":
+            return at(self.sqrt_alphas_cumprod, k, x0) * eps - at(self.sqrt_one_minus_alphas_cumprod, k, x0) * x0
+        return x0 if self.prediction == "x0" else eps
+
     def p_mean_variance(
         self, model_output: jax.Array, xt: jax.Array, k: jax.Array, clip: bool = False
     ) -> PMeanVariance:
@@ -169,7 +224,12 @@ class GaussianDiffusion:
         clip limits x0 to [-1, 1]; it suits pixels, never latents.
         """
         prediction, v = self.split(model_output, xt)
-        x0 = prediction if self.prediction == "x0" else self.x0_from_eps(xt, k, prediction)
+        if self.prediction == "epsilon":
+            x0 = self.x0_from_eps(xt, k, prediction)
+        elif self.prediction == "v":
+            x0 = self.x0_from_v(xt, k, prediction)
+        else:
+            x0 = prediction
         if clip:
             x0 = jnp.clip(x0, -1.0, 1.0)
         mean, log_variance = self.posterior(x0, xt, k)
@@ -192,8 +252,9 @@ class GaussianDiffusion:
             vb = self.variational_bound(model_output, x0, xt, k) * self.num_steps
             return {"loss": vb, "vb": vb}
         prediction, v = self.split(model_output, xt)
-        target = x0 if self.prediction == "x0" else eps
-        mse = mean_per_example((target - prediction) ** 2)
+        mse = mean_per_example((self.target(x0, k, eps) - prediction) ** 2)
+        if self.weighting != "uniform":
+            mse = mse * jnp.asarray(self.mse_weights, jnp.float32)[k]
         if v is None:
             return {"loss": mse, "mse": mse}
         frozen = jnp.concatenate([jax.lax.stop_gradient(prediction), v], axis=-1)
@@ -230,6 +291,9 @@ def gaussian_diffusion(
     variance: str = "learned_range",
     loss: str = "mse",
     num_steps: int = 1000,
+    weighting: str = "uniform",
+    gamma: float = 5.0,
+    sigma_data: float = 0.5,
 ) -> GaussianDiffusion:
     """The linear-schedule process with `num_steps` original steps, of which `respacing` keeps some: equation (6).
 
@@ -239,7 +303,7 @@ def gaussian_diffusion(
     kept = np.array(respaced_steps(num_steps, respacing), np.int64)
     alphas_cumprod = np.cumprod(1.0 - linear_betas(num_steps))[kept]
     betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
-    return GaussianDiffusion(betas, kept, prediction, variance, loss, num_steps)
+    return GaussianDiffusion(betas, kept, prediction, variance, loss, num_steps, weighting, gamma, sigma_data)
 
 
 def linear_betas(num_steps: int = 1000) -> np.ndarray:

@@ -18,8 +18,12 @@ An error e of the data x0 at a given x is one of -(α/σ) e in the noise, so tha
 
     (4)  |f^ - f|² = (Δ/σ)² |x0^ - x0|²,
 
-which is the signal-to-noise ratio (α/σ)² for the noise and 1 for the data. Everything here works alike on float64
-numpy arrays, from which samplers make their tables on the host, and on jax arrays within a compiled loss.
+which is the signal-to-noise ratio (α/σ)² for the noise and 1 for the data. Written with x and the score the velocity is
+
+    (5)  v = r x + D s,   r = α'/α,   D = σ (r σ - σ').
+
+Everything here works alike on float64 numpy arrays, from which samplers make their tables on the host, and on jax
+arrays within a compiled loss.
 """
 
 from collections.abc import Callable
@@ -75,8 +79,8 @@ def linear(t: Array) -> Point:
 
 def gvp(t: Array) -> Point:
     """x = sin(π t / 2) x0 + cos(π t / 2) eps: a generalised variance-preserving path of SiT."""
-    xp, angle = namespace(t), np.pi / 2 * t
-    alpha, sigma = xp.sin(angle), xp.cos(angle)
+    xp = namespace(t)
+    alpha, sigma = xp.sin(np.pi / 2 * t), xp.sin(np.pi / 2 * (1 - t))  # zero at the end, which a cosine is not
     return Point(alpha, sigma, np.pi / 2 * sigma, -np.pi / 2 * alpha)
 
 
@@ -99,6 +103,11 @@ def predicts_epsilon(c: Point) -> tuple[Array, Array]:
     return 0 * ones, ones
 
 
+def predicts_minus_epsilon(c: Point) -> tuple[Array, Array]:
+    ones = namespace(c.alpha).ones_like(c.alpha)
+    return 0 * ones, -ones
+
+
 def predicts_velocity(c: Point) -> tuple[Array, Array]:
     return c.alpha_dot, c.sigma_dot
 
@@ -111,10 +120,31 @@ def predicts_v(c: Point) -> tuple[Array, Array]:
     return -c.sigma, c.alpha
 
 
+PREDICTIONS: dict[str, Prediction] = {
+    "x0": predicts_x0,
+    "epsilon": predicts_epsilon,
+    "velocity": predicts_velocity,
+    "score": predicts_score,
+    "v": predicts_v,
+}
+
+
+def determinant(c: Point, prediction: Prediction) -> Array:
+    """Δ of (3)."""
+    p, q = prediction(c)
+    return c.alpha * q - c.sigma * p
+
+
+def drift(c: Point) -> tuple[Array, Array]:
+    """(r, D) of (5), shaped like t."""
+    r = c.alpha_dot / c.alpha
+    return r, c.sigma * (r * c.sigma - c.sigma_dot)
+
+
 def conversion(c: Point, prediction: Prediction) -> Conversion:
     """Equations (3) and (2) at the points c; infinite or NaN where (1) and the prediction do not determine them."""
     p, q = prediction(c)
-    delta = c.alpha * q - c.sigma * p
+    delta = determinant(c, prediction)
     return Conversion(
         x0_x=q / delta,
         x0_f=-c.sigma / delta,

@@ -1,16 +1,22 @@
 """A process in continuous time: a path, what the network predicts on it, and how it is trained.
 
-`GaussianDiffusion` is the process in discrete steps; samplers know both by their `grid`.
+`GaussianDiffusion` is the process in discrete steps. Both have `sample_times`, `q_sample`, `input_scale`, `model_time`
+and `losses`, by which they are trained, and `grid`, by which samplers know them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from diffjax.diffusion.paths import Array, Conversion, Path, Prediction, conversion
+from diffjax.diffusion.paths import Array, Conversion, Path, Point, Prediction, conversion, namespace
+from diffjax.errors import UserError
+
+Coefficients = TypeVar("Coefficients", Point, Conversion)
+LARGEST_NOISE_LEVEL = 20.0  # of |ln(σ/α)|, for the ends of a path; float32 knows nothing beyond
 
 
 class Grid(NamedTuple):
@@ -28,6 +34,22 @@ class Grid(NamedTuple):
     conversion: Conversion
 
 
+class Estimates(NamedTuple):
+    """What an output says of data, noise and velocity; each [b, ..., c]."""
+
+    x0: jax.Array
+    eps: jax.Array
+    velocity: jax.Array
+
+
+def unchanged(t: Array) -> Array:
+    return t
+
+
+def ones(t: Array) -> Array:
+    return namespace(t).ones_like(t)
+
+
 @dataclass(frozen=True)
 class Process:
     """See the module docstring; `edm` and `flow` make them.
@@ -40,6 +62,8 @@ class Process:
         sample_times: typed keys [b] -> t float32 [b], in training.
         weight: of the squared error of the output at t, [b] -> [b].
         span: (t of pure noise, t of data), between which a sampler moves.
+        uncertainty: whether the loss wants a learned log variance, see `weighting`.
+        nearest: of all times, the one that the network knows; for networks of discrete steps.
     """
 
     path: Path
@@ -49,10 +73,90 @@ class Process:
     sample_times: Callable[[jax.Array], jax.Array]
     weight: Callable[[Array], Array]
     span: tuple[float, float]
+    uncertainty: bool = False
+    nearest: Callable[[Array], Array] = unchanged
 
     def grid(self, t: np.ndarray) -> Grid:
-        """The process at the float64 times t [n]."""
+        """The process at the float64 times t [n], or at those nearest to them that the network knows."""
         with np.errstate(divide="ignore", invalid="ignore"):  # where nothing can be evaluated, nothing is
+            t = self.nearest(t)
             point = self.path(t)
             converted = conversion(point, self.prediction)
             return Grid(t, self.model_time(t), self.input_scale(t), point.alpha, point.sigma, converted)
+
+    def q_sample(self, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+        """x at times t [b] from data x0 and noise eps, both [b, ..., c]: equation (1) of `paths`."""
+        c = per_example(self.path(t), x0)
+        return c.alpha * x0 + c.sigma * eps
+
+    def target(self, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+        """What the network should give [b, ..., c] for data x0 and noise eps at times t [b]: f = p x0 + q eps."""
+        p, q = self.prediction(per_example(self.path(t), x0))
+        return p * x0 + q * eps
+
+    def losses(
+        self,
+        output: jax.Array,
+        x0: jax.Array,
+        xt: jax.Array,
+        t: jax.Array,
+        eps: jax.Array,
+        log_variance: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        """Loss terms of each example, [b], in the dtype of x0: "loss", the plain squared error "mse" of the output.
+
+        output [b, ..., c or 2c] is the network's at (input_scale(t) xt, model_time(t)), xt = q_sample(x0, t, eps); a
+        second half of its channels is no part of the loss. log_variance [b] is u of equation (3) in `weighting`, given
+        if and only if the process has `uncertainty`; then there is also "log_variance".
+
+        Errors are means over all but the first axis. EDM's public loop sums over pixels and channels and divides by
+        the batch alone, so that its gradients are larger by that count; Adam does not notice, but its epsilon and a
+        clipped norm do.
+        """
+        if self.uncertainty != (log_variance is not None):
+            needs = "needs a" if self.uncertainty else "takes no"
+            raise UserError(f"the loss of this process {needs} log variance; it belongs to weighting 'uncertainty'")
+        error = prediction_of(output, x0) - self.target(x0, t, eps)
+        mse = jnp.mean(error**2, axis=tuple(range(1, x0.ndim)))
+        loss = self.weight(t) * mse
+        if log_variance is None:
+            return {"loss": loss, "mse": mse}
+        return {"loss": loss / jnp.exp(log_variance) + log_variance, "mse": mse, "log_variance": log_variance}
+
+    def estimates(self, output: jax.Array, xt: jax.Array, t: jax.Array) -> Estimates:
+        """Data, noise and velocity by the network's output [b, ..., c or 2c] at xt [b, ..., c], t [b]."""
+        f = prediction_of(output, xt)
+        k = per_example(conversion(self.path(t), self.prediction), xt)
+        return Estimates(
+            x0=k.x0_x * xt + k.x0_f * f,
+            eps=k.eps_x * xt + k.eps_f * f,
+            velocity=k.velocity_x * xt + k.velocity_f * f,
+        )
+
+    def noise_level(self, t: jax.Array) -> jax.Array:
+        """ln(σ/α) at t [b], within ±LARGEST_NOISE_LEVEL."""
+        c = self.path(t)
+        return jnp.clip(jnp.log(c.sigma) - jnp.log(c.alpha), -LARGEST_NOISE_LEVEL, LARGEST_NOISE_LEVEL)
+
+
+def per_example(coefficients: Coefficients, like: jax.Array) -> Coefficients:
+    """Coefficients [b] as [b, 1, ...], ready to multiply `like` [b, ...]."""
+    return type(coefficients)(*(value.reshape(-1, *(1,) * (like.ndim - 1)) for value in coefficients))
+
+
+def prediction_of(output: jax.Array, like: jax.Array) -> jax.Array:
+    """The first half of an output with twice the channels of `like`, else all of it; in at least float32."""
+    channels = like.shape[-1]
+    if output.shape[-1] not in (channels, 2 * channels):
+        raise UserError(
+            f"the process needs {channels} output channels for {channels} input channels, "
+            f"or {2 * channels} of which it drops half; the model gives {output.shape[-1]}"
+        )
+    return output[..., :channels].astype(jnp.promote_types(like.dtype, jnp.float32))
+
+
+def choose(table: Mapping[str, Any], option: str, name: str) -> Any:
+    """table[name]; UserError when it is not there."""
+    if name not in table:
+        raise UserError(f"{option} {name!r} is unknown for this process; valid: {', '.join(table)}")
+    return table[name]

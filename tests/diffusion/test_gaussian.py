@@ -36,7 +36,7 @@ def test_impossible_respacing_is_named(spec):
 
 @pytest.mark.parametrize(
     "options",
-    [{"prediction": "v"}, {"variance": "learned"}, {"loss": "l1"}, {"num_steps": 20}, {"respacing": "1"}],
+    [{"prediction": "velocity"}, {"variance": "learned"}, {"loss": "l1"}, {"num_steps": 20}, {"respacing": "1"}],
     ids=lambda options: next(iter(options)),
 )
 def test_impossible_options_are_refused(options):
@@ -109,3 +109,48 @@ def test_low_precision_outputs_give_float32_losses():
     assert {term: (value.dtype, value.shape) for term, value in terms.items()} == dict.fromkeys(
         ["loss", "mse", "vb"], (jnp.float32, (2,))
     )
+
+
+def test_v_means_what_the_noise_means():
+    x0, eps = np.random.default_rng(2).standard_normal((2, 3, 2, 2, 1)).astype(np.float32)
+    k = jnp.array([1, 400, 990])
+    process = gaussian_diffusion(prediction="v", variance="fixed_small")
+    xt = process.q_sample(x0, k, eps)
+    v = process.target(x0, k, eps)
+    np.testing.assert_allclose(process.p_mean_variance(v, xt, k).x0, x0, atol=1e-6)
+    assert not process.losses(v, x0, xt, k, eps)["loss"].any()
+
+
+def test_weighted_squared_error():
+    x0, eps, output = np.random.default_rng(3).standard_normal((3, 4, 2, 2, 1)).astype(np.float32)
+    k = jnp.array([0, 10, 400, 990])
+    plain, weighted = (
+        gaussian_diffusion(variance="fixed_small", weighting=weighting, gamma=2.0)
+        for weighting in ("uniform", "min_snr")
+    )
+    xt = plain.q_sample(x0, k, eps)
+    snr = plain.alphas_cumprod[k] / (1 - plain.alphas_cumprod[k])
+    expected = np.minimum(1, 2 / snr) * plain.losses(output, x0, xt, k, eps)["loss"]
+    np.testing.assert_allclose(weighted.losses(output, x0, xt, k, eps)["loss"], expected, rtol=1e-6)
+    np.testing.assert_array_equal(plain.mse_weights, 1.0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+def test_grid_holds_the_steps_and_the_data(prediction):
+    process = gaussian_diffusion(respacing="10", prediction=prediction, variance="fixed_small")
+    steps = np.array([9, 4, 0, -1])
+    grid = process.grid(steps)
+    np.testing.assert_array_equal(grid.t, steps)
+    np.testing.assert_array_equal(grid.model_time, [*process.timestep_map[[9, 4, 0]], -1])
+    np.testing.assert_array_equal(grid.input_scale, 1.0)
+    np.testing.assert_allclose(grid.alpha**2, np.append(process.alphas_cumprod[[9, 4, 0]], 1.0))
+    np.testing.assert_allclose(grid.alpha**2 + grid.sigma**2, 1.0)
+    assert np.isnan(grid.conversion.velocity_f).all()
+    x0, eps = np.random.default_rng(4).standard_normal((2, 3, 1, 1, 1)).astype(np.float32)
+    k = jnp.asarray(steps[:3])
+    xt, f = (np.asarray(a, np.float64).ravel() for a in (process.q_sample(x0, k, eps), process.target(x0, k, eps)))
+    c = grid.conversion
+    np.testing.assert_allclose(c.x0_x[:3] * xt + c.x0_f[:3] * f, x0.ravel(), atol=1e-4)
+    np.testing.assert_allclose(c.eps_x[:3] * xt + c.eps_f[:3] * f, eps.ravel(), atol=1e-4)
+    with pytest.raises(UserError, match="valid: -1"):
+        process.grid(np.array([10]))

@@ -1,0 +1,176 @@
+"""The loss of a process, and the door to all of them."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax import rng
+from diffjax.diffusion import PROCESSES, create_process, weighting
+from diffjax.diffusion.process import Process
+from diffjax.errors import UserError
+from tests.golden.x64 import float64
+
+X0, EPS, OUTPUT = np.random.default_rng(0).standard_normal((3, 5, 3, 3, 2))
+KEYS = rng.per_example(jax.random.key(0), jnp.arange(5))
+CONTINUOUS = [name for name in PROCESSES if name != "gaussian"]
+
+
+def terms(process: Process, output: np.ndarray, log_variance: np.ndarray | None = None) -> dict[str, jax.Array]:
+    """Losses at times of training, in float64."""
+    with float64():
+        t = jnp.asarray(process.sample_times(KEYS), jnp.float64)
+        x0, eps = jnp.asarray(X0), jnp.asarray(EPS)
+        u = None if log_variance is None else jnp.asarray(log_variance)
+        return process.losses(jnp.asarray(output), x0, process.q_sample(x0, t, eps), t, eps, u)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_training_by_the_same_calls(name):
+    process = create_process(name)
+
+    @jax.jit
+    def loss(keys, x0, eps):
+        t = process.sample_times(keys)
+        xt = process.q_sample(x0, t, eps)
+        x = process.input_scale(t).reshape(-1, 1, 1, 1) * xt
+        output = jnp.concatenate([x, jnp.zeros_like(x)], axis=-1) + process.model_time(t).reshape(-1, 1, 1, 1)
+        return process.losses(output, x0, xt, t, eps)
+
+    found = loss(KEYS, jnp.asarray(X0, jnp.float32), jnp.asarray(EPS, jnp.float32))
+    assert {"loss", "mse"} <= found.keys()
+    for value in found.values():
+        assert (value.dtype, value.shape) == (jnp.float32, (5,))
+        assert jnp.isfinite(value).all()
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_sampled_times_are_where_the_process_is_defined(name):
+    process = create_process(name)
+    keys = rng.per_example(jax.random.key(1), jnp.arange(4000))
+    t = jax.jit(process.sample_times)(keys)
+    assert t.dtype == jnp.float32
+    point = process.path(t)
+    assert all(np.isfinite(value).all() for value in (*point, *process.prediction(point), process.weight(t)))
+    np.testing.assert_allclose(process.sample_times(keys[7:9]), t[7:9], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_the_target_has_no_loss_and_gives_the_data_back(name):
+    process = create_process(name)
+    with float64():
+        t = jnp.asarray(process.sample_times(KEYS), jnp.float64)
+        xt, target = process.q_sample(X0, t, EPS), process.target(X0, t, EPS)
+        estimates = process.estimates(target, xt, t)
+        np.testing.assert_allclose(estimates.x0, X0, rtol=1e-7, atol=1e-7)
+        np.testing.assert_allclose(estimates.eps, EPS, rtol=1e-7, atol=1e-7)
+    assert not terms(process, target)["loss"].any()
+
+
+@pytest.mark.parametrize("path", ["flow_linear", "flow_gvp", "flow_vp"])
+@pytest.mark.parametrize("prediction", ["epsilon", "score", "x0", "v", "velocity"])
+def test_the_velocity_weight_makes_any_loss_that_of_the_velocity(path, prediction):
+    process = create_process(path, prediction=prediction, weighting="velocity")
+    with float64():
+        t = jnp.asarray(process.sample_times(KEYS), jnp.float64)
+        xt = process.q_sample(X0, t, EPS)
+        velocity = process.estimates(OUTPUT, xt, t).velocity
+        expected = create_process(path).losses(velocity, X0, xt, t, EPS)["loss"]
+        np.testing.assert_allclose(process.losses(OUTPUT, X0, xt, t, EPS)["loss"], expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["edm", "flow_gvp"])
+@pytest.mark.parametrize("weight", ["snr", "min_snr", "edm", "velocity", "likelihood"])
+def test_a_weight_is_of_the_data_and_not_of_the_prediction(name, weight):
+    """Two networks that mean the same data have the same loss, whatever they predict."""
+    first, second = (create_process(name, prediction=p, weighting=weight) for p in ("epsilon", "x0"))
+    with float64():
+        t = jnp.asarray(first.sample_times(KEYS), jnp.float64)
+        xt = first.q_sample(X0, t, EPS)
+        same = first.estimates(OUTPUT, xt, t).x0
+        one, other = (p.losses(f, X0, xt, t, EPS)["loss"] for p, f in ((first, OUTPUT), (second, same)))
+        np.testing.assert_allclose(one, other, rtol=1e-8)
+
+
+def test_uncertainty():
+    process = create_process("edm", weighting="uncertainty")
+    plain = terms(create_process("edm"), OUTPUT)["loss"]
+    np.testing.assert_allclose(terms(process, OUTPUT, np.zeros(5))["loss"], plain, rtol=1e-12)
+    best = np.log(plain)
+    least = terms(process, OUTPUT, best)["loss"]
+    np.testing.assert_allclose(least, 1 + best, rtol=1e-12)
+    for step in (-0.1, 0.1):
+        assert (terms(process, OUTPUT, best + step)["loss"] > least).all()
+    with pytest.raises(UserError, match="needs a log variance"):
+        terms(process, OUTPUT)
+    with pytest.raises(UserError, match="takes no log variance"):
+        terms(create_process("edm"), OUTPUT, np.zeros(5))
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_noise_level_is_finite_to_the_ends(name):
+    process = create_process(name)
+    level = process.noise_level(jnp.array([*process.span, *((0.0, 1.0) if name.startswith("flow") else (1e-9, 1e9))]))
+    assert jnp.isfinite(level).all()
+    assert level[0] > level[1]
+    u = weighting.uncertainty(weighting.init_uncertainty(), level)
+    assert (u.dtype, u.shape) == (jnp.float32, (4,))
+
+
+def test_a_second_half_of_the_channels_is_ignored_and_other_numbers_refused():
+    process = create_process("flow_linear")
+    both = np.concatenate([OUTPUT, np.ones_like(OUTPUT)], axis=-1)
+    np.testing.assert_array_equal(terms(process, both)["loss"], terms(process, OUTPUT)["loss"])
+    with pytest.raises(UserError, match="2 output channels"):
+        terms(process, OUTPUT[..., :1])
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_grid_is_float64_on_the_host(name):
+    process = create_process(name)
+    grid = process.grid(np.linspace(*process.span, 7))
+    for table in (*grid[:5], *grid.conversion):
+        assert isinstance(table, np.ndarray)
+        assert (table.dtype, table.shape) == (np.float64, (7,))
+        assert np.isfinite(table).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"name": "flow"}, "process 'flow' is unknown"),
+        ({"name": "edm", "shift": 2.0}, "no option 'shift'"),
+        ({"name": "gaussian", "times": "uniform"}, "no option 'times'"),
+        ({"name": "edm", "prediction": "velocity"}, "prediction 'velocity' is unknown"),
+        ({"name": "edm", "times": "uniform"}, "times 'uniform' is unknown"),
+        ({"name": "edm", "sigma_data": 0.0}, "sigma_data = 0"),
+        ({"name": "flow_vp", "prediction": "edm"}, "prediction 'edm' is unknown"),
+        ({"name": "flow_vp", "times": "lognormal"}, "times 'lognormal' is unknown"),
+        ({"name": "flow_vp", "shift": 0.0}, "shift = 0"),
+        ({"name": "flow_vp", "weighting": "p2"}, "weighting 'p2' is unknown"),
+        ({"name": "flow_linear", "weighting": "min_snr", "gamma": -1.0}, "gamma = -1"),
+        ({"name": "flow_linear", "weighting": "likelihood"}, "'likelihood' is inf at t = 1"),
+        ({"name": "gaussian", "weighting": "velocity"}, "continuous time"),
+        ({"name": "gaussian", "weighting": "p2"}, "valid: uniform, snr, min_snr, edm"),
+        ({"name": "gaussian", "weighting": "min_snr", "gamma": 0.0}, "gamma = 0"),
+        ({"name": "edm", "p_std": -1.0}, "p_std = -1"),
+        ({"name": "gaussian", "weighting": "min_snr", "loss": "rescaled_kl"}, "squared error"),
+    ],
+    ids=str,
+)
+def test_what_has_no_meaning_is_refused(options, message):
+    with pytest.raises(UserError, match=message) as raised:
+        create_process(**options)
+    assert "\n" not in str(raised.value)
+
+
+def test_empty_options_count_as_not_given():
+    assert create_process("gaussian", prediction="", times="").prediction == "epsilon"
+    assert create_process("edm_vp", prediction="", times="", weighting="").span == create_process("edm_vp").span
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_every_process_knows_the_common_options(name):
+    assert {"prediction", "weighting", "gamma", "sigma_data"} <= inspect.signature(PROCESSES[name]).parameters.keys()

@@ -1,0 +1,158 @@
+"""Preconditioning, noise levels and losses against the published EDM code; its trajectories are another file's.
+
+The stored arrays are [b, c, h, w]; the toy networks act on each element, so that any layout serves.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax.diffusion import edm
+from diffjax.diffusion.paths import noise_level, predicts_x0
+from diffjax.diffusion.weighting import weights
+from tests.golden.cases import Case, cases
+from tests.golden.x64 import float64
+
+pytestmark = pytest.mark.golden
+
+EXACT = {"rtol": 1e-10}
+SETTINGS = {"EDM": "edm", "VP": "vp", "VE": "ve"}
+
+
+def keys(pattern: str) -> list:
+    """One parameter per case and stored key that fits the pattern: the case and the match."""
+    found = []
+    for parameter in cases("edm"):
+        case = parameter.values[0]
+        for key in [] if case is None else case.arrays:
+            if match := re.fullmatch(pattern, key):
+                found.append(pytest.param(case, match, id=f"{parameter.id}-{key}"))
+    return found or [pytest.param(None, None, id=f"edm-{pattern}-no-cases")]
+
+
+def column(x: np.ndarray) -> np.ndarray:
+    return x.reshape(-1, 1, 1, 1)
+
+
+def toy(case: Case, kind: str, x: jax.Array, c: jax.Array) -> jax.Array:
+    a, b, k = (case.info["toy"]["params"][name] for name in "abk")
+    return a * (x if kind == "linear" else jnp.tanh(k * x)) + b * jnp.sin(column(c))
+
+
+@pytest.mark.parametrize("case, match", keys(r"pre_(EDM|VP|VE)Precond_(linear|tanh)_(f32|f64)"))
+def test_denoiser(case, match):
+    assert case is not None, "no stored cases"
+    setting, kind, precision = match.groups()
+    process = edm.edm(SETTINGS[setting])
+    with float64():
+        dtype = jnp.float64 if precision == "f64" else jnp.float32
+        x, sigma = (jnp.asarray(case.arrays[key], dtype) for key in ("pre_x", "pre_sigma"))
+        output = toy(case, kind, column(process.input_scale(sigma)) * x, process.model_time(sigma))
+        denoised = process.estimates(output, x, sigma).x0
+    assert denoised.dtype == dtype
+    expected = case.arrays[match[0]]
+    atol = 1e-10 if precision == "f64" else 1e-5 * np.abs(case.arrays["pre_x"]).max()
+    np.testing.assert_allclose(denoised, expected, rtol=1e-10 if precision == "f64" else 0, atol=atol)
+
+
+@pytest.mark.parametrize("case", cases("edm"))
+def test_coefficients(case):
+    assert case is not None, "no stored cases"
+    stored = case.arrays
+    grid = edm.edm().grid(stored["pre_sigma"])
+    np.testing.assert_allclose(grid.conversion.x0_x, stored["pre_c_skip"], **EXACT)
+    np.testing.assert_allclose(grid.conversion.x0_f, stored["pre_c_out"], **EXACT)
+    np.testing.assert_allclose(grid.input_scale, stored["pre_c_in"], **EXACT)
+    np.testing.assert_allclose(grid.model_time, stored["pre_c_noise"], **EXACT, atol=1e-15)
+    vp = edm.edm("vp").grid(stored["pre_sigma"])
+    np.testing.assert_allclose(vp.model_time, stored["pre_vp_c_noise"], **EXACT)
+    np.testing.assert_allclose(edm.VP_SPAN[0], case.info["vp_sigma_max"], rtol=1e-6)  # float32 in the reference
+
+
+def assert_noise_levels_of_float32(sigma: np.ndarray, expected: np.ndarray) -> None:
+    """Equal but for the float32 ᾱ of the reference: 1 + u_j² is a product of M - j ratios, each off by half an ulp."""
+    roundings = edm.STEPS - edm.iddpm_index(sigma)
+    assert (abs(np.log1p(sigma**2) - np.log1p(expected**2)) <= roundings * 2.0**-24).all()
+
+
+@pytest.mark.parametrize("case", cases("edm"))
+def test_iddpm_table(case):
+    assert case is not None, "no stored cases"
+    stored, sigma = case.arrays, case.arrays["iddpm_sigma_in"]
+    assert (case.info["iddpm"]["C_1"], case.info["iddpm"]["C_2"]) == edm.IDDPM_CLIPS
+    assert case.info["iddpm"]["M"] == edm.STEPS
+    assert len(stored["iddpm_u"]) == edm.STEPS + 1
+    assert_noise_levels_of_float32(edm.iddpm_table(), stored["iddpm_u"])
+    process = edm.edm("iddpm")
+    grid = process.grid(sigma)
+    np.testing.assert_array_equal(edm.iddpm_index(sigma), stored["iddpm_index"])
+    np.testing.assert_array_equal(grid.model_time, edm.STEPS - 1 - stored["iddpm_index"])
+    assert_noise_levels_of_float32(grid.t, stored["iddpm_sigma_rounded"])
+    on_device = jnp.asarray(sigma, jnp.float32)
+    np.testing.assert_array_equal(process.model_time(on_device), edm.STEPS - 1 - stored["iddpm_index"])
+
+
+def training_sigma(case: Case, name: str) -> np.ndarray:
+    """The noise levels of a loss from its pinned random values [b]."""
+    if name == "EDM":
+        mean, std = (float(re.search(rf"{key}=(-?[\d.]+\d)", case.info["loss"])[1]) for key in ("P_mean", "P_std"))
+        return edm.lognormal(case.arrays["loss_rnd_normal"].ravel(), mean, std)
+    times = {"VP": edm.vp_times, "VE": edm.ve_times}[name]
+    return times(case.arrays["loss_rnd_uniform"].ravel())
+
+
+@pytest.mark.parametrize("case, match", keys(r"loss_(EDM|VP|VE)Loss_(linear|tanh)_f64"))
+def test_losses(case, match):
+    assert case is not None, "no stored cases"
+    name, kind = match.groups()
+    process, expected = edm.edm(SETTINGS[name]), case.arrays[match[0]]
+    sigma = training_sigma(case, name)
+    np.testing.assert_allclose(sigma, case.arrays[f"loss_{name}_sigma"].ravel(), **EXACT)
+
+    @jax.jit
+    def loss(y, eps, sigma):
+        xt = process.q_sample(y, sigma, eps)
+        output = toy(case, kind, column(process.input_scale(sigma)) * xt, process.model_time(sigma))
+        elements = column(process.weight(sigma)) * (output - process.target(y, sigma, eps)) ** 2
+        return elements, process.losses(output, y, xt, sigma, eps)["loss"]
+
+    with float64():
+        elements, mean = loss(*(jnp.asarray(a) for a in (case.arrays["loss_y"], case.arrays["loss_unit_noise"], sigma)))
+        np.testing.assert_allclose(elements, expected, **EXACT, atol=1e-12 * expected.max())
+        np.testing.assert_allclose(mean, expected.mean(axis=(1, 2, 3)), **EXACT)
+
+
+@pytest.mark.parametrize("case", cases("edm"))
+def test_loss_weight(case):
+    """λ, of the denoiser's squared error."""
+    assert case is not None, "no stored cases"
+    points = noise_level(case.arrays["loss_EDM_sigma"].ravel())
+    weight = weights("edm", points, predicts_x0, sigma_data=0.5)
+    np.testing.assert_allclose(weight, case.arrays["loss_EDM_weight"].ravel(), **EXACT)
+
+
+@pytest.mark.parametrize("case, match", keys(r"sched_N(\d+)_lo([\d.]+)_hi([\d.]+)_rho([\d.]+)"))
+def test_noise_levels(case, match):
+    assert case is not None, "no stored cases"
+    steps, low, high, rho = match.groups()
+    np.testing.assert_allclose(
+        edm.sigmas(int(steps), float(low), float(high), float(rho)), case.arrays[match[0]], **EXACT
+    )
+
+
+@pytest.mark.parametrize("case, match", keys(r"(abl\d+)_f64_call_sigma"))
+def test_discretisations(case, match):
+    """The noise levels at which the generalised sampler begins its steps; it also calls at others within them."""
+    assert case is not None, "no stored cases"
+    options = case.info["ablation"][match[1]]
+    sigma = edm.DISCRETISATIONS[options["discretization"]](options["num_steps"])
+    assert len(sigma) == options["num_steps"] + 1
+    assert sigma[-1] == 0
+    starts = case.arrays[match[0]][:: 1 if options["solver"] == "euler" else 2]
+    if options["discretization"] == "iddpm":
+        assert_noise_levels_of_float32(sigma[:-1], starts)
+    else:
+        np.testing.assert_allclose(sigma[:-1], starts, **EXACT)
