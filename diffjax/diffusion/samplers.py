@@ -277,7 +277,7 @@ def follow_flow(plan: AdaptivePlan, denoise: Denoise, x: jax.Array) -> jax.Array
     """The end of the flow from start x through the span of the process, with steps chosen for each sample."""
     start, rtol, atol, weight = (in_dtype_of(x, value) for value in (plan.start, plan.rtol, plan.atol, plan.weight))
 
-    def velocity(t: jax.Array, state: jax.Array) -> jax.Array:
+    def velocity(t: Any, state: jax.Array) -> jax.Array:
         grid = jax.tree.map(lambda leaf: leaf.reshape(-1, *(1,) * (x.ndim - 1)), plan.process.grid(t))
         output = denoise(grid.input_scale * state, grid.model_time.reshape(-1), weight).astype(x.dtype)
         return grid.conversion.velocity_x * state + grid.conversion.velocity_f * output[..., : x.shape[-1]]
