@@ -177,7 +177,7 @@ def discrete_steps(count: int, steps: int, spacing: str) -> np.ndarray:
         return np.linspace(0, count - 1, steps + 1).round()[:0:-1].astype(np.int64)
     if spacing == "trailing":
         return np.arange(count, 0, -count / steps)[:steps].round().astype(np.int64) - 1
-    raise UserError(f"spacing {spacing!r} is unknown; valid: even, stride, linspace, trailing, rho")
+    raise UserError(f"spacing {spacing!r} is unknown; valid: even, stride, linspace, trailing")
 
 
 def noise_levels(
