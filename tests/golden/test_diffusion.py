@@ -181,7 +181,7 @@ def test_ddim_loop(case, name):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("case", cases("diffusion"))
 def test_loops_of_a_plan(case, sampler):
-    """The same loops as tables of the process with all its steps: from x_T down, the noise of step i being noises[i]."""
+    """The same loops as tables of the process with all its steps; the noise of step i is noises[i]."""
     assert case is not None, "no stored cases"
     names = sorted({key.split("/")[2] for key in case.arrays if key.startswith(f"loop/{sampler}/")})
     assert names
