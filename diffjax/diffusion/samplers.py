@@ -231,7 +231,7 @@ def sample(plan: Plan | AdaptivePlan, denoise: Denoise, x: jax.Array, noise: Noi
     def advance(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         row = jax.tree.map(lambda column: column[i], table)
         state, memory = carry
-        output = call(denoise, row.model_time, row.input_scale * state, row.weight)
+        output = call(denoise, row.model_time, row.input_scale * state, row.weight, plan.learned_variance)
         x0, eps = read(row, state, output[..., : x.shape[-1]], clip)
         after, memory = (mixed(mix, state, x0, eps, memory) for mix in (row.state, row.memory))
         if plan.random:
@@ -248,9 +248,16 @@ def in_dtype_of(x: jax.Array, column: Any) -> jax.Array:
     return array if jnp.issubdtype(array.dtype, jnp.integer) else array.astype(x.dtype)
 
 
-def call(denoise: Denoise, model_time: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The network's output at one time for the whole batch, in the dtype of x."""
-    return denoise(x, jnp.broadcast_to(model_time, x.shape[:1]), weight).astype(x.dtype)
+def call(denoise: Denoise, model_time: jax.Array, x: jax.Array, weight: jax.Array, learned_variance: bool) -> jax.Array:
+    """The network's output at one time for the whole batch, in the dtype of x; UserError if its channels do not fit."""
+    output = denoise(x, jnp.broadcast_to(model_time, x.shape[:1]), weight)
+    valid = [count * x.shape[-1] for count in ((2,) if learned_variance else (1, 2))]
+    if output.shape[-1] not in valid:
+        raise UserError(
+            f"the sampler needs {' or '.join(map(str, valid))} output channels for {x.shape[-1]} input channels, "
+            f"the model gives {output.shape[-1]}"
+        )
+    return output.astype(x.dtype)
 
 
 def read(row: Table, x: jax.Array, prediction: jax.Array, clip: bool) -> tuple[jax.Array, jax.Array]:

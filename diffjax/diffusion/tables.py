@@ -193,8 +193,8 @@ def noise_levels(
         ends = process.grid(np.array(process.span, np.float64))
     with np.errstate(divide="ignore"):
         highest, lowest = ends.sigma / ends.alpha
-    high = sigma_max or (highest if np.isfinite(highest) else 80.0)
-    low = sigma_min or (lowest if lowest > 0 else 0.002)
+    high = sigma_max if sigma_max is not None else highest if np.isfinite(highest) else 80.0
+    low = sigma_min if sigma_min is not None else lowest if lowest > 0 else 0.002
     if not 0 < low < high:
         raise UserError(f"noise levels from {high:g} to {low:g}: valid: falling and above 0")
     return np.linspace(high ** (1 / rho), low ** (1 / rho), steps) ** rho
@@ -236,6 +236,8 @@ def descending(
         return at_levels(process, noise_levels(process, steps, sigma_min, sigma_max, rho))
     if not isinstance(process, GaussianDiffusion):
         raise UserError(f"spacing {spacing!r} is for discrete processes; valid in continuous time: rho")
+    if sigma_min is not None or sigma_max is not None:
+        raise UserError(f"sigma_min and sigma_max have no meaning with spacing {spacing!r}; valid with: rho")
     return discrete_grid(process, discrete_steps(process.num_steps, steps, spacing))
 
 
@@ -345,6 +347,8 @@ def edm(
     """
     if order not in (1, 2) or not 0 < ahead <= 1 or churn < 0:
         raise UserError(f"order {order}, ahead {ahead}, churn {churn}: valid: 1 or 2, above 0 to 1, 0 and above")
+    if order == 1 and ahead != 1:
+        raise UserError(f"ahead {ahead} has no meaning with order 1, which does not look ahead; valid: order 2")
     if ahead != 1 and isinstance(process, GaussianDiffusion):
         raise UserError(f"ahead {ahead} looks between the steps, where a discrete process is not known; valid: 1")
     schedule = descending(process, steps, "rho", sigma_min, sigma_max, rho)
@@ -403,6 +407,8 @@ def time_grid(process: AnyProcess, sampler: str, steps: int, shift: float, times
     known = continuous(process, sampler)
     if times is None:
         return known, own_times(known, steps, shift)
+    if shift != 1:
+        raise UserError(f"shift {shift} has no meaning when the times are given; valid: one of the two")
     given = np.asarray(times, np.float64)
     if given.shape != (steps + 1,):
         raise UserError(f"times of shape {given.shape}: valid: {steps + 1} of them for {steps} steps")

@@ -320,3 +320,11 @@ def test_a_network_in_low_precision_leaves_the_state_as_it_is():
     plan = named_plan("heun", 4)
     sample = samplers.sample(plan, lambda x, t, weight: x.astype(jnp.bfloat16), jnp.ones((1, *SHAPE)), jnp.zeros_like)
     assert sample.dtype == jnp.float32
+
+
+def test_output_channels_must_fit():
+    plan, x = samplers.plan(gaussian_diffusion(), "ddpm", 5), jnp.ones((1, *SHAPE))
+    with pytest.raises(UserError, match="needs 4 output channels for 2 input channels, the model gives 2"):
+        samplers.sample(plan, lambda x, t, weight: x, x, jnp.zeros_like)
+    with pytest.raises(UserError, match="needs 2 or 4 output channels"):
+        samplers.sample(named_plan("euler", 5), lambda x, t, weight: x[..., :1], x, jnp.zeros_like)
