@@ -1,54 +1,133 @@
-"""Classifier-free guidance (2207.12598): a denoiser made from a labelled one, ready for any sampler.
+"""Guidance: a denoiser made from two, the better of which is pushed away from the worse.
 
-A network trained with labels dropped at random predicts both given a label c and given none (∅). Moving away from the
-second towards the first sharpens the samples. With scale s (s = 1 + w in the paper's w; 1 is no guidance):
+    (1)  f_w = f_0 + w (f_1 - f_0)
 
-    (1)  f_s(x, c) = f(x, ∅) + s (f(x, c) - f(x, ∅))                      eq. 6
+With classifier-free guidance (2207.12598 eq. 6) f_1 is the network given a label c and f_0 the same network given none
+(∅), as labels dropped at random in training have taught it; with autoguidance (2406.02507 eq. 3) f_0 is a smaller or
+less trained network given the same label. w = 1 is no guidance (papers also write 1 + w). It acts on predictions of
+noise, data, velocity and score alike.
 
-It acts on predictions of noise, data, velocity and score alike.
+The weight belongs to the step of the sampler, which hands it over with each call. It is a number or follows
+
+    (2)  w(t) = 1 + (s - 1) (1 - cos(π (1 - t/T)^p)) / 2                    power cosine, MDT 2303.14389
+    (3)  w(τ) = s where low < τ <= high, else 1,   τ = σ/α                  interval, 2404.07724
+
+In (3) both ends are moved to the nearest noise level of the schedule, so that w is constant within a step; where w = 1
+the network f_0 need not be called.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from diffjax.diffusion.samplers import Denoise
+from diffjax.diffusion.samplers import Denoise, Weight
+from diffjax.errors import UserError
 
 DenoiseWithLabels = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+DenoiseBoth = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def classifier_free(
     denoise: DenoiseWithLabels,
     labels: jax.Array,
     null_label: int,
-    scale: float | jax.Array,
+    scale: float | jax.Array = 1.0,
     channels: int | None = None,
+    *,
+    calls: Literal["one", "two"] = "one",
+    skip: bool = False,
 ) -> Denoise:
-    """A guided `denoise(x, t)` from `denoise(x, t, y)`, for labels [b] int32 and the index that means "no label".
+    """A guided `denoise(x, t, weight)` from `denoise(x, t, y)`, for labels [b] int32 and the index of "no label".
 
-    One call on the doubled batch, the conditional row of an example first. Guided are the first `channels` output
-    channels, by default as many as x has; the rest (the variance output v) is the conditional one. channels=3 on
-    four-channel latents is what the published DiT, SiT and MDT figures were sampled with: keep it for those alone. A
-    Python scale of 1 makes a plain conditional call.
+    scale is the weight of calls that give none; a Python number 1 then makes a plain conditional call.
+    Guided are the first `channels` output channels, by default as many as x has; the rest (the variance output v) is
+    the conditional one. channels=3 on four-channel latents is what the published DiT, SiT and MDT figures were sampled
+    with: keep it for those alone. calls: "one" on the doubled batch, the conditional row of an example first, or
+    "two", which need less memory. skip: leave out the unconditional call where the weight is 1, at the price of
+    compiling the network twice; worth it for weights that are 1 in many steps (3).
     """
-    if isinstance(scale, int | float) and scale == 1:
-        return lambda x, t: denoise(x, t, labels)
-    both_labels = jnp.stack([labels, jnp.full_like(labels, null_label)], axis=1).reshape(-1)
 
-    def guided(x: jax.Array, t: jax.Array) -> jax.Array:
+    def conditional(x: jax.Array, t: jax.Array) -> jax.Array:
+        return denoise(x, t, labels)
+
+    def one_call(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         # The two rows of an example stay neighbours, so that a batch split over devices needs no exchange.
+        both_labels = jnp.stack([labels, jnp.full_like(labels, null_label)], axis=1).reshape(-1)
         output = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2), both_labels)
-        conditional, unconditional = output[0::2], output[1::2]
-        return combine(conditional, unconditional, scale, x.shape[-1] if channels is None else channels)
+        return output[0::2], output[1::2]
 
-    return guided
+    def two_calls(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return denoise(x, t, labels), denoise(x, t, jnp.full_like(labels, null_label))
+
+    if calls not in ("one", "two"):
+        raise UserError(f"guidance with {calls!r} calls: valid: one, two")
+    return guided(conditional, one_call if calls == "one" else two_calls, scale, channels, skip)
 
 
-def combine(
-    conditional: jax.Array, unconditional: jax.Array, scale: float | jax.Array, channels: int | None = None
-) -> jax.Array:
-    """Equation (1) on the first `channels` of [b, ..., c] (None: all); the others are the conditional ones."""
-    base = unconditional[..., :channels]
-    guided = base + scale * (conditional[..., :channels] - base)
-    return guided if channels is None else jnp.concatenate([guided, conditional[..., channels:]], axis=-1)
+def autoguidance(denoise: Denoise, worse: Denoise, *, channels: int | None = None, skip: bool = False) -> Denoise:
+    """A guided `denoise(x, t, weight)` from two `denoise(x, t)`, of which `worse` is the one to get away from.
+
+    Give both the same labels. The second may be another set of parameters or another model. channels, skip: as for
+    `classifier_free`.
+    """
+    return guided(denoise, lambda x, t: (denoise(x, t), worse(x, t)), 1.0, channels, skip)
+
+
+def guided(denoise: Denoise, both: DenoiseBoth, scale: float | jax.Array, channels: int | None, skip: bool) -> Denoise:
+    """Equation (1) of `both(x, t)` -> (f_1, f_0), or just `denoise(x, t)`, f_1, where nothing else is needed."""
+
+    def extrapolated(x: jax.Array, t: jax.Array, weight: float | jax.Array) -> jax.Array:
+        better, worse = both(x, t)
+        return combine(better, worse, weight, x.shape[-1] if channels is None else channels)
+
+    def call(x: jax.Array, t: jax.Array, weight: float | jax.Array = scale) -> jax.Array:
+        if isinstance(weight, int | float) and weight == 1:
+            return denoise(x, t)
+        if not skip:
+            return extrapolated(x, t, weight)
+        return jax.lax.cond(weight == 1, lambda x, t, w: denoise(x, t), extrapolated, x, t, weight)
+
+    return call
+
+
+def combine(better: jax.Array, worse: jax.Array, weight: float | jax.Array, channels: int | None = None) -> jax.Array:
+    """Equation (1) on the first `channels` of [b, ..., c] (None: all); the others are those of `better`."""
+    base = worse[..., :channels]
+    result = base + weight * (better[..., :channels] - base)
+    return result if channels is None else jnp.concatenate([result, better[..., channels:]], axis=-1)
+
+
+def weights(
+    kind: str, scale: float, *, power: float | None = None, low: float | None = None, high: float | None = None
+) -> Weight:
+    """What `samplers.plan` takes as its weight: "constant"; "power_cosine" with a power; "interval" from low to high.
+
+    low and high are noise levels σ/α. UserError for an unknown kind, and for options that it lacks or has no use for.
+    """
+    given = {name: value for name, value in (("power", power), ("low", low), ("high", high)) if value is not None}
+    needed = {"constant": (), "power_cosine": ("power",), "interval": ("low", "high")}
+    if kind not in needed:
+        raise UserError(f"guidance weight {kind!r} is unknown; valid: {', '.join(needed)}")
+    if set(given) != set(needed[kind]):
+        raise UserError(f"guidance weight {kind!r} with {sorted(given)}: valid: {list(needed[kind])}")
+    if kind == "constant":
+        return scale
+    if kind == "power_cosine":
+        return lambda level, time: power_cosine(time, scale, given["power"])
+    return lambda level, time: interval(level, scale, given["low"], given["high"])
+
+
+def power_cosine(time: np.ndarray, scale: float, power: float) -> np.ndarray:
+    """Equation (2) at time = t/T float64 [n], 0 at the data: a large power guides late, a small one throughout."""
+    return 1 + (scale - 1) * (1 - np.cos(np.pi * (1 - time) ** power)) / 2
+
+
+def interval(level: np.ndarray, scale: float, low: float, high: float) -> np.ndarray:
+    """Equation (3) at the noise levels of a schedule, float64 [n]."""
+    if not 0 <= low < high:
+        raise UserError(f"a guidance interval from {low} to {high}: valid: 0 and above, and not empty")
+    low, high = (level[np.abs(level - end).argmin()] if np.isfinite(end) else end for end in (low, high))
+    return np.where((low < level) & (level <= high), scale, 1.0)

@@ -1,8 +1,30 @@
-"""Samplers of a Gaussian diffusion: DDPM 2006.11239, DDIM 2010.02502.
+"""Samplers: from noise to data with any process, method and guidance, as one compiled loop.
 
-Each sampler is a pure single step and a loop of it (`lax.fori_loop`, so the network is compiled once per shape; call it
-under `jax.jit`). `denoise(xt, t)` is the network with everything else bound: xt [b, ..., c], t float32 [b] the original
-step -> [b, ..., c or 2c]. `noise(k)` gives the standard normal values [b, ..., c] of loop index k, an int32 scalar.
+    plan = samplers.plan(process, "edm", steps=18, max_steps=50)         on the host, float64
+    x0 = jax.jit(samplers.sample, ...)(plan, denoise, x, noise)          compiled once per shape
+
+A plan is a table with one row per call of the network (see `tables`), padded to that of `max_steps`, and the number of
+rows in use. `sample` walks through it with one `lax` loop, so the network is compiled once, and another number of
+steps, another weight of the guidance, another seed or another method of the same kind is only another value. Tables
+are float64 until they meet x, whose dtype they then take. "dopri5" alone has no table: it chooses its steps as it goes.
+
+`denoise(x, t, weight)` is the network with all else bound: x [b, ..., c] multiplied with the process's input scale, t
+[b] its model time, weight the scalar guidance weight of the step -> [b, ..., c], or [b, ..., 2c] with the v of a
+learned variance, which all but "ddpm" ignore. `noise(i)` gives the standard normal values [b, ..., c] of step i, an
+int32 scalar, so that a sample depends on its key and the step alone.
+
+| sampler | process | network calls of N steps |
+|---|---|---|
+| ddpm | discrete | N |
+| ddim, dpmpp_2m | any | N |
+| edm | any | 2N - 1; N with order 1 |
+| euler | continuous | N |
+| heun | continuous | 2N; one less where the flow at the end cannot be evaluated |
+| euler_maruyama | from noise at t = 0 to data at 1 | N + 1; N without a last step |
+| sde_heun | the same | 2N + 1; 2N without a last step |
+| dopri5 | continuous | as many as its tolerance needs |
+
+Below stand the single steps of a discrete process and their loops, for whoever has a process of the steps he wants:
 
     (1)  ancestral step, DDPM algorithm 2:   x_{k-1} = mean + [k > 0] exp(log σ_k² / 2) z
     (2)  DDIM eq. 12, 16:   x_{k-1} = √ᾱ_{k-1} x̂0 + √(1-ᾱ_{k-1}-s²) eps^ + [k > 0] s z,
@@ -12,17 +34,262 @@ step -> [b, ..., c or 2c]. `noise(k)` gives the standard normal values [b, ..., 
 η = 0 is deterministic; η = 1 has the variance β~ of the DDPM posterior.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffjax import rng
+from diffjax.diffusion import adaptive, tables
 from diffjax.diffusion.gaussian import GaussianDiffusion, at
+from diffjax.diffusion.process import Process
+from diffjax.diffusion.tables import AnyProcess, Table, Trajectory
 from diffjax.errors import UserError
 
-Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+Denoise = Callable[..., jax.Array]
 Noise = Callable[[jax.Array], jax.Array]
+Weight = float | Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+TABLES: dict[str, Callable[..., Trajectory]] = {
+    "ddpm": tables.ddpm,
+    "ddim": tables.ddim,
+    "edm": tables.edm,
+    "dpmpp_2m": tables.dpmpp_2m,
+    "euler": tables.euler,
+    "heun": tables.heun,
+    "euler_maruyama": tables.euler_maruyama,
+    "sde_heun": tables.sde_heun,
+}
+SAMPLERS = (*TABLES, "dopri5")
+THROUGH_X0 = ("ddpm", "ddim", "edm", "dpmpp_2m")
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["table", "rows", "start", "start_noise"],
+    meta_fields=["random", "learned_variance", "through_x0"],
+)
+@dataclass(frozen=True)
+class Plan:
+    """What `sample` does; a pytree, to be an argument of a jitted function. Build it with `plan`.
+
+    table: padded. rows: how many of it are in use, int32. start, start_noise: the first state is start x plus
+    start_noise times the noise number 0. Static: random, whether noise is used; learned_variance, whether the
+    network chooses that noise's size; through_x0, whether a limit on x0 makes sense.
+    """
+
+    table: Table
+    rows: Any
+    start: Any
+    start_noise: Any
+    random: bool
+    learned_variance: bool
+    through_x0: bool
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weight", "start", "rtol", "atol"],
+    meta_fields=["process", "max_attempts"],
+)
+@dataclass(frozen=True)
+class AdaptivePlan:
+    """The plan of "dopri5"; its process is evaluated where the sampler comes to look at it."""
+
+    weight: Any
+    start: Any
+    rtol: Any
+    atol: Any
+    process: Process
+    max_attempts: int
+
+
+def plan(
+    process: AnyProcess,
+    sampler: str,
+    steps: int = 0,
+    *,
+    max_steps: int | None = None,
+    weight: Weight = 1.0,
+    **options: Any,
+) -> Plan | AdaptivePlan:
+    """The plan of a sampler by name. UserError for what does not exist or has no meaning, with the reason.
+
+    Args:
+        process: a discrete process with all the steps it was trained with, or one in continuous time.
+        sampler: one of SAMPLERS.
+        steps: N of the table above; "dopri5" has none.
+        max_steps: pad the table to that many steps, so that plans of fewer steps share a compilation.
+        weight: of the guidance: a number, or a function of the noise level σ/α and the distance to the data (t/T; NaN
+            where the process has none), both float64 [n], at the start of each step -> float64 [n].
+        options: of the sampler; see the function of its name in `tables`, and `adaptive_plan` for "dopri5".
+    """
+    if sampler == "dopri5":
+        return adaptive_plan(process, weight, **accepted(adaptive_plan, sampler, options, 2))
+    if sampler not in TABLES:
+        raise UserError(f"sampler {sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
+    if steps < 1 or (max_steps is not None and steps > max_steps):
+        raise UserError(f"{steps} sampling steps: valid: 1 to {max_steps or 'as many as the process has'}")
+    make = TABLES[sampler]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        made = make(process, steps, **accepted(make, sampler, options, 2))
+    table = made.table._replace(weight=step_weights(process, made, weight)[made.step])
+    check_finite(sampler, made, table)
+    rows = len(made.step)
+    room = max(rows, evaluations(sampler, max_steps or 1)) - rows
+    return Plan(
+        table=jax.tree.map(lambda column: np.pad(column, (0, room)), table),
+        rows=np.int32(rows),
+        start=np.float64(made.start),
+        start_noise=np.float64(made.start_noise),
+        random=bool(np.any(table.noise != 0) or made.start_noise != 0),
+        learned_variance=bool(np.any(table.log_high != 0)),
+        through_x0=sampler in THROUGH_X0,
+    )
+
+
+def adaptive_plan(
+    process: AnyProcess, weight: Weight = 1.0, *, rtol: float = 1e-3, atol: float = 1e-6, max_attempts: int = 1000
+) -> AdaptivePlan:
+    """Dormand and Prince's 5(4) pair along the flow through the span, each sample with steps of its own.
+
+    rtol, atol: of the error of a step. A sample that is not there after max_attempts steps becomes NaN.
+    """
+    known = tables.continuous(process, "dopri5")
+    if not isinstance(weight, int | float):
+        raise UserError("sampler 'dopri5' chooses its steps as it goes; valid: a guidance weight that is one number")
+    if rtol <= 0 or atol <= 0:
+        raise UserError(f"rtol {rtol}, atol {atol}: valid: above 0")
+    start = max(1.0, float(known.grid(np.array(known.span[:1], np.float64)).sigma[0]))
+    for end in known.span:
+        grid = known.grid(np.array([end], np.float64))
+        if not np.isfinite([grid.model_time, grid.conversion.velocity_x, grid.conversion.velocity_f]).all():
+            raise UserError(f"sampler 'dopri5' divides by zero at t = {end:g}; valid: a span that ends before it")
+    return AdaptivePlan(np.float64(weight), np.float64(start), np.float64(rtol), np.float64(atol), known, max_attempts)
+
+
+def accepted(make: Callable, sampler: str, options: dict[str, Any], leading: int) -> dict[str, Any]:
+    """The options, if they are all keywords of `make`, after its leading arguments; else UserError."""
+    valid = list(inspect.signature(make).parameters)[leading:]
+    for name in options:
+        if name not in valid:
+            raise UserError(f"sampler {sampler!r} has no option {name!r}; valid: {', '.join(valid)}")
+    return options
+
+
+def step_weights(process: AnyProcess, made: Trajectory, weight: Weight) -> np.ndarray:
+    """The guidance weight of each step, float64 [steps]."""
+    if isinstance(weight, int | float):
+        return np.full(len(made.schedule.t), float(weight))
+    with np.errstate(divide="ignore"):
+        weights = weight(made.schedule.sigma / made.schedule.alpha, tables.noise_time(process, made.schedule))
+    if not np.isfinite(weights).all():
+        raise UserError("the guidance weight depends on t/T, which this process has not; valid: constant, interval")
+    return weights
+
+
+def check_finite(sampler: str, made: Trajectory, table: Table) -> None:
+    """UserError where a row of the table divides by zero."""
+    bad = ~np.all([np.isfinite(column) for column in jax.tree.leaves(table)], axis=0)
+    if bad.any():
+        raise UserError(
+            f"sampler {sampler!r} divides by zero in its step from t = {made.schedule.t[made.step[bad][0]]:g}, where "
+            "the network's prediction does not tell data and noise apart; valid: a span within which it does"
+        )
+
+
+def evaluations(what: Plan | str, steps: int | None = None) -> int:
+    """How often the network is called: by a plan, exactly; by a sampler's name in N steps, at most, which is what the
+    table above says for the default options."""
+    if isinstance(what, Plan):
+        return int(what.rows)
+    if what not in TABLES or steps is None:
+        raise UserError(f"network calls of {what!r} are not known beforehand; valid: {', '.join(TABLES)}, with steps")
+    two, more = what in ("edm", "heun", "sde_heun"), {"edm": -1, "euler_maruyama": 1, "sde_heun": 1}
+    return (1 + two) * steps + more.get(what, 0)
+
+
+def sample(plan: Plan | AdaptivePlan, denoise: Denoise, x: jax.Array, noise: Noise, clip: bool = False) -> jax.Array:
+    """Data [b, ..., c] in the dtype of x from x ~ N(0, I); call it in a jitted function that takes the plan.
+
+    clip limits the predicted data to [-1, 1]; it suits pixels, never latents.
+    """
+    if clip and not (isinstance(plan, Plan) and plan.through_x0):
+        raise UserError(f"clip limits x0, which this sampler does not go through; valid: {', '.join(THROUGH_X0)}")
+    if isinstance(plan, AdaptivePlan):
+        return follow_flow(plan, denoise, x)
+    table = jax.tree.map(lambda column: in_dtype_of(x, column), plan.table)
+    state = in_dtype_of(x, plan.start) * x
+    if plan.random:
+        state += in_dtype_of(x, plan.start_noise) * noise(jnp.int32(0)).astype(x.dtype)
+
+    def advance(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        row = jax.tree.map(lambda column: column[i], table)
+        state, memory = carry
+        output = call(denoise, row.model_time, row.input_scale * state, row.weight, plan.learned_variance)
+        x0, eps = read(row, state, output[..., : x.shape[-1]], clip)
+        after, memory = (mixed(mix, state, x0, eps, memory) for mix in (row.state, row.memory))
+        if plan.random:
+            size = row.noise * learned_size(row, output, x.shape[-1]) if plan.learned_variance else row.noise
+            after += size * noise(row.slot).astype(x.dtype)
+        return after, memory
+
+    return jax.lax.fori_loop(0, plan.rows, advance, (state, jnp.zeros_like(state)))[0]
+
+
+def in_dtype_of(x: jax.Array, column: Any) -> jax.Array:
+    """Numbers of a plan ready to meet x; those that count things stay integers."""
+    array = jnp.asarray(column)
+    return array if jnp.issubdtype(array.dtype, jnp.integer) else array.astype(x.dtype)
+
+
+def call(denoise: Denoise, model_time: jax.Array, x: jax.Array, weight: jax.Array, learned_variance: bool) -> jax.Array:
+    """The network's output at one time for the whole batch, in the dtype of x; UserError if its channels do not fit."""
+    output = denoise(x, jnp.broadcast_to(model_time, x.shape[:1]), weight)
+    valid = [count * x.shape[-1] for count in ((2,) if learned_variance else (1, 2))]
+    if output.shape[-1] not in valid:
+        raise UserError(
+            f"the sampler needs {' or '.join(map(str, valid))} output channels for {x.shape[-1]} input channels, "
+            f"the model gives {output.shape[-1]}"
+        )
+    return output.astype(x.dtype)
+
+
+def read(row: Table, x: jax.Array, prediction: jax.Array, clip: bool) -> tuple[jax.Array, jax.Array]:
+    """The data and the noise in x that the network's prediction stands for."""
+    x0 = row.x0_x * x + row.x0_f * prediction
+    if not clip:
+        return x0, row.eps_x * x + row.eps_f * prediction
+    x0 = jnp.clip(x0, -1.0, 1.0)
+    return x0, (x - row.alpha * x0) / row.sigma
+
+
+def mixed(mix: tables.Mix, x: jax.Array, x0: jax.Array, eps: jax.Array, memory: jax.Array) -> jax.Array:
+    """Equation (1) of `tables` without its noise."""
+    return mix.x * x + mix.x0 * x0 + mix.eps * eps + mix.memory * memory
+
+
+def learned_size(row: Table, output: jax.Array, channels: int) -> jax.Array:
+    """σ of equation (4) of `gaussian`, from the second half of the output's channels."""
+    fraction = (output[..., channels:] + 1.0) / 2.0
+    return jnp.exp(0.5 * (fraction * row.log_high + (1.0 - fraction) * row.log_low))
+
+
+def follow_flow(plan: AdaptivePlan, denoise: Denoise, x: jax.Array) -> jax.Array:
+    """The end of the flow from start x through the span of the process, with steps chosen for each sample."""
+    start, rtol, atol, weight = (in_dtype_of(x, value) for value in (plan.start, plan.rtol, plan.atol, plan.weight))
+
+    def velocity(t: Any, state: jax.Array) -> jax.Array:
+        grid = jax.tree.map(lambda leaf: leaf.reshape(-1, *(1,) * (x.ndim - 1)), plan.process.grid(t))
+        output = denoise(grid.input_scale * state, grid.model_time.reshape(-1), weight).astype(x.dtype)
+        return grid.conversion.velocity_x * state + grid.conversion.velocity_f * output[..., : x.shape[-1]]
+
+    return adaptive.dopri5(velocity, start * x, plan.process.span, rtol, atol, plan.max_attempts)
 
 
 def initial_noise(keys: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -31,7 +298,7 @@ def initial_noise(keys: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 
 def step_noise(keys: jax.Array, shape: Sequence[int]) -> Noise:
-    """The `noise` of a sampler: standard normal float32 [b, *shape] at each k, sample i from (keys[i], k) alone."""
+    """The `noise` of a sampler: standard normal float32 [b, *shape] of a step, sample i from (keys[i], step) alone."""
     streams = rng.fold_name(keys, "noise")
     return lambda k: rng.normal(rng.fold(streams, k), shape)
 

@@ -5,6 +5,8 @@ import pytest
 
 from diffjax.diffusion import guidance, samplers
 from diffjax.diffusion.gaussian import gaussian_diffusion
+from diffjax.errors import UserError
+from tests import trajectories
 
 NULL = 10
 LABELS = jnp.array([3, 7])
@@ -61,3 +63,86 @@ def test_a_guided_denoiser_drives_a_sampler():
         samplers.ddim(process, guidance.classifier_free(blind, LABELS, NULL, scale), X) for scale in (1, 4.0)
     )
     np.testing.assert_allclose(guided, plain, atol=1e-5)
+
+
+def test_two_calls_give_what_one_call_on_the_doubled_batch_gives():
+    one, two = (guidance.classifier_free(labelled, LABELS, NULL, calls=calls)(X, T, 2.5) for calls in ("one", "two"))
+    np.testing.assert_allclose(one, two, atol=1e-6)
+    with pytest.raises(UserError, match="valid: one, two"):
+        guidance.classifier_free(labelled, LABELS, NULL, calls="three")
+
+
+def test_autoguidance_moves_away_from_the_worse_network():
+    better, worse = (lambda x, t: labelled(x, t, LABELS)), (lambda x, t: 0.5 * labelled(x, t, LABELS))
+    output = guidance.autoguidance(better, worse, channels=8)(X, T, 3.0)
+    np.testing.assert_allclose(output, CONDITIONAL + 2.0 * 0.5 * CONDITIONAL, atol=1e-5)
+    np.testing.assert_array_equal(guidance.autoguidance(better, worse)(X, T, 1), CONDITIONAL)
+
+
+INTERVAL = guidance.weights("interval", 3.0, low=0.3, high=3.0)
+
+
+def executed(skip: bool, calls: str, weight) -> tuple[np.ndarray, list[int], samplers.Plan]:
+    """A sample of EDM's Heun method, and the batch sizes with which the network really ran."""
+    sizes = []
+
+    def network(x, t, y):
+        jax.debug.callback(lambda _: sizes.append(len(x)), t[0])
+        return jnp.tanh(x) + 0.1 * jnp.sin(t + y)[:, None, None, None]
+
+    denoise = guidance.classifier_free(network, LABELS, NULL, calls=calls, skip=skip)
+    plan = samplers.plan(trajectories.edm(), "edm", 12, weight=weight)
+    run = jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, jnp.zeros_like))
+    sample = np.asarray(run(plan, X))
+    jax.effects_barrier()
+    return sample, sizes, plan
+
+
+@pytest.mark.parametrize("calls", ["one", "two"])
+def test_outside_an_interval_the_unconditional_call_is_skipped(calls):
+    """By the calls that a compiled loop makes, and without a change to the samples."""
+    everywhere, all_sizes, plan = executed(False, calls, INTERVAL)
+    skipped, sizes, _ = executed(True, calls, INTERVAL)
+    total, guided = int(plan.rows), int((plan.table.weight[: plan.rows] != 1).sum())
+    assert 0 < guided < total
+    per_call = {"one": [4], "two": [2, 2]}[calls]
+    assert sorted(all_sizes) == sorted(per_call * total)
+    assert sorted(sizes) == sorted(per_call * guided + [2] * (total - guided))
+    np.testing.assert_allclose(skipped, everywhere, rtol=1e-5, atol=1e-5)
+    unguided, _, _ = executed(False, calls, 1.0)
+    assert np.abs(unguided - skipped).max() > 1e-3
+
+
+def test_the_weight_of_a_step_holds_for_both_of_its_calls():
+    _, _, plan = executed(True, "one", INTERVAL)
+    weights = plan.table.weight[: plan.rows]
+    np.testing.assert_array_equal(weights[0:-1:2], weights[1::2])
+
+
+def test_ends_of_an_interval_move_to_the_schedule():
+    levels = np.array([10.0, 3.1, 1.0, 0.29, 0.1])
+    np.testing.assert_array_equal(guidance.interval(levels, 2.0, 0.3, 3.0), [1, 2, 2, 1, 1])
+    np.testing.assert_array_equal(guidance.interval(levels, 2.0, 0.3, np.inf), [2, 2, 2, 1, 1])
+    np.testing.assert_array_equal(guidance.interval(np.append(np.inf, levels), 2.0, 0.3, 3.0), [1, 1, 2, 2, 1, 1])
+
+
+def test_power_cosine_rises_from_noise_to_data():
+    weights = guidance.power_cosine(np.array([1.0, 0.5, 0.0]), 4.0, 1.0)
+    np.testing.assert_allclose(weights, [1.0, 2.5, 4.0])
+    plan = samplers.plan(gaussian_diffusion(), "ddim", 10, weight=guidance.weights("power_cosine", 4.0, power=1.0))
+    assert (np.diff(plan.table.weight) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ({"kind": "linear"}, "valid: constant, power_cosine, interval"),
+        ({"kind": "interval", "low": 0.1}, "low.*high"),
+        ({"kind": "constant", "power": 2.0}, "power"),
+    ],
+)
+def test_impossible_weights_are_refused(arguments, reason):
+    with pytest.raises(UserError, match=reason):
+        guidance.weights(scale=2.0, **arguments)
+    with pytest.raises(UserError, match="not empty"):
+        guidance.interval(np.ones(3), 2.0, 3.0, 1.0)

@@ -1,14 +1,17 @@
 """Samplers on data whose best denoiser is known in closed form."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffjax import rng
-from diffjax.diffusion import samplers
+from diffjax.diffusion import paths, samplers
 from diffjax.diffusion.gaussian import GaussianDiffusion, gaussian_diffusion
 from diffjax.errors import UserError
+from tests import trajectories
 
 MEAN, STD = 0.7, 0.4
 SHAPE = (1, 1, 2)
@@ -129,3 +132,199 @@ def test_clipping_keeps_samples_in_range():
     free, clipped = (samplers.ddim(process, lambda x, t: -x, x, clip=clip) for clip in (False, True))
     assert float(free.max()) > 1.0
     assert float(jnp.abs(clipped).max()) <= 1.0
+
+
+# Plans: every sampler on every kind of process
+
+DISCRETE = gaussian_diffusion(variance="fixed_large")
+LINEAR = trajectories.make(paths.linear, paths.predicts_velocity, (0.0, 1.0))
+EDM = trajectories.edm(span=(80.0, 0.002))
+CENTRE = np.array([0.4, -0.2])
+ROOT = np.array([[0.5, 0.0], [0.3, 0.2]])  # of the covariance
+PLANS = {
+    "ddpm": (DISCRETE, 1000, {}),
+    "ddim": (DISCRETE, 250, {}),
+    "ddim-eta": (LINEAR, 400, {"eta": 1.0}),
+    "edm-discrete": (DISCRETE, 40, {}),
+    "edm": (EDM, 40, {}),
+    "edm-churn": (EDM, 256, {"churn": 40.0, "churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.003}),
+    "dpmpp_2m-discrete": (DISCRETE, 100, {}),
+    "dpmpp_2m": (LINEAR, 60, {}),
+    "euler": (LINEAR, 200, {}),
+    "heun": (LINEAR, 50, {}),
+    "euler_maruyama": (LINEAR, 250, {"norm": 0.5}),
+    "sde_heun": (LINEAR, 250, {"norm": 0.5}),
+    "dopri5": (LINEAR, 0, {}),
+}
+
+
+def named_plan(name: str, steps: int | None = None, **others) -> samplers.Plan | samplers.AdaptivePlan:
+    process, default, options = PLANS[name]
+    return samplers.plan(process, name.split("-")[0], steps or default, **(options | others))
+
+
+def correlated(process) -> samplers.Denoise:
+    """The best network for data N(CENTRE, ROOT ROOT') over the last axis."""
+    covariance, abar = jnp.asarray(ROOT @ ROOT.T, jnp.float32), jnp.asarray(ABAR, jnp.float32)
+
+    def coefficients(told):
+        if isinstance(process, GaussianDiffusion):
+            a = abar[told.astype(jnp.int32)]
+            alpha, sigma = jnp.sqrt(a), jnp.sqrt(1 - a)
+            return alpha, sigma, jnp.ones_like(a), (0.0, 1.0)
+        t = jnp.exp(4 * told) if process is EDM else told
+        c = process.path(t)
+        return c.alpha, c.sigma, process.input_scale(t), process.prediction(c)
+
+    def denoise(x, told, weight):
+        alpha, sigma, scale, (p, q) = (
+            jax.tree.map(lambda a: jnp.reshape(a, (-1, 1, 1, 1)), value) for value in coefficients(told)
+        )
+        offset = x / scale - alpha * CENTRE.astype(np.float32)
+        spread = alpha[..., None] ** 2 * covariance + sigma[..., None] ** 2 * jnp.eye(2)
+        solved = jnp.linalg.solve(spread, offset[..., None])[..., 0]
+        return p * (CENTRE.astype(np.float32) + alpha * (solved @ covariance)) + q * sigma * solved
+
+    return denoise
+
+
+def drawn(name: str, plan: samplers.Plan | samplers.AdaptivePlan, keys: jax.Array) -> jax.Array:
+    x, noise = samplers.initial_noise(keys, SHAPE), samplers.step_noise(keys, SHAPE)
+    return samplers.sample(plan, correlated(PLANS[name][0]), x, noise)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_sampler_reaches_mean_and_covariance(name):
+    """Within four standard errors of 4096 samples, plus 2% for the finite steps."""
+    count = 4096
+    samples = np.asarray(jax.jit(partial(drawn, name))(named_plan(name), keys(count, 3)))[:, 0, 0]
+    covariance = ROOT @ ROOT.T
+    variances = np.diag(covariance)
+    np.testing.assert_array_less(np.abs(samples.mean(axis=0) - CENTRE), (4 / count**0.5 + 0.02) * np.sqrt(variances))
+    error = np.sqrt((np.outer(variances, variances) + covariance**2) / count)  # of a sample covariance
+    allowed = 4 * error + 0.04 * np.sqrt(np.outer(variances, variances))
+    np.testing.assert_array_less(np.abs(np.cov(samples.T) - covariance), allowed)
+
+
+FEW = {"ddpm": (7, 10), "ddim": (5, 10), "ddim-eta": (6, 9)}
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if name != "dopri5"])
+def test_one_compilation_whatever_the_steps_the_weight_and_the_seed(name):
+    """And nothing passes between host and device within a trajectory."""
+    run = jax.jit(partial(drawn, name))
+    few, most = FEW.get(name, (4, 9))
+    results = []
+    for steps, weight, seed in ((most, 1.0, 0), (few, 2.5, 0), (few, 1.0, 1)):
+        arguments = jax.device_put((named_plan(name, steps, max_steps=most, weight=weight), keys(2, seed)))
+        with jax.transfer_guard("disallow"):
+            results.append(run(*arguments))
+    assert run._cache_size() == 1
+    assert len({float(result.sum()) for result in results}) == 3
+    unpadded = jax.jit(partial(drawn, name))(named_plan(name, few), keys(2, 1))
+    np.testing.assert_allclose(results[-1], unpadded, rtol=1e-5, atol=1e-6)
+
+
+def test_adaptive_sampler_compiles_once_for_all_tolerances_and_seeds():
+    run = jax.jit(partial(drawn, "dopri5"))
+    for rtol, weight, seed in ((1e-3, 1.0, 0), (1e-4, 1.0, 0), (1e-4, 3.0, 1)):
+        arguments = jax.device_put((named_plan("dopri5", rtol=rtol, weight=weight), keys(2, seed)))
+        with jax.transfer_guard("disallow"):
+            run(*arguments)
+    assert run._cache_size() == 1
+
+
+def test_samplers_with_equal_room_share_a_compilation():
+    """One for those that go through x0, which may be clipped, one for the others."""
+
+    def drawn_from(plan, keys):
+        return samplers.sample(plan, correlated(LINEAR), samplers.initial_noise(keys, SHAPE), lambda i: None)
+
+    run = jax.jit(drawn_from)
+    for sampler, room in (("ddim", 31), ("dpmpp_2m", 31), ("edm", 16), ("euler", 32), ("heun", 16)):
+        run(samplers.plan(LINEAR, sampler, 8, max_steps=room), keys(2))
+    assert run._cache_size() == 2
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim-eta", "edm-churn", "euler_maruyama", "sde_heun", "dopri5"])
+def test_a_planned_sample_depends_on_its_own_key_alone(name):
+    run, plan = jax.jit(partial(drawn, name)), named_plan(name, 9 if name != "ddpm" else 10)
+    together = run(plan, keys(6))
+    np.testing.assert_allclose(run(plan, keys(6)[2:4]), together[2:4], rtol=1e-5, atol=1e-6)
+    assert len(np.unique(together)) == together.size
+
+
+def calls_of(plan: samplers.Plan | samplers.AdaptivePlan, process) -> int:
+    """How often the compiled sampler really calls the network."""
+    counted = []
+
+    def denoise(x, t, weight):
+        jax.debug.callback(lambda t: counted.append(t), t[0])
+        return trajectories.exact(process, 0.0, 1.0)(x, t) if process is not DISCRETE else x
+
+    run = jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, jnp.zeros_like))
+    jax.block_until_ready(run(plan, jnp.ones((1, *SHAPE))))
+    jax.effects_barrier()
+    return len(counted)
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if "eta" not in name and "churn" not in name])
+def test_the_network_is_called_as_often_as_evaluations_says(name):
+    process = PLANS[name][0]
+    if process is EDM:
+        process = trajectories.make(paths.noise_level, paths.predicts_x0, (80.0, 0.002))
+    sampler, steps = name.split("-")[0], 10
+    if sampler == "dopri5":
+        assert calls_of(samplers.plan(process, sampler), process) > 7
+        with pytest.raises(UserError, match="not known beforehand"):
+            samplers.evaluations(sampler, steps)
+        return
+    plan = samplers.plan(process, sampler, steps, max_steps=20)
+    assert calls_of(plan, process) == samplers.evaluations(plan) == samplers.evaluations(sampler, steps)
+
+
+def test_plans_of_a_discrete_process_are_its_loops():
+    """Learned variance, a clip and eta included; the noise of step i of a plan is that of k = K - 1 - i of a loop."""
+    full, ten = gaussian_diffusion(), gaussian_diffusion(respacing="10")
+    noise = samplers.step_noise(keys(3), SHAPE)
+    x = samplers.initial_noise(keys(3), SHAPE)
+    backwards = lambda k: noise(9 - k)  # noqa: E731
+    wide = lambda x, t: jnp.concatenate([jnp.sin(3 * x + 0.01 * t[:, None, None, None]), jnp.cos(x)], -1)  # noqa: E731
+    for clip in (False, True):
+        expected = samplers.ddpm(ten, wide, x, backwards, clip=clip)
+        plan = samplers.plan(full, "ddpm", 10)
+        actual = samplers.sample(plan, lambda x, t, w: wide(x, t), x, noise, clip)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+        expected = samplers.ddim(ten, wide, x, backwards, eta=0.6, clip=clip)
+        plan = samplers.plan(full, "ddim", 10, eta=0.6, spacing="even")
+        actual = samplers.sample(plan, lambda x, t, w: wide(x, t), x, noise, clip)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "edm-discrete", "dpmpp_2m-discrete"])
+def test_clipping_a_plan_keeps_samples_in_range(name):
+    plan = named_plan(name, 10)
+    wild = lambda x, t, weight: -2.0 * x  # noqa: E731
+    free, clipped = (samplers.sample(plan, wild, jnp.ones((1, *SHAPE)), jnp.zeros_like, clip) for clip in (False, True))
+    assert float(jnp.abs(free).max()) > 1.0
+    assert float(jnp.abs(clipped).max()) <= 1.0 + 1e-6
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "euler_maruyama", "sde_heun", "dopri5"])
+def test_a_clip_without_meaning_is_refused(name):
+    with pytest.raises(UserError, match="valid: ddpm, ddim, edm, dpmpp_2m"):
+        samplers.sample(named_plan(name, 4), correlated(LINEAR), jnp.ones((1, *SHAPE)), jnp.zeros_like, clip=True)
+
+
+def test_a_network_in_low_precision_leaves_the_state_as_it_is():
+    plan = named_plan("heun", 4)
+    sample = samplers.sample(plan, lambda x, t, weight: x.astype(jnp.bfloat16), jnp.ones((1, *SHAPE)), jnp.zeros_like)
+    assert sample.dtype == jnp.float32
+
+
+def test_output_channels_must_fit():
+    plan, x = samplers.plan(gaussian_diffusion(), "ddpm", 5), jnp.ones((1, *SHAPE))
+    with pytest.raises(UserError, match="needs 4 output channels for 2 input channels, the model gives 2"):
+        samplers.sample(plan, lambda x, t, weight: x, x, jnp.zeros_like)
+    with pytest.raises(UserError, match="needs 2 or 4 output channels"):
+        samplers.sample(named_plan("euler", 5), lambda x, t, weight: x[..., :1], x, jnp.zeros_like)

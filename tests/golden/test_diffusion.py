@@ -176,3 +176,24 @@ def test_ddim_loop(case, name):
     stored = group(case, f"loop/ddim/{name}")
     sample = samplers.ddim(gaussian_diffusion(respacing=respacing(name)), toy_denoise, stored["x_T"])
     np.testing.assert_allclose(sample, stored["final"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("case", cases("diffusion"))
+def test_loops_of_a_plan(case, sampler):
+    """The same loops as tables of the process with all its steps; the noise of step i is noises[i]."""
+    assert case is not None, "no stored cases"
+    names = sorted({key.split("/")[2] for key in case.arrays if key.startswith(f"loop/{sampler}/")})
+    assert names
+    for name in names:
+        stored = group(case, f"loop/{sampler}/{name}")
+        process, count = gaussian_diffusion(), int(name.removeprefix("ddim"))
+        plan = samplers.plan(process, sampler, count, spacing="stride" if "ddim" in name else "even")
+        np.testing.assert_array_equal(plan.table.model_time, gaussian_diffusion(respacing=name).timestep_map[::-1])
+        noises = jnp.asarray(stored.get("noises", np.zeros(1)))
+        run = jax.jit(lambda plan, x, noises: samplers.sample(plan, toy_guided, x, lambda i: noises[i]))
+        np.testing.assert_allclose(run(plan, stored["x_T"], noises), stored["final"], rtol=0, atol=2e-5)
+
+
+def toy_guided(x: jax.Array, t: jax.Array, weight: jax.Array) -> jax.Array:
+    return toy_denoise(x, t)

@@ -1,0 +1,153 @@
+"""Runs of the ODE and SDE samplers on the paths of SiT against willisma/SiT, in float64."""
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax.diffusion import paths, samplers
+from diffjax.diffusion.process import Process
+from tests import trajectories
+from tests.golden.cases import Case, cases
+from tests.golden.x64 import float64
+
+pytestmark = pytest.mark.golden
+
+TIGHT = {"rtol": 1e-9, "atol": 1e-11}
+NEAR_ENDS = {"rtol": 1e-6, "atol": 1e-8}  # noise and score predictions divide by small numbers there
+PATHS = {"Linear": paths.linear, "GVP": paths.gvp, "VP": paths.vp}
+PREDICTIONS = {
+    "velocity": paths.predicts_velocity,
+    "noise": paths.predicts_epsilon,
+    "score": paths.predicts_score,
+}
+
+
+def process(case: Case, path: str, prediction: str) -> Process:
+    span = tuple(case.info["intervals"][f"{path}/{prediction}"]["ode"])
+    return trajectories.make(PATHS[path], PREDICTIONS[prediction], span)
+
+
+def toy(case: Case) -> samplers.Denoise:
+    a, b, c = (case.info["toy"]["params"][name] for name in "abc")
+    return lambda x, t, weight: a * x + b * jnp.sin(3 * t).reshape(-1, *(1,) * (x.ndim - 1)) + c
+
+
+def named(prefix: str, parts: int) -> list:
+    """One parameter per stored final state "<prefix>_<parts...>"."""
+    found = []
+    for parameter in cases("sit"):
+        case = parameter.values[0]
+        keys = [] if case is None else sorted(case.arrays)
+        names = [key for key in keys if key.startswith(prefix + "_") and len(key.split("_")) == parts + 1]
+        found += [pytest.param(case, name.split("_")[1:], id=f"{parameter.id}-{name}") for name in names]
+    return found or [pytest.param(None, [], id=f"sit-{prefix}-no-cases")]
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("case", cases("sit"))
+def test_fixed_steps_on_a_solvable_field(case, solver):
+    assert case is not None, "no stored cases"
+    expected = case.arrays["ode_toy_euler" if solver == "euler" else "ode_toy_heun2"]
+    plan = samplers.plan(process(case, "Linear", "velocity"), solver, case.info["ode"]["num_steps"] - 1)
+    with float64():
+        states = trajectories.states(plan, toy(case), jnp.asarray(case.arrays["ode_z"]))
+    np.testing.assert_allclose(states if solver == "euler" else states[::2], expected, **TIGHT)
+
+
+@pytest.mark.parametrize("case", cases("sit"))
+def test_backwards(case):
+    """The same field from the data to the noise, by times of one's own."""
+    assert case is not None, "no stored cases"
+    steps = case.info["ode"]["num_steps"] - 1
+    known = process(case, "Linear", "velocity")
+    plan = samplers.plan(known, "heun", steps, times=np.linspace(*known.span[::-1], steps + 1))
+    with float64():
+        states = trajectories.states(plan, toy(case), jnp.asarray(case.arrays["ode_z"]))
+    np.testing.assert_allclose(states[::2], case.arrays["ode_reverse_toy_heun2"], **TIGHT)
+
+
+@pytest.mark.parametrize("case", cases("sit"))
+def test_adaptive_steps(case):
+    """The stored end; at the times between, where the reference interpolates, the exact solution."""
+    assert case is not None, "no stored cases"
+    known = process(case, "Linear", "velocity")
+    stored = case.arrays["ode_toy_dopri5"]
+    with float64():
+        z = jnp.asarray(case.arrays["ode_z"])
+        run = jax.jit(lambda plan, x: samplers.sample(plan, toy(case), x, jnp.float32))
+        end = run(samplers.plan(known, "dopri5", rtol=1e-12, atol=1e-12), z)
+        np.testing.assert_allclose(end, case.arrays["ode_toy_exact_t1"], rtol=1e-9)
+        np.testing.assert_allclose(end, stored[-1], rtol=1e-9)
+        x = z
+        for before, after in pairwise(np.linspace(*known.span, len(stored))):
+            part = trajectories.make(known.path, known.prediction, (float(before), float(after)))
+            x = run(samplers.plan(part, "dopri5", rtol=1e-12, atol=1e-12), x)
+            np.testing.assert_allclose(x, solution(case, z, after), rtol=1e-9)
+
+
+def solution(case: Case, z, t):
+    """x(t) of dx/dt = a x + b sin(3t) + c from x(0) = z."""
+    a, b, c = (case.info["toy"]["params"][name] for name in "abc")
+    particular = lambda t: -b * (a * np.sin(3 * t) + 3 * np.cos(3 * t)) / (a**2 + 9) - c / a  # noqa: E731
+    return (z - particular(0.0)) * np.exp(a * t) + particular(t)
+
+
+@pytest.mark.parametrize("case, name", named("ode_gauss", 4))
+def test_fixed_steps_on_gaussian_data(case, name):
+    assert case is not None, "no stored cases"
+    _, path, prediction, solver = name
+    known, settings = process(case, path, prediction), case.info["gauss"]
+    plan = samplers.plan(known, {"heun2": "heun"}.get(solver, solver), case.info["ode"]["num_steps"] - 1)
+    with float64():
+        denoise = trajectories.exact(known, settings["mu"], settings["s"])
+        final = trajectories.states(plan, denoise, jnp.asarray(case.arrays["ode_z"]))[-1]
+    np.testing.assert_allclose(final, case.arrays["_".join(["ode", *name])], **NEAR_ENDS)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun2"])
+@pytest.mark.parametrize("path", ["Linear", "GVP"])
+@pytest.mark.parametrize("case", cases("sit"))
+def test_convergence_on_gaussian_data(case, path, solver):
+    """The stored error to the exact solution for every number of updates."""
+    assert case is not None, "no stored cases"
+    known, settings = process(case, path, "velocity"), case.info["gauss"]
+    with float64():
+        denoise = trajectories.exact(known, settings["mu"], settings["s"])
+        x = jnp.asarray(case.arrays["ode_z"])
+        largest = settings["errors"][f"{path}/{solver}"][-1]["updates"]
+        run = jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, jnp.float32))
+        for row in settings["errors"][f"{path}/{solver}"]:
+            plan = samplers.plan(known, {"heun2": "heun"}.get(solver, solver), row["updates"], max_steps=largest)
+            final = run(plan, x)
+            error = np.abs(final - case.arrays["gauss_exact_t1"]).max()
+            np.testing.assert_allclose(error, row["max_err"], rtol=1e-8)
+            stored = f"gauss_{path}_{solver}_n{row['updates'] + 1}"
+            if stored in case.arrays:
+                np.testing.assert_allclose(final, case.arrays[stored], **TIGHT)
+
+
+@pytest.mark.parametrize("case, name", named("sde", 5))
+def test_stochastic_samplers(case, name):
+    assert case is not None, "no stored cases"
+    path, prediction, method, form, last_step = name
+    known, settings, key = process(case, path, prediction), case.info["gauss"], "_".join(["sde", *name])
+    plan = samplers.plan(
+        known,
+        {"Euler": "euler_maruyama", "Heun": "sde_heun"}[method],
+        case.info["sde"]["num_steps"] - 1,
+        diffusion=form.lower().replace("-", "_"),
+        last_step=last_step.lower(),
+        last_step_size=case.info["sde"]["last_step_size"],
+    )
+    with float64():
+        denoise = trajectories.exact(known, settings["mu"], settings["s"])
+        noise = jnp.asarray(case.arrays["sde_noise"])
+        states = trajectories.states(plan, denoise, jnp.asarray(case.arrays["ode_z"]), lambda i: noise[i])
+    tolerance = TIGHT if prediction == "velocity" else NEAR_ENDS
+    np.testing.assert_allclose(states[-1], case.arrays[key], **tolerance)
+    if f"{key}_traj" in case.arrays:  # after every update; Euler's, with a call of the network each
+        assert method == "Euler"
+        np.testing.assert_allclose(states[1:], case.arrays[f"{key}_traj"], **tolerance)
