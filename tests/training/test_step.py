@@ -1,5 +1,7 @@
 """The step: accumulation, averaging, determinism, what is donated."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,8 @@ def test_one_step_is_adamw_and_the_average():
     params, key = {"w": jnp.ones(5)}, jax.random.key(0)
     optim = optax.adamw(0.1)
     state = initial_state(params, optim)
-    state, metrics = train_step(state, example_batch(), key, loss=loss, optimizer=optim, ema_decay=0.9, microbatches=1)
+    step = functools.partial(train_step, loss=loss, optimizer=optim, rates=ema.Rates(ema.constant(0.9)), microbatches=1)
+    state, metrics = step(state, example_batch(), key)
     gradient = jax.grad(lambda p: loss(p, example_batch(), jax.random.fold_in(key, 0))[0])(params)["w"]
     moved = params["w"] - 0.1 * (jnp.sign(gradient) + 1e-4 * params["w"])  # the first step of Adam is the sign
     np.testing.assert_allclose(state.params["w"], moved, rtol=1e-4)
