@@ -119,13 +119,13 @@ def profile_error(stored: Sequence[Profile], wanted: Profile, coefficients: np.n
 
 
 def combine(trees: Iterable[Any], coefficients: Iterable[float]) -> Any:
-    """Σ x_i tree_i of numpy arrays, added up in float64 and returned in float32; takes the trees one by one."""
+    """Σ x_i tree_i of numpy arrays, in float64; takes the trees one by one."""
     total: Any = None
     for tree, coefficient in zip(trees, coefficients):
         if total is None:
             total = jax.tree.map(lambda leaf: np.zeros(leaf.shape), tree)
         jax.tree.map(lambda sum_, leaf, x=coefficient: np.add(sum_, x * np.float64(leaf), out=sum_), total, tree)
-    return jax.tree.map(np.float32, total)
+    return total
 
 
 def rates(ema: ConfigDict, batch_size: int) -> Rates:

@@ -40,6 +40,9 @@ from diffjax.training.metrics import NonFiniteError, Reporter
 from diffjax.training.setup import Setup, build
 from diffjax.training.state import TrainState
 
+# Sections that change what is said and kept of a run, not its values.
+WATCHING = ("checkpoint.", "log.", "evals.", "sampling.")
+
 
 @dataclass
 class Pending:
@@ -81,7 +84,7 @@ def train(config: ConfigDict, workdir: Path, accepted: tuple[str, ...] = ()) -> 
         checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, workdir)))
         stack.enter_context(jax.set_mesh(setup.mesh))
         state, start = _initial_or_restored(setup, checkpoints, batches)
-        if checkpoints.snapshots and not all(line.startswith(configs.LAYOUT_LEAVES) for line in changed):
+        if checkpoints.snapshots and not all(line.startswith((*configs.LAYOUT_LEAVES, *WATCHING)) for line in changed):
             checkpoints.snapshots.refuse_after(start)
         _keep_config(config, workdir)
         reporter = stack.enter_context(contextlib.closing(_reporter(setup, workdir, start)))

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from absl import flags
 
 from diffjax.errors import UserError
@@ -74,7 +76,7 @@ def reconstruct(workdir: Path, sigma_rel: float, out: Path, step: int | None = N
             f"--sigma_rel={sigma_rel}: {len(steps)} snapshots of {', '.join(tracks)} up to step {step} cannot give it: "
             f"the profile would be off by {error:.0%}; valid: nearer to the tracks, or a run with more snapshots"
         )
-    params = ema.combine(_trees(snapshots, steps, tracks), coefficients)
+    params = jax.tree.map(np.float32, ema.combine(_trees(snapshots, steps, tracks), coefficients))
     origin = {"workdir": str(workdir), "step": step, "sigma_rel": sigma_rel, "snapshots": steps, "tracks": tracks}
     return store.save(out, module, params, {**origin, "profile_error": error})
 
