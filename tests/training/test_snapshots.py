@@ -191,5 +191,5 @@ def test_killed_while_a_snapshot_is_written(tmp_path):
     assert hits >= 2
     assert start(train_arguments(workdir, *options), log).wait(240) == 0
     print(f"{hits} of 5 kills while a snapshot was written")
-    assert inspect(workdir)["snapshots"] == list(range(3, 160, 3)) + [160]
+    assert inspect(workdir)["snapshots"] == [*range(3, 160, 3), 160]
     assert snapshot_hashes(workdir) == snapshot_hashes(tmp_path / "straight")
