@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 # Leaves of `model` that one backbone has and another has not.
 DIT = {"attention": "xla"}
 DIS = {"drop_path": 0.1, "scan": ""}  # scan: "" lets the backend choose
+UDIT = {"label_drop_per_level": True, "depthwise": ""}  # the published label drop; depthwise: "" lets the backend choose
 
 
 def parse(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -104,6 +105,40 @@ def base() -> ConfigDict:
     c.log = ConfigDict({"every_steps": 100, "tensorboard": True})
     c.evals = ConfigDict({"samples": {"every_steps": 10_000, "num": 64}})  # a grid of images; 0 steps: never
     return c
+
+
+def imagenet_latents(c: ConfigDict, pixels: int) -> None:
+    """Autoencoder latents of ImageNet at 256 or 512 pixels, in records; they are no pictures to look at."""
+    if pixels not in (256, 512):
+        raise ValueError(f"config argument pixels={pixels}: valid: 256, 512")
+    c.data.name = "latents"
+    c.data.dir, c.data.split = f"data/imagenet{pixels}-latents", ""
+    c.data.size, c.data.channels, c.data.num_classes = pixels // 8, 4, 1000
+    c.data.workers, c.data.threads = 4, 4
+    c.evals.samples.every_steps = 0
+
+
+def dit_recipe(c: ConfigDict) -> None:
+    """What DiT, and U-DiT after it, train ImageNet latents with: 400K steps at a constant rate, flipped images."""
+    c.total_steps, c.batch_size = 400_000, 256
+    c.model.dtype, c.model.remat = "bfloat16", "full"
+    c.data.flip = True
+    c.diffusion.label_drop = 0.1
+    c.sampling.sampler, c.sampling.steps = "ddpm", 250
+    c.sampling.guidance, c.sampling.guidance_channels = 1.5, 3
+    c.optim.lr = 1e-4
+    c.ema.decay = 0.9999
+    c.parallel.strategy = "fsdp"
+    c.checkpoint.every_steps, c.checkpoint.keep_every_steps = 10_000, 100_000
+
+
+def run_local(c: ConfigDict, name: str) -> None:
+    """Two steps of a small model on a laptop: does the recipe run on this data?"""
+    c.total_steps, c.batch_size = 2, 8
+    c.model.name, c.model.dtype, c.model.remat = name, "float32", "none"
+    c.data.workers = 0
+    c.sampling.steps = 2
+    c.checkpoint.every_steps = c.log.every_steps = 1
 
 
 def dis_recipe(c: ConfigDict, examples: int) -> None:

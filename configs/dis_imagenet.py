@@ -16,24 +16,11 @@ from configs import common
 
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="dis-h-2", pixels=256, runlocal=False)
-    if options.pixels not in (256, 512):
-        raise ValueError(f"config argument pixels={options.pixels}: valid: 256, 512")
     c = common.base()
     c.model.name = options.model
-
-    c.data.name = "latents"
-    c.data.dir, c.data.split = f"data/imagenet{options.pixels}-latents", ""
-    c.data.size, c.data.channels, c.data.num_classes = options.pixels // 8, 4, 1000
-    c.data.workers, c.data.threads = 4, 4
-
+    common.imagenet_latents(c, options.pixels)
     common.dis_recipe(c, examples=1_281_167)
     c.parallel.strategy = "fsdp"
-    c.evals.samples.every_steps = 0  # latents are no pictures
-
     if options.runlocal:
-        c.total_steps, c.batch_size = 2, 8
-        c.model.name, c.model.remat = "DiS-S/8", "none"
-        c.data.workers = 0
-        c.sampling.steps = 2
-        c.checkpoint.every_steps = c.log.every_steps = 1
+        common.run_local(c, "DiS-S/8")
     return c

@@ -10,8 +10,9 @@ from configs import common
 MODELS = {
     "dit": {"name": "DiT", "patch": 4, "depth": 8, "width": 256, "heads": 8} | common.DIT,
     "dis": {"name": "DiS", "patch": 4, "depth": 8, "width": 256} | common.DIS,
+    "udit": {"name": "U-DiT", "width": 64, "heads": 4, "depth": (2, 2, 2, 2, 2)} | common.UDIT,
 }
-LOCAL = {"dit": {"depth": 2, "width": 48, "heads": 3}, "dis": {"depth": 2, "width": 32}}
+LOCAL = {"dit": {"depth": 2, "width": 48, "heads": 3}, "dis": {"depth": 2, "width": 32}, "udit": {"width": 16, "heads": 2, "depth": (1, 1, 1, 1, 1)}}
 
 
 def get_config(arg: str | None = None):

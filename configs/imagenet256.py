@@ -25,31 +25,9 @@ from configs import common
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="dit-xl-2", runlocal=False)
     c = common.base()
-    c.total_steps = 400_000
-    c.batch_size = 256
     c.model.update(common.DIT, name=options.model)
-    c.model.dtype, c.model.remat = "bfloat16", "full"
-
-    c.data.name = "latents"
-    c.data.dir, c.data.split = "data/imagenet256-latents", ""
-    c.data.size, c.data.channels, c.data.num_classes = 32, 4, 1000
-    c.data.flip = True
-    c.data.workers, c.data.threads = 4, 4
-
-    c.diffusion.label_drop = 0.1
-    c.sampling.sampler, c.sampling.steps = "ddpm", 250
-    c.sampling.guidance, c.sampling.guidance_channels = 1.5, 3
-
-    c.optim.lr = 1e-4
-    c.ema.decay = 0.9999
-    c.parallel.strategy = "fsdp"
-    c.checkpoint.every_steps, c.checkpoint.keep_every_steps = 10_000, 100_000
-    c.evals.samples.every_steps = 0  # latents are no pictures
-
+    common.imagenet_latents(c, 256)
+    common.dit_recipe(c)
     if options.runlocal:
-        c.total_steps, c.batch_size = 2, 8
-        c.model.name, c.model.dtype, c.model.remat = "DiT-S/8", "float32", "none"
-        c.data.workers = 0
-        c.sampling.steps = 2
-        c.checkpoint.every_steps = c.log.every_steps = 1
+        common.run_local(c, "DiT-S/8")
     return c

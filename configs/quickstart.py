@@ -10,11 +10,12 @@ from configs import common
 MODELS = {
     "dit": {"name": "DiT", "patch": 2, "depth": 4, "width": 96, "heads": 3} | common.DIT,
     "dis": {"name": "DiS", "patch": 2, "depth": 4, "width": 64, "d_state": 8} | common.DIS | {"drop_path": 0.0},
+    "udit": {"name": "U-DiT", "width": 32, "heads": 4, "depth": (1, 1, 1, 1, 1)} | common.UDIT,
 }
 # steps, batch size, learning rate. The label reaches DiS's patches by way of the scan alone: that takes more steps.
-TRAINING = {"dit": (1500, 128, 4e-3), "dis": (2400, 64, 3e-3)}
+TRAINING = {"dit": (1500, 128, 4e-3), "dis": (2400, 64, 3e-3), "udit": (1500, 64, 2e-3)}
 
-LOCAL = {"dit": {"depth": 2, "width": 48, "heads": 3}, "dis": {"depth": 2, "width": 32}}
+LOCAL = {"dit": {"depth": 2, "width": 48, "heads": 3}, "dis": {"depth": 2, "width": 32}, "udit": {"width": 16, "heads": 2}}
 
 
 def get_config(arg: str | None = None):

@@ -109,6 +109,16 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     return model
 
 
+def fused(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
+    """The same function of (x, t, y) with fewer parameters, for models that are deployed so; others as they are.
+
+    Of U-DiT, arXiv 2405.02730: exact but for rounding, and without gradients to what was trained.
+    """
+    if isinstance(model, udit.UDiT):
+        return model.fused(), udit.fuse(params)
+    return model, params
+
+
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     wanted = _normal(name)
     for family in FAMILIES:

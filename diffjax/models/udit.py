@@ -59,14 +59,14 @@ SIZES = {
     "L": (384, 16, (2, 5, 8, 5, 2)),
 }
 # The paper's models without its modifications of attention and feed-forward network (table 10).
-VANILLA = {"attention": "dot", "positions": "none", "ffn": "basic"}
+VANILLA = {"similarity": "dot", "positions": "none", "ffn": "basic"}
 
 STAGES = ("encoder_1", "encoder_2", "latent", "decoder_2", "decoder_1")
 WIDTHS = (1, 2, 4, 2, 2)  # of the stages, in multiples of `width`
 SCALES = (1, 2, 4, 2, 1)  # how much smaller than the input their maps are
 
 CHOICES = {
-    "attention": ("cosine", "dot"),
+    "similarity": ("cosine", "dot"),
     "positions": ("rope", "none"),
     "rope_rows": ("sqrt", "width"),
     "ffn": ("rep", "single", "basic"),
@@ -304,7 +304,7 @@ class UDiT(nn.Module):
         channels: of the input; the output has twice as many with `learn_sigma`.
         num_classes: 0 for an unconditional model.
         null_class: one more label, index `num_classes`, for classifier-free guidance.
-        attention: "cosine" = normalised q and k and a learned scale per head; "dot" = q k / sqrt(k).
+        similarity: of queries and keys, "cosine" = normalised q and k and a learned scale per head; "dot" = q k / sqrt(k).
         positions: "rope" or "none".
         rope_rows: "sqrt", as published, or "width": differs on maps that are not square, see `rope_angles`.
         logit_clamp: largest logarithm of the learned scale; the published 4.6052 is not quite log 100.
@@ -331,7 +331,7 @@ class UDiT(nn.Module):
     num_classes: int = 1000
     null_class: bool = True
     learn_sigma: bool = True
-    attention: str = "cosine"
+    similarity: str = "cosine"
     positions: str = "rope"
     rope_rows: str = "sqrt"
     logit_clamp: float = 4.6052
@@ -462,7 +462,7 @@ class UDiT(nn.Module):
             "factor": self.factors[stage],
             "kernel": self.down_kernel,
             "shortcut": self.down_shortcut,
-            "kind": self.attention,
+            "kind": self.similarity,
             "positions": self.positions,
             "rope_rows": self.rope_rows,
             "logit_clamp": self.logit_clamp,

@@ -17,7 +17,7 @@ LAYOUT_LEAVES = ("parallel.", "data.workers", "data.threads")
 # What the saved state and data position stand on: these cannot change within a run.
 FIXED_LEAVES = ("seed", "batch_size", "model.", "data.")
 # How a model computes, not what it is.
-COMPUTE_LEAVES = ("model.dtype", "model.remat", "model.attention", "model.scan")
+COMPUTE_LEAVES = ("model.dtype", "model.remat", "model.attention", "model.scan", "model.depthwise")
 
 
 def load(path_and_argument: str, overrides: list[str] | None = None) -> ConfigDict:

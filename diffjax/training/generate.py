@@ -3,22 +3,27 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffjax import rng
+from diffjax import models, rng
 from diffjax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
-from diffjax.training.objective import Apply, Objective
+from diffjax.training.objective import Objective, bind
 
 
-def compile_sampler(objective: Objective, apply: Apply, mesh: Mesh, seed: int) -> Callable:
-    """(params, indices [b] int32, labels [b] int32) -> float32 images [b, h, w, c], the batch split over the mesh."""
+def compile_sampler(objective: Objective, model: nn.Module, mesh: Mesh, seed: int, fused: bool = True) -> Callable:
+    """(params, indices [b] int32, labels [b] int32) -> float32 images [b, h, w, c], the batch split over the mesh.
+
+    `params` are those of `model`. With `fused` they are fused on the way, once per batch, where the model can be.
+    """
 
     def sample(params: Any, indices: jax.Array, labels: jax.Array) -> jax.Array:
         keys = rng.per_example(rng.stream(seed, "sample"), indices)
-        return objective.sample(apply, params, labels, keys)
+        form, weights = models.fused(model, params) if fused else (model, params)
+        return objective.sample(bind(form), weights, labels, keys)
 
     return jax.jit(sample, out_shardings=batch_sharding(mesh))
 

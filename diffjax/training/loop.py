@@ -230,7 +230,7 @@ class SampleGrid:
                 f"evals.samples draws pictures, but data.channels = {config.data.channels}; "
                 "set evals.samples.every_steps=0 for latents"
             )
-        self._sampler = generate.compile_sampler(setup.objective, setup.apply, setup.mesh, config.seed)
+        self._sampler = generate.compile_sampler(setup.objective, setup.model, setup.mesh, config.seed)
 
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         if not self._num:

@@ -56,7 +56,8 @@ def evaluate(samples: Path, reference: str, out: Path) -> dict[str, Any]:
         samples=made | {"file": str(samples), "file_sha256": file_sha256(samples)},
     )
     protocol.write(out, result)
-    print(f"{samples}: {len(images)} images against {identity['count']} of {identity['name']} (pixel scores, not FID)")
+    form = f", model {made['form']}" if "form" in made else ""
+    print(f"{samples}: {len(images)} images{form}, against {identity['count']} of {identity['name']} (pixel scores, not FID)")
     print(f"{'':<26}{'samples':>10}{'held-out real':>16}")
     for score, columns in values.items():
         real = f"{columns['held_out_real']:>16.4f}" if "held_out_real" in columns else f"{'-':>16}"

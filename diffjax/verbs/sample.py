@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from diffjax import models
 from diffjax.errors import UserError
 from diffjax.evaluation import protocol, samples
 from diffjax.parallel import hosts
@@ -23,7 +26,7 @@ from diffjax.parallel.mesh import make_mesh
 from diffjax.training import config as configs
 from diffjax.training import generate
 from diffjax.training.checkpoint import Checkpoints
-from diffjax.training.objective import bind, build_model, build_objective
+from diffjax.training.objective import build_model, build_objective
 from diffjax.training.setup import abstract_params
 from diffjax.verbs import local_path
 from diffjax.weights import store
@@ -46,6 +49,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "raw", False, "write the float32 values as they are (arr_0), for latents or comparisons", flag_values=values
     )
+    flags.DEFINE_bool("fused", True, "sample the fused form of a backbone that has one (U-DiT)", flag_values=values)
     text("out", None, "samples file, .npz", flag_values=values)
     flags.mark_flags_as_required(["num", "out"], values)
 
@@ -64,15 +68,16 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     model, objective = build_model(config), build_objective(config)
     labels = _labels(values, config.data.num_classes)
     _make_folder(out)
-    sampler = generate.compile_sampler(objective, bind(model), mesh, values.seed)
+    form = _form(model, params, values.fused)
+    sampler = generate.compile_sampler(objective, model, mesh, values.seed, values.fused)
     batches = generate.generate(sampler, params, labels, mesh, values.batch_size, values.first)
     images = _collect(batches, len(labels), math.ceil(len(labels) / values.batch_size), values.raw)
     if hosts.is_lead():
         if values.raw:
             np.savez(out, arr_0=images, arr_1=labels)
         else:
-            samples.write_samples(out, images, labels, _protocol(values, config, origin))
-        print(f"wrote {len(labels)} images of {_describe(origin)} to {out}")
+            samples.write_samples(out, images, labels, _protocol(values, config, origin, form))
+        print(f"wrote {len(labels)} images of {_describe(origin)}, {form}, to {out}")
 
 
 def _collect(batches: Iterator[np.ndarray], num: int, count: int, raw: bool) -> np.ndarray:
@@ -131,6 +136,13 @@ def _make_folder(out: Path) -> None:
         raise UserError(f"--out={out} cannot be written: {error.strerror}; give a writable folder") from error
 
 
+def _form(model: nn.Module, params: Any, fused: bool) -> str:
+    """In which form of the backbone the images are drawn, in words."""
+    shapes = jax.eval_shape(lambda params: models.fused(model, params)[1], params)
+    count, left = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, shapes))
+    return f"fused: {left:,} of {count:,} parameters" if fused and left < count else "as trained"
+
+
 def _labels(values: flags.FlagValues, num_classes: int) -> np.ndarray:
     stop = values.first + values.num
     if values.labels == "uniform":
@@ -138,9 +150,10 @@ def _labels(values: flags.FlagValues, num_classes: int) -> np.ndarray:
     return generate.interleaved_labels(stop, num_classes)[values.first :]
 
 
-def _protocol(values: flags.FlagValues, config: ConfigDict, origin: dict[str, Any]) -> dict[str, Any]:
+def _protocol(values: flags.FlagValues, config: ConfigDict, origin: dict[str, Any], form: str) -> dict[str, Any]:
     return {
         "model": config.model.to_dict(),
+        "form": form,
         "data": config.data.name,
         "origin": origin,
         "process": config.diffusion.to_dict(),

@@ -233,7 +233,7 @@ def _present(module: Any) -> set[str]:
         raise UserError("udit: the reference stores no fused weights; give those before `fuse`")
     parts = {
         "labels": module.num_classes > 0,
-        "cosine": module.attention == "cosine",
+        "cosine": module.similarity == "cosine",
         "downsampler": module.down_kernel > 0,
         "rope": module.positions == "rope",
     }
@@ -294,7 +294,7 @@ def _arguments(sizes: mapping.Sizes, present: set[str], config: dict[str, Any]) 
         "num_classes": told["num_classes"],
         "null_class": null,
         "learn_sigma": told["learn_sigma"],
-        "attention": "cosine" if "cosine" in present else "dot",
+        "similarity": "cosine" if "cosine" in present else "dot",
         "down_factor": tuple(factor) if isinstance(factor, list) else factor,
         "down_kernel": sizes["a"] if "downsampler" in present else 0,
         "down_shortcut": bool(config.get("down_shortcut", True)),

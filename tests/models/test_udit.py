@@ -199,7 +199,7 @@ def test_rematerialisation_changes_no_value():
 @pytest.mark.parametrize(
     "changed",
     [
-        {"attention": "dot"},
+        {"similarity": "dot"},
         {"positions": "none"},
         {"down_shortcut": False},
         {"logit_clamp": -1.0},
@@ -315,7 +315,7 @@ def test_unconditional_and_without_learned_sigma():
         ({"down_factor": (2, 2)}, r"down_factor = \(2, 2\); valid: five positive"),
         ({"down_factor": 0}, "down_factor"),
         ({"down_kernel": 4}, "down_kernel = 4; valid: an odd number, or 0"),
-        ({"attention": "xla"}, "valid: cosine, dot"),
+        ({"similarity": "xla"}, "valid: cosine, dot"),
         ({"positions": "sincos"}, "valid: rope, none"),
         ({"rope_rows": "height"}, "valid: sqrt, width"),
         ({"ffn": "fused"}, "valid: rep, single, basic"),

@@ -19,7 +19,7 @@ from diffjax.parallel.mesh import AXES
 from diffjax.training import config as configs
 from diffjax.training.objective import build_model, build_objective
 from diffjax.trees import leaves
-from tests.programs import ROOT, complete_steps
+from tests.programs import BACKBONES, ROOT, complete_steps
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
 GOLDEN = ROOT / "tests/golden/configs"
@@ -52,6 +52,10 @@ def test_every_stored_recipe_exists():
         *((recipe, argument) for recipe in RECIPES for argument in ("", "runlocal")),
         ("quickstart", "model=dis"),
         ("emoji32", "model=dis"),
+        ("quickstart", "model=udit"),
+        ("emoji32", "model=udit"),
+        ("udit_imagenet", "pixels=512"),
+        ("udit_imagenet", "vanilla"),
         ("dis_cifar10", "labels"),
         ("dis_imagenet", "pixels=512"),
     ],
@@ -67,7 +71,7 @@ def test_recipes_describe_a_model_and_an_objective(recipe, argument):
     "recipe",
     [
         *(f"{name}.py:runlocal" for name in RECIPES if load(f"{name}.py").data.name in EMBEDDED),
-        pytest.param("quickstart.py:model=dis,runlocal", marks=pytest.mark.slow),
+        *(pytest.param(f"quickstart.py:model={name},runlocal", marks=pytest.mark.slow) for name in BACKBONES[1:]),
     ],
 )
 def test_embedded_recipes_run_with_pictures_and_tensorboard(recipe, tmp_path, capsys):

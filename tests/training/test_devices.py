@@ -15,7 +15,11 @@ from tests.programs import BACKBONES, tiny_config
 STEPS = 20
 # Leaves are sharded whatever their size; width 64, 4 heads and 128 channels divide.
 SHAPES = ("parallel.replicate_below=0", f"total_steps={STEPS}", "optim.clip=1.0", "model.width=64")
-OWN_SHAPES = {"dit": ("model.heads=4",), "dis": ("model.drop_path=0.3",)}
+OWN_SHAPES = {
+    "dit": ("model.heads=4",),
+    "dis": ("model.drop_path=0.3",),
+    "udit": ("model.width=32", "model.heads=4", "model.label_drop_per_level=true"),
+}
 # A parameter, and its part on a device of every layout.
 SHARDED = {
     "dit": (("blocks", "mlp", "fc1", "kernel"), {"dp8": (64, 256), "fsdp8": (8, 256), "2x2x2": (32, 128)}),
@@ -23,6 +27,7 @@ SHARDED = {
         ("out_blocks", "mixer", "out_proj", "kernel"),
         {"dp8": (128, 64), "fsdp8": (16, 64), "2x2x2": (64, 32)},
     ),
+    "udit": (("latent", "mlp", "in_1", "kernel"), {"dp8": (128, 256), "fsdp8": (16, 256), "2x2x2": (64, 128)}),
 }
 LAYOUTS = {
     "dp8": ("parallel.mesh.data=8",),
@@ -90,7 +95,7 @@ def test_losses_and_initial_values_equal_those_of_one_device(one, layout, tmp_pa
     # The other way round: what eight devices saved goes on on one.
     restored, _ = checkpoints.restore(one[0].abstract, half)
     checkpoints.close()
-    assert len(restored.params["patch_embed"]["kernel"].sharding.device_set) == 1
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored.params)} == {1}
     resumed, _ = run(one[0], restored, half, STEPS)
     np.testing.assert_allclose(resumed, second, rtol=1e-5)
 
@@ -114,7 +119,7 @@ def test_image_i_depends_neither_on_the_batch_nor_on_the_devices(one):
     labels = generate.interleaved_labels(12, 10)
 
     def images(setup, params, batch_size, first=0, labels=labels):
-        sampler = generate.compile_sampler(setup.objective, setup.apply, setup.mesh, seed=7)
+        sampler = generate.compile_sampler(setup.objective, setup.model, setup.mesh, seed=7)
         batches = generate.generate(sampler, params, labels, setup.mesh, batch_size, first)
         return np.concatenate(list(batches))
 

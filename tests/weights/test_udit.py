@@ -34,8 +34,8 @@ def state_dict():
         ({"num_classes": 0}, {}),
         ({"null_class": False, "label_drop": 0.0}, {"class_dropout_prob": 0.0}),
         ({"learn_sigma": False, "mlp_ratio": 1.5}, {}),
-        ({"attention": "dot", "positions": "none", "ffn": "basic", "mlp_ratio": 4}, {"num_heads": 2}),
-        ({"attention": "dot", "heads": 1}, {"num_heads": 1, "posemb_type": "rope2d"}),
+        ({"similarity": "dot", "positions": "none", "ffn": "basic", "mlp_ratio": 4}, {"num_heads": 2}),
+        ({"similarity": "dot", "heads": 1}, {"num_heads": 1, "posemb_type": "rope2d"}),
         ({"positions": "none", "width": 10}, {"posemb_type": None}),
         ({"down_kernel": 7, "down_shortcut": False}, {"down_shortcut": 0}),
         ({"down_kernel": 0, "down_factor": 1}, {"down_factor": 1}),
@@ -180,7 +180,7 @@ def test_each_key_is_needed(state_dict, key):
 
 
 def test_heads_of_other_widths_must_be_given_and_fused_weights_are_ours_alone():
-    module, params = module_and_params(attention="dot", positions="none", ffn="basic")
+    module, params = module_and_params(similarity="dot", positions="none", ffn="basic")
     with pytest.raises(UserError, match="width 16 is no published size; give num_heads"):
         from_reference("udit", to_reference("udit", module, params))
     with pytest.raises(UserError, match="the reference stores no fused weights"):
