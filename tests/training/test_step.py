@@ -86,6 +86,9 @@ def test_schedules():
     np.testing.assert_allclose([lr(10), lr(60), lr(110)], [2.0, 1.01, 0.02], rtol=1e-5)
     optim = tiny_config("optim.lr=2.0", "optim.warmup_steps=0", "optim.schedule=constant").optim
     assert {float(schedule(optim, 9)(step)) for step in (0, 5, 100)} == {2.0}
+    inverse = ("optim.schedule=inverse_sqrt", "optim.decay_after_steps=25")
+    lr = schedule(tiny_config("optim.lr=2.0", "optim.warmup_steps=10", *inverse).optim, 110)
+    np.testing.assert_allclose([lr(0), lr(5), lr(10), lr(25), lr(100)], [0, 1, 2, 2, 1], atol=1e-6)
 
 
 def test_other_options_keep_the_tree_of_states():
