@@ -20,8 +20,8 @@ what the average started from. The profile's standard deviation relative to t na
 
 a cubic in γ, γ³ + 7 γ² + (16 - q) γ + (12 - q) = 0 with q = σ_rel^-2, whose largest root is meant.
 
-Of two tracks of different γ a run keeps snapshots. Their profiles p_i, each up to its own t_i, add up to that of any
-other average: the coefficients x that minimise |Σ x_i p_i - p|² solve
+A run keeps tracks of different γ, usually two, and snapshots of them. Their profiles p_i, each up to its own t_i, can
+be combined to nearly that of any other average: the coefficients x that minimise |Σ x_i p_i - p|² solve
 
     (5)  Σ_j <p_i, p_j> x_j = <p_i, p>,
     (6)  <p_a, p_b> = (γ_a + 1) (γ_b + 1) / (γ_a + γ_b + 1) (t_a / t_b)^γ_b / t_b   for t_a <= t_b,

@@ -1,6 +1,5 @@
 """Averages: their rates in float32, what a config may ask for, the tracks of a run, reconstruction."""
 
-import functools
 import weakref
 
 import jax
@@ -13,6 +12,7 @@ from diffjax.training import ema
 from diffjax.training.loop import open_batches
 from diffjax.training.setup import build
 from tests.programs import tiny_config
+from tests.training.test_devices import LAYOUTS, OWN_SHAPES, SHAPES
 
 NUMBERS = np.array([1, 2, 3, 10, 99, 1000, 12_345, 10**6, 16_000_000])
 
@@ -120,11 +120,22 @@ def test_what_contradicts_itself_is_refused(mistake):
         build(tiny_config(*overrides))
 
 
+TRACKS = ("ema.tracks=0.05,0.1", "ema.snapshot_every_steps=5")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tracks_are_laid_out_as_the_parameters(layout):
+    state = build(tiny_config(*SHAPES, *OWN_SHAPES["dit"], *LAYOUTS[layout], *TRACKS)).abstract
+    assert list(state.tracks) == ["0.050", "0.100"]
+    for track in state.tracks.values():
+        assert track == state.params  # shapes, dtypes and shardings
+    whole = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.tracks)]
+    assert all(whole) == (layout == "dp8")
+
+
 def test_tracks_of_a_sharded_run_are_the_averages_of_its_parameters():
-    sizes = ("parallel.mesh.data=2", "parallel.mesh.fsdp=2", "parallel.mesh.tensor=2", "parallel.strategy=fsdp_tp")
-    shapes = ("parallel.replicate_below=0", "model.width=64", "model.heads=4")
-    averages = ("ema.kind=halflife", "ema.halflife_images=100", "ema.tracks=0.05,0.1", "ema.snapshot_every_steps=5")
-    setup = build(tiny_config(*sizes, *shapes, *averages, "optim.warmup_steps=0"))
+    averages = ("ema.kind=halflife", "ema.halflife_images=100", *TRACKS, "optim.warmup_steps=0")
+    setup = build(tiny_config(*SHAPES, *OWN_SHAPES["dit"], *LAYOUTS["2x2x2"], *averages))
     batches = open_batches(setup.config)
     with jax.set_mesh(setup.mesh):
         state = setup.init()
@@ -134,10 +145,8 @@ def test_tracks_of_a_sharded_run_are_the_averages_of_its_parameters():
             path.append(jax.device_get(state.params))
         assert setup.step._cache_size() == 1
     batches.close()
-    layout = functools.partial(jax.tree.map, lambda leaf: (leaf.sharding, leaf.dtype))
-    assert list(state.tracks) == ["0.050", "0.100"]
-    for track in state.tracks.values():
-        assert layout(track) == layout(state.params)
+    where = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state.params, *state.tracks.values())]
+    assert where[0] == where[1] == where[2]
     assert not state.tracks["0.050"]["blocks"]["mlp"]["fc1"]["kernel"].sharding.is_fully_replicated
 
     n = np.arange(11) / 10
