@@ -87,12 +87,21 @@ def base() -> ConfigDict:
     c.optim.b2 = 0.999
     c.optim.eps = 1e-8
     c.optim.weight_decay = 0.0
-    c.optim.schedule = "constant"  # constant, cosine (to zero at total_steps), cosine_to_hundredth (of lr)
+    c.optim.schedule = (
+        "constant"  # constant, cosine (to zero at total_steps), cosine_to_hundredth (of lr), inverse_sqrt
+    )
     c.optim.warmup_steps = 0
+    c.optim.decay_after_steps = 0  # inverse_sqrt only: constant until then
     c.optim.clip = 0.0  # global gradient norm; 0: none
     c.optim.accumulate = 1  # micro-batches per step
 
-    c.ema = ConfigDict({"decay": 0.9999})
+    c.ema = ConfigDict()
+    c.ema.kind = "constant"  # constant, halflife
+    c.ema.decay = 0.9999  # constant only
+    c.ema.halflife_images = 0.0  # halflife only
+    c.ema.rampup = 0.05  # halflife only: at most this part of the images seen; 0: none
+    c.ema.tracks = ""  # relative lengths of power-function averages to keep besides: 0.05,0.10
+    c.ema.snapshot_every_steps = 0  # of the tracks, for good, from which `ema` makes averages of any length
     c.parallel = ConfigDict({"mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "strategy": "dp"})
     c.parallel.replicate_below = 2**20  # bytes; smaller parameters stay whole on every device
     c.checkpoint = ConfigDict({"every_steps": 10_000, "keep": 3, "keep_every_steps": 0})  # 0: none is permanent

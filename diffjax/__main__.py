@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a config in a run folder; the same command again resumes",
     "sample": "images from a run folder or from converted parameters",
     "evaluate": "score a samples file, or compare two result files",
+    "ema": "an average of any length from the snapshots of a run",
     "convert": "public weights -> diffjax parameters",
     "inspect": "steps, sizes and sha256 of a run's parameters, average and optimizer state, as json",
     "bench": "steps/s, images/s and MFU of a config, and what the loop adds to the bare step",
@@ -81,7 +82,7 @@ def _run(argv: list[str]) -> None:
         return
     own = [argument for argument in rest if not argument.lstrip("-").startswith(("config.", "noconfig."))]
     try:
-        positional = values(["diffjax", *own])[1:]
+        positional = values(["diffjax", *(_underscored(argument, values) for argument in own)])[1:]
     except flags.Error as error:
         raise UserError(f"{verb}: {' '.join(str(error).split())}; see `python -m diffjax {verb} --help`") from error
     if positional and (name := getattr(module, "REST", None)) and values[name].present:
@@ -97,6 +98,13 @@ def _run(argv: list[str]) -> None:
 
     hosts.start(values.distributed)
     module.run(values, overrides)
+
+
+def _underscored(argument: str, values: flags.FlagValues) -> str:
+    """--sigma-rel=0.1 as --sigma_rel=0.1, where there is such a flag."""
+    name, equals, value = argument.partition("=")
+    flag = name.lstrip("-").replace("-", "_")
+    return f"--{flag}{equals}{value}" if name.startswith("-") and flag in values else argument
 
 
 if __name__ == "__main__":

@@ -1,10 +1,184 @@
-"""Exponential moving average of the parameters, in float32, sharded as they are."""
+"""Moving averages of the parameters, in float32, sharded as they are; and averages of any length afterwards.
 
-from typing import Any
+After update n (from 1) to parameters θ_n an average moves by its rate 1 - β_n:
+
+    (1)  e_n = β_n e_{n-1} + (1 - β_n) θ_n
+
+With batches of b images, t = n b of them seen, three rules for β_n are here: a constant; the half-life H in images of
+EDM (2206.00364), which at first is only the part r of the images seen,
+
+    (2)  β_n = 2^(-b / min(H, r t)),
+
+and the power function of EDM2 (2312.02696), whose average up to t weighs the parameters of time τ by the profile
+
+    (3)  p(τ) = (γ + 1) τ^γ / t^(γ+1),  0 < τ <= t;   β_n = (1 - 1/n)^(γ+1)
+
+exactly, when θ(τ) is constant between updates: β_n is the part of the profile up to t - b. The first update forgets
+what the average started from. The profile's standard deviation relative to t names its length,
+
+    (4)  σ_rel² = (γ + 1) / ((γ + 2)² (γ + 3)),
+
+a cubic in γ, γ³ + 7 γ² + (16 - q) γ + (12 - q) = 0 with q = σ_rel^-2, whose largest root is meant.
+
+A run keeps tracks of different γ, usually two, and snapshots of them. Their profiles p_i, each up to its own t_i, can
+be combined to nearly that of any other average: the coefficients x that minimise |Σ x_i p_i - p|² solve
+
+    (5)  Σ_j <p_i, p_j> x_j = <p_i, p>,
+    (6)  <p_a, p_b> = (γ_a + 1) (γ_b + 1) / (γ_a + γ_b + 1) (t_a / t_b)^γ_b / t_b   for t_a <= t_b,
+
+and are divided by their sum, so that constant parameters are their own average. By Cauchy and Schwarz the error of the
+average is at most |Σ x_i p_i - p| times the norm of the parameters' path.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffjax.errors import UserError
+
+Rate = Callable[[Any], Any]  # the number of an update, int32 and from 1 -> 1 - β
 
 
-def update(average: Any, params: Any, decay: float) -> Any:
-    """decay * average + (1 - decay) * params, leaf by leaf."""
-    return jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), average, params)
+class Rates(NamedTuple):
+    """How the state's averages move: `ema`, and the tracks by their names."""
+
+    ema: Rate
+    tracks: Mapping[str, Rate] = {}
+
+
+class Profile(NamedTuple):
+    """A power-function average: its last time (in any unit that all share) and its relative length."""
+
+    t: float
+    sigma_rel: float
+
+
+def update(average: Any, params: Any, rate: Any) -> Any:
+    """(1) leaf by leaf, with rate = 1 - β."""
+    return jax.tree.map(lambda a, p: a + rate * (p - a), average, params)
+
+
+def constant(decay: float) -> Rate:
+    return lambda number: 1.0 - decay
+
+
+def halflife(images: float, rampup: float, batch_size: int) -> Rate:
+    """(2); `rampup` = 0 starts with the full half-life."""
+
+    def rate(number: Any) -> Any:
+        halvings = batch_size / images
+        return -jnp.expm1(-math.log(2.0) * (jnp.maximum(halvings, 1.0 / (rampup * number)) if rampup else halvings))
+
+    return rate
+
+
+def power(sigma_rel: float) -> Rate:
+    """(3). Accurate at any number of updates, where β itself would be 1 in float32."""
+    exponent = gamma_of(sigma_rel) + 1.0
+    return lambda number: -jnp.expm1(exponent * jnp.log1p(-1.0 / number))
+
+
+def sigma_rel_of(gamma: Any) -> Any:
+    """(4), float64."""
+    gamma = np.asarray(gamma, np.float64)
+    return np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The γ >= 0 of a relative length, by (4). UserError for a length that no such γ has."""
+    longest = float(sigma_rel_of(0.0))
+    if not 0 < sigma_rel <= longest:
+        raise UserError(f"sigma_rel = {sigma_rel}: valid: above 0 to {longest:.4f}, the mean over all updates")
+    q = float(sigma_rel) ** -2
+    return float(np.roots([1.0, 7.0, 16.0 - q, 12.0 - q]).real.max())
+
+
+def solve_weights(stored: Sequence[Profile], wanted: Profile) -> np.ndarray:
+    """(5): float64 coefficients of the stored averages, with sum 1, that come nearest to the wanted one."""
+    t, gamma = _columns(stored)
+    gram, target = _inner(t[:, None], gamma[:, None], t, gamma), _inner(t, gamma, *_columns([wanted]))
+    try:
+        coefficients = np.linalg.solve(gram, target)
+    except np.linalg.LinAlgError as error:
+        raise UserError("two of the stored averages are the same, of one length and time") from error
+    return coefficients / coefficients.sum()
+
+
+def profile_error(stored: Sequence[Profile], wanted: Profile, coefficients: np.ndarray) -> float:
+    """|Σ x_i p_i - p| / |p|: 0 when the combination has the wanted profile."""
+    (t, gamma), (t_wanted, gamma_wanted) = _columns(stored), _columns([wanted])
+    gram, target = _inner(t[:, None], gamma[:, None], t, gamma), _inner(t, gamma, t_wanted, gamma_wanted)
+    [norm] = _inner(t_wanted, gamma_wanted, t_wanted, gamma_wanted)
+    square = coefficients @ gram @ coefficients - 2 * coefficients @ target + norm
+    return float(np.sqrt(max(square, 0.0) / norm))
+
+
+def combine(trees: Iterable[Any], coefficients: Iterable[float]) -> Any:
+    """Σ x_i tree_i of numpy arrays, in float64; takes the trees one by one."""
+    total: Any = None
+    for tree, coefficient in zip(trees, coefficients):
+        if total is None:
+            total = jax.tree.map(lambda leaf: np.zeros(leaf.shape), tree)
+        jax.tree.map(lambda sum_, leaf, x=coefficient: np.add(sum_, x * np.float64(leaf), out=sum_), total, tree)
+    return total
+
+
+def rates(ema: ConfigDict, batch_size: int) -> Rates:
+    """The averages that a config's `ema` section asks for. UserError for what is unknown or contradicts itself."""
+    return Rates(_rate(ema, batch_size), {name: power(length) for name, length in track_lengths(ema).items()})
+
+
+def _rate(ema: ConfigDict, batch_size: int) -> Rate:
+    if ema.kind == "constant":
+        if not 0 <= ema.decay <= 1:
+            raise UserError(f"ema.decay = {ema.decay}: valid: 0 to 1")
+        if ema.halflife_images:
+            raise UserError(f"ema.halflife_images = {ema.halflife_images} has no effect with ema.kind = 'constant'")
+        return constant(ema.decay)
+    if ema.kind == "halflife":
+        if ema.halflife_images <= 0 or ema.rampup < 0:
+            raise UserError(
+                f"ema.halflife_images = {ema.halflife_images}, ema.rampup = {ema.rampup}: ema.kind = 'halflife' needs "
+                "a half-life above 0, and a ramp-up of 0 (none) or more"
+            )
+        return halflife(ema.halflife_images, ema.rampup, batch_size)
+    raise UserError(f"ema.kind = {ema.kind!r} is unknown; valid: constant, halflife")
+
+
+def track_lengths(ema: ConfigDict) -> dict[str, float]:
+    """{"0.050": 0.05, ...} of `ema.tracks` = "0.05,0.1": names of the tracks and their relative lengths."""
+    if ema.snapshot_every_steps < 0 or bool(ema.tracks) != bool(ema.snapshot_every_steps):
+        raise UserError(
+            f"ema.tracks = {ema.tracks!r}, ema.snapshot_every_steps = {ema.snapshot_every_steps}: tracks need "
+            "snapshots, every 1 or more steps, and snapshots need tracks, such as 0.05,0.10"
+        )
+    lengths = {}
+    for text in ema.tracks.split(",") if ema.tracks else ():
+        try:
+            length = float(text)
+        except ValueError:
+            raise UserError(f"ema.tracks = {ema.tracks!r}: {text!r} is not a number") from None
+        gamma_of(length)
+        name = f"{length:.3f}"
+        if float(name) != length or name in lengths:
+            raise UserError(f"ema.tracks = {ema.tracks!r}: valid: different lengths of up to three decimals")
+        lengths[name] = length
+    return lengths
+
+
+def _columns(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
+    """Times and exponents."""
+    return np.array([p.t for p in profiles], np.float64), np.array([gamma_of(p.sigma_rel) for p in profiles])
+
+
+def _inner(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
+    """(6), elementwise."""
+    first, last = np.minimum(t_a, t_b), np.maximum(t_a, t_b)
+    gamma_of_last = np.where(t_a < t_b, gamma_b, gamma_a)
+    overlap = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
+    return overlap * (first / last) ** gamma_of_last / last

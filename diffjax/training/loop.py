@@ -2,12 +2,13 @@
 
 The order of a pass is a contract:
 
-    save the state -> evaluate it -> draw a batch -> step -> report the step before
+    snapshot the averages -> save the state -> evaluate it -> draw a batch -> step -> report the step before
 
 Saving precedes drawing, so the position of the data that is saved is the one the state has seen, and evaluation, so
-that nothing that goes wrong there costs a step. The scalars of a step are fetched after the next one has been
-dispatched, so that reporting never makes a device wait; before a save they are all fetched, so that a state that came
-from a non-finite gradient is never written.
+that nothing that goes wrong there costs a step. Snapshots precede saving, which waits for them: a run that goes on from
+a checkpoint has all snapshots before it; later ones it passes again, with the same values. The scalars of a step are
+fetched after the next one has been dispatched, so that reporting never makes a device wait; before a snapshot or a save
+they are all fetched, so that a state that came from a non-finite gradient is never written.
 """
 
 import contextlib
@@ -32,12 +33,15 @@ from diffjax.evaluation import samples
 from diffjax.ops.macs import count_macs
 from diffjax.parallel import hosts
 from diffjax.training import config as configs
-from diffjax.training import generate
-from diffjax.training.checkpoint import Checkpoints, latest_step
+from diffjax.training import ema, generate
+from diffjax.training.checkpoint import Checkpoints, Snapshots, latest_step
 from diffjax.training.interrupt import StopRequest
 from diffjax.training.metrics import NonFiniteError, Reporter
 from diffjax.training.setup import Setup, build
 from diffjax.training.state import TrainState
+
+# Sections that change what is said and kept of a run, not its values.
+WATCHING = ("checkpoint.", "log.", "evals.", "sampling.")
 
 
 @dataclass
@@ -77,17 +81,24 @@ def train(config: ConfigDict, workdir: Path, accepted: tuple[str, ...] = ()) -> 
         draw_samples = SampleGrid(setup, workdir)
         batches = stack.enter_context(contextlib.closing(open_batches(config)))
         _make_folder(config, workdir)
-        checkpoints = stack.enter_context(
-            contextlib.closing(
-                Checkpoints(workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps)
-            )
-        )
+        checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, workdir)))
         stack.enter_context(jax.set_mesh(setup.mesh))
         state, start = _initial_or_restored(setup, checkpoints, batches)
+        if checkpoints.snapshots and not all(line.startswith((*configs.LAYOUT_LEAVES, *WATCHING)) for line in changed):
+            checkpoints.snapshots.refuse_after(start)
         _keep_config(config, workdir)
         reporter = stack.enter_context(contextlib.closing(_reporter(setup, workdir, start)))
         _announce(setup, reporter, start, changed)
         _loop(setup, state, start, workdir, checkpoints, batches, draw_samples, reporter, stop)
+
+
+def _open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
+    return Checkpoints(
+        workdir,
+        keep=config.checkpoint.keep,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        snapshots=Snapshots(workdir) if config.ema.tracks else None,
+    )
 
 
 def _check_folder(config: ConfigDict, workdir: Path, accepted: tuple[str, ...]) -> list[str]:
@@ -151,18 +162,29 @@ def _loop(
     saved = checkpoints.latest()
     meta = _meta(setup)
 
+    def progress(step: int) -> dict[str, int]:
+        return {"step": step, "images_seen": step * config.batch_size}
+
+    def snapshot(step: int) -> None:
+        if checkpoints.snapshots:
+            pending.flush(reporter)
+            reporter.pause()
+            lengths = {"sigma_rel": ema.track_lengths(config.ema)}
+            checkpoints.snapshots.save(state.tracks, step, {**lengths, **progress(step)})
+
     def save(step: int) -> None:
         nonlocal saved
         pending.flush(reporter)
         if step != saved:
             reporter.pause()
-            progress = {"step": step, "images_seen": step * config.batch_size}
-            checkpoints.save(state, step, batches.get_state(), {**meta, **progress})
+            checkpoints.save(state, step, batches.get_state(), {**meta, **progress(step)})
             saved = step
 
     try:
         with jax.transfer_guard("disallow"):
             for step in range(start, config.total_steps):
+                if step > start and _due(step, config.ema.snapshot_every_steps):
+                    snapshot(step)
                 if step > start and _due(step, config.checkpoint.every_steps):
                     save(step)
                 if step > start and _due(step, config.evals.samples.every_steps):
@@ -175,6 +197,7 @@ def _loop(
                     return
                 checkpoints.check_for_errors()
                 state, pending = advance(setup, state, step, batches, pending, reporter)
+            snapshot(config.total_steps)
             save(config.total_steps)
             draw_samples(config.total_steps, state, reporter)
         checkpoints.wait()

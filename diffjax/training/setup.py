@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import batch_sharding, check_batch, check_processes, make_mesh, replicated
+from diffjax.training import ema
 from diffjax.training.objective import Apply, Objective, bind, build_model, build_objective
 from diffjax.training.optimizer import optimizer
 from diffjax.training.state import TrainState, initial_state, state_shardings, with_shardings
@@ -68,9 +69,10 @@ def build(config: ConfigDict, devices: Any = None) -> Setup:
     check_processes(mesh)
     model, objective = build_model(config), build_objective(config)
     optim = optimizer(config.optim, config.total_steps)
+    rates = ema.rates(config.ema, config.batch_size)
 
     def init(key: jax.Array) -> TrainState:
-        return initial_state(init_params(model, config, key), optim)
+        return initial_state(init_params(model, config, key), optim, rates.tracks)
 
     params_key = rng.stream(config.seed, "params")
     shapes = jax.eval_shape(init, params_key)
@@ -82,7 +84,7 @@ def build(config: ConfigDict, devices: Any = None) -> Setup:
         train_step,
         loss=functools.partial(objective.loss, apply),
         optimizer=optim,
-        ema_decay=config.ema.decay,
+        rates=rates,
         microbatches=config.optim.accumulate,
     )
     return Setup(
@@ -128,5 +130,3 @@ def check_numbers(config: ConfigDict) -> None:
         raise UserError(f"{', '.join(wrong)}: valid: 1 or more")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed = {config.seed}: valid: 0 to 2**32 - 1")
-    if not 0 <= config.ema.decay <= 1:
-        raise UserError(f"ema.decay = {config.ema.decay}: valid: 0 to 1")

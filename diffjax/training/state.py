@@ -1,5 +1,6 @@
 """The training state: what a checkpoint holds and a step maps to its successor."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import flax.struct
@@ -13,18 +14,20 @@ from diffjax.parallel.rules import LogicalAxes, shardings
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 scalar, the number of updates made. params, ema: float32, same tree."""
+    """step: int32 scalar, the number of updates made. params, ema: float32, same tree; so is each of `tracks`, the
+    power-function averages by name."""
 
     step: jax.Array
     params: Any
     opt_state: Any
     ema: Any
+    tracks: dict[str, Any] = flax.struct.field(default_factory=dict)
 
 
-def initial_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0; the average starts as a copy of the parameters."""
-    ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+def initial_state(params: Any, optimizer: optax.GradientTransformation, tracks: Iterable[str] = ()) -> TrainState:
+    """Step 0; the averages start as copies of the parameters."""
+    ema, *copies = (jax.tree.map(jnp.copy, params) for _ in ("ema", *tracks))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, dict(zip(tracks, copies)))
 
 
 def state_shardings(abstract: TrainState, mesh: Mesh, parallel: Any, axes: LogicalAxes) -> TrainState:

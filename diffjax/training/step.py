@@ -25,7 +25,7 @@ def train_step(
     *,
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    ema_decay: float,
+    rates: ema.Rates,
     microbatches: int,
 ) -> tuple[TrainState, Metrics]:
     """(state, batch, root key) -> (next state, float32 scalars); jitted by the caller, with `state` donated.
@@ -34,13 +34,16 @@ def train_step(
         batch: arrays with the global batch in front, among them `index` [b], the example's place in the global batch.
         key: root of the training streams; the step number is folded in here.
         loss: (params, batch, key) -> (scalar, metrics), a mean over the batch.
+        rates: how the averages move; `rates.tracks` has the names of `state.tracks`.
     """
     gradients, metrics = accumulate(loss, state.params, batch, rng.fold(key, state.step), microbatches)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    average = ema.update(state.ema, params, ema_decay)
+    number = state.step + 1
+    average = ema.update(state.ema, params, rates.ema(number))
+    tracks = {name: ema.update(track, params, rates.tracks[name](number)) for name, track in state.tracks.items()}
     metrics["grad_norm"], metrics["param_norm"] = optax.tree.norm(gradients), optax.tree.norm(params)
-    return TrainState(state.step + 1, params, opt_state, average), metrics
+    return TrainState(number, params, opt_state, average, tracks), metrics
 
 
 def accumulate(loss: Loss, params: Any, batch: Batch, key: jax.Array, microbatches: int) -> tuple[Any, Metrics]:

@@ -1,9 +1,9 @@
-"""Print what a run folder holds as one json object: complete steps, and sizes and sha256 of one of them.
+"""Print what a run folder holds as one json object: complete steps, snapshots, sizes and sha256 of one of the steps.
 
 python -m diffjax inspect --workdir=runs/a [--step=300]
 
-The sha256 of params, ema and opt_state goes over (path, dtype, shape, bytes) of every leaf in the order of the paths:
-equal runs give equal hashes on any machine and mesh.
+The sha256 of params, ema, opt_state and, where there are any, tracks goes over (path, dtype, shape, bytes) of every
+leaf in the order of the paths: equal runs give equal hashes on any machine and mesh.
 """
 
 import json
@@ -14,7 +14,7 @@ import jax
 from absl import flags
 
 from diffjax.errors import UserError
-from diffjax.training.checkpoint import Checkpoints
+from diffjax.training.checkpoint import Checkpoints, Snapshots
 from diffjax.verbs import local_path
 from diffjax.weights.store import tree_sha256
 
@@ -36,6 +36,7 @@ def inspect(workdir: Path, step: int | None = None) -> dict[str, Any]:
     checkpoints = Checkpoints(workdir, read_only=True)
     steps = checkpoints.steps()
     report: dict[str, Any] = {"workdir": str(workdir), "steps": steps, "latest": max(steps, default=None)}
+    report["snapshots"] = Snapshots(workdir, read_only=True).steps()
     step = report["latest"] if step is None else step
     if step is None:
         return report
@@ -43,6 +44,8 @@ def inspect(workdir: Path, step: int | None = None) -> dict[str, Any]:
         raise UserError(f"--step={step}: no such checkpoint in {workdir}; complete: {steps}")
     state = checkpoints.restore_arrays("state", step)
     trees = {"params": state["params"], "ema": checkpoints.restore_arrays("ema", step), "opt_state": state["opt_state"]}
+    if checkpoints.has("tracks", step):
+        trees["tracks"] = checkpoints.restore_arrays("tracks", step)
     report["step"] = step
     report["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(trees["params"]))
     report["bytes"] = {name: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for name, tree in trees.items()}

@@ -94,6 +94,7 @@ def jax_step(options: argparse.Namespace, batch: dict[str, Any], state_dict: dic
     import optax
 
     from diffjax.diffusion.gaussian import gaussian_diffusion
+    from diffjax.training import ema
     from diffjax.training.state import initial_state
     from diffjax.training.step import train_step
     from diffjax.weights import from_reference
@@ -108,7 +109,7 @@ def jax_step(options: argparse.Namespace, batch: dict[str, Any], state_dict: dic
         output = model.apply({"params": params}, xt, process.model_time(k), batch["y"], train=True)
         return process.losses(output, x0, xt, k, eps)["loss"].mean(), {}
 
-    step = partial(train_step, loss=loss, optimizer=optimizer, ema_decay=0.9999, microbatches=1)
+    step = partial(train_step, loss=loss, optimizer=optimizer, rates=ema.Rates(ema.constant(0.9999)), microbatches=1)
     update = jax.jit(step, donate_argnums=0)
     state = initial_state(jax.device_put(params), optimizer)
     batch, key = jax.device_put(batch), jax.random.key(0)

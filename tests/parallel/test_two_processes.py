@@ -20,9 +20,13 @@ def losses(workdir):
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+# Snapshots and checkpoints at the same steps and at others.
+TRACKS = ("ema.tracks=0.05,0.1", "ema.snapshot_every_steps=2")
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    arguments = ("total_steps=6", "log.every_steps=1", "checkpoint.every_steps=3")
+    arguments = ("total_steps=6", "log.every_steps=1", "checkpoint.every_steps=3", *TRACKS)
     alone = start(train_arguments(tmp_path / "alone", *arguments), tmp_path / "alone.log")
     assert alone.wait(timeout=300) == 0, (tmp_path / "alone.log").read_text()
 
@@ -34,6 +38,6 @@ def test_two_processes_train_as_one(tmp_path):
 
     np.testing.assert_allclose(losses(tmp_path / "together"), losses(tmp_path / "alone"), rtol=1e-5)
     report = inspect(tmp_path / "together")
-    assert report["steps"] == [3, 6]
+    assert (report["steps"], report["snapshots"]) == ([3, 6], [2, 4, 6])
     assert report["meta"]["processes"] == 2
     assert "step 6/6" not in (tmp_path / "1.log").read_text(), "only the first process speaks"

@@ -1,5 +1,7 @@
 """The step: accumulation, averaging, determinism, what is donated."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,8 @@ def test_one_step_is_adamw_and_the_average():
     params, key = {"w": jnp.ones(5)}, jax.random.key(0)
     optim = optax.adamw(0.1)
     state = initial_state(params, optim)
-    state, metrics = train_step(state, example_batch(), key, loss=loss, optimizer=optim, ema_decay=0.9, microbatches=1)
+    step = functools.partial(train_step, loss=loss, optimizer=optim, rates=ema.Rates(ema.constant(0.9)), microbatches=1)
+    state, metrics = step(state, example_batch(), key)
     gradient = jax.grad(lambda p: loss(p, example_batch(), jax.random.fold_in(key, 0))[0])(params)["w"]
     moved = params["w"] - 0.1 * (jnp.sign(gradient) + 1e-4 * params["w"])  # the first step of Adam is the sign
     np.testing.assert_allclose(state.params["w"], moved, rtol=1e-4)
@@ -83,6 +86,9 @@ def test_schedules():
     np.testing.assert_allclose([lr(10), lr(60), lr(110)], [2.0, 1.01, 0.02], rtol=1e-5)
     optim = tiny_config("optim.lr=2.0", "optim.warmup_steps=0", "optim.schedule=constant").optim
     assert {float(schedule(optim, 9)(step)) for step in (0, 5, 100)} == {2.0}
+    inverse = ("optim.schedule=inverse_sqrt", "optim.decay_after_steps=25")
+    lr = schedule(tiny_config("optim.lr=2.0", "optim.warmup_steps=10", *inverse).optim, 110)
+    np.testing.assert_allclose([lr(0), lr(5), lr(10), lr(25), lr(100)], [0, 1, 2, 2, 1], atol=1e-6)
 
 
 def test_other_options_keep_the_tree_of_states():

@@ -142,6 +142,11 @@ MISTAKES = {
     "schedule": (changed("optim.schedule=step"), "optim.schedule = 'step' is unknown; valid: constant, cosine"),
     "negative-rate": (changed("optim.lr=-1.0"), "must not be negative"),
     "ema": (changed("ema.decay=2.0"), "ema.decay = 2.0: valid: 0 to 1"),
+    "ema-kind": (changed("ema.kind=edm"), "ema.kind = 'edm' is unknown; valid: constant, halflife"),
+    "tracks": (changed("ema.tracks=0.05,0.1"), "ema.snapshot_every_steps = 0: tracks need snapshots"),
+    "track-text": (changed("ema.tracks=long", "ema.snapshot_every_steps=5"), "'long' is not a number"),
+    "decay-of-rate": (changed("optim.schedule=inverse_sqrt"), "optim.decay_after_steps = 0: valid: 1 or more"),
+    "decay-of-cosine": (changed("optim.decay_after_steps=5"), "no effect with optim.schedule = 'cosine'"),
     "workers": (changed("data.workers=-1"), "data.workers=-1"),
     "patch": (changed("model.patch=3"), "image size 8 x 8 is not divisible by the model's patch = 3"),
     "heads": (changed("model.heads=5"), "width = 48 is not divisible by heads = 5"),
@@ -219,6 +224,16 @@ MISTAKES = {
     "evaluate-altered": (("evaluate", "--samples=altered.npz", "--reference=digits"), "does not describe altered.npz"),
     "compare-text": (("evaluate", "--compare", "text.json", "text.json"), "text.json"),
     "compare-one": (("evaluate", "--compare", "text.json"), "--compare takes two result files"),
+    # averages
+    "ema-not-a-run": (("ema", "--workdir=folder", "--sigma-rel=0.1", "--out=new"), "folder/config.json: no such file"),
+    "ema-without-snapshots": (("ema", "--workdir=run", "--sigma-rel=0.1", "--out=new"), "run has no snapshots"),
+    "ema-into-full": (
+        ("ema", "--workdir=run", "--sigma-rel=0.1", "--out=params"),
+        "params exists and is not an empty folder",
+    ),
+    "ema-length": (("ema", "--workdir=run", "--sigma-rel=0.5", "--out=new"), "sigma_rel = 0.5: valid: above 0 to"),
+    "ema-length-text": (("ema", "--workdir=run", "--sigma-rel=long", "--out=new"), "--sigma_rel=long"),
+    "ema-bucket": (("ema", "--workdir=run", "--sigma-rel=0.1", "--out=gs://b/new"), "--out=gs://b/new: only local"),
     # conversion
     "convert-missing-file": ((*CONVERT, "--checkpoint=no.pt"), "no.pt: no such file"),
     "convert-text": ((*CONVERT, "--checkpoint=text"), "text"),

@@ -1,0 +1,168 @@
+"""Averages: their rates in float32, what a config may ask for, the tracks of a run, reconstruction."""
+
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax.errors import UserError
+from diffjax.training import ema
+from diffjax.training.loop import open_batches
+from diffjax.training.setup import build
+from tests.programs import tiny_config
+from tests.training.test_devices import LAYOUTS, OWN_SHAPES, SHAPES
+
+NUMBERS = np.array([1, 2, 3, 10, 99, 1000, 12_345, 10**6, 16_000_000])
+
+
+@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.25])
+def test_rates_of_the_power_function_are_accurate_in_float32(sigma_rel):
+    rates = jax.jit(jax.vmap(ema.power(sigma_rel)))(jnp.asarray(NUMBERS, jnp.int32))
+    assert rates.dtype == jnp.float32
+    n = NUMBERS[1:].astype(np.longdouble)
+    exact = -np.expm1((ema.gamma_of(sigma_rel) + 1) * np.log1p(-1 / n))
+    assert rates[0] == 1  # the first update forgets the start
+    np.testing.assert_allclose(rates[1:], exact.astype(np.float64), rtol=5e-7)
+
+
+def test_rates_of_a_halflife_ramp_up():
+    images, batch = 1e5, 64
+    rates = jax.jit(jax.vmap(ema.halflife(images, 0.05, batch)))(jnp.asarray(NUMBERS, jnp.int32))
+    exact = 1 - 0.5 ** (batch / np.minimum(images, 0.05 * batch * NUMBERS.astype(np.float64)))
+    np.testing.assert_allclose(rates, exact, rtol=5e-7)
+    full = ema.halflife(images, 0.0, batch)(jnp.arange(3))
+    np.testing.assert_allclose(full, exact[-1], rtol=5e-7)
+
+
+def test_lengths_without_an_exponent_are_refused():
+    for gamma in (0.0, 0.5, 7.0, 200.0):
+        assert ema.gamma_of(ema.sigma_rel_of(gamma)) == pytest.approx(gamma, abs=1e-10)
+    for sigma_rel in (0.0, -0.1, 0.29, float("nan")):
+        with pytest.raises(UserError, match="above 0 to 0.2887"):
+            ema.gamma_of(sigma_rel)
+
+
+STORED = [ema.Profile(t, length) for t in (4.0, 8.0, 12.0) for length in (0.05, 0.1)]
+
+
+def profile(p: ema.Profile, times: np.ndarray) -> np.ndarray:
+    gamma = ema.gamma_of(p.sigma_rel)
+    return np.where(times <= p.t, (gamma + 1) * times**gamma / p.t ** (gamma + 1), 0)
+
+
+def test_the_error_of_a_profile_is_its_distance_in_the_square_mean():
+    wanted = ema.Profile(12.0, 0.2)
+    coefficients = ema.solve_weights(STORED, wanted)
+    assert coefficients.sum() == pytest.approx(1)
+    times = (np.arange(10**6) + 0.5) * 12e-6
+    combined = sum(x * profile(p, times) for x, p in zip(coefficients, STORED))
+    distance = np.sqrt(np.mean((combined - profile(wanted, times)) ** 2) / np.mean(profile(wanted, times) ** 2))
+    assert ema.profile_error(STORED, wanted, coefficients) == pytest.approx(distance, rel=1e-4)
+
+
+def test_a_stored_average_is_its_own_reconstruction():
+    coefficients = ema.solve_weights(STORED, STORED[3])
+    np.testing.assert_allclose(coefficients, np.eye(len(STORED))[3], atol=1e-10)
+    assert ema.profile_error(STORED, STORED[3], coefficients) < 1e-6
+    with pytest.raises(UserError, match="the same"):
+        ema.solve_weights([STORED[0], STORED[0]], STORED[3])
+
+
+def test_more_snapshots_come_nearer_and_stay_well_conditioned():
+    errors = []
+    for count in (4, 16, 64, 256, 1024):
+        stored = [ema.Profile(t, length) for t in range(1, count + 1) for length in (0.05, 0.1)]
+        wanted = ema.Profile(count, 0.15)
+        coefficients = ema.solve_weights(stored, wanted)
+        assert np.abs(coefficients).sum() < 2  # what rounding of the tracks is multiplied by
+        errors.append(ema.profile_error(stored, wanted, coefficients))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-5
+
+
+def test_combining_lets_go_of_every_tree():
+    made = []
+
+    def trees():
+        for value in (1.0, 2.0, 4.0, 8.0):
+            leaf = np.full(3, value, np.float32)
+            made.append(weakref.ref(leaf))
+            yield {"w": leaf}
+            assert sum(leaf() is not None for leaf in made) == 1
+
+    total = ema.combine(trees(), [0.5, 0.25, 1e-9, 0.0])
+    assert total["w"].dtype == np.float64
+    np.testing.assert_allclose(total["w"], 1.0 + 4e-9, rtol=1e-15)
+
+
+REFUSED = {
+    "kind": (("ema.kind=edm",), "ema.kind = 'edm' is unknown; valid: constant, halflife"),
+    "decay": (("ema.decay=1.5",), "ema.decay = 1.5: valid: 0 to 1"),
+    "halflife-of-constant": (("ema.halflife_images=1e6",), "no effect with ema.kind = 'constant'"),
+    "no-halflife": (("ema.kind=halflife",), "needs a half-life above 0"),
+    "rampup": (("ema.kind=halflife", "ema.halflife_images=1e6", "ema.rampup=-1.0"), "a ramp-up of 0"),
+    "no-snapshots": (("ema.tracks=0.05",), "tracks need snapshots"),
+    "no-tracks": (("ema.snapshot_every_steps=5",), "snapshots need tracks"),
+    "backwards": (("ema.snapshot_every_steps=-5", "ema.tracks=0.05"), "tracks need snapshots, every 1 or more steps"),
+    "text": (("ema.snapshot_every_steps=5", "ema.tracks=0.05,"), "'' is not a number"),
+    "too-long": (("ema.snapshot_every_steps=5", "ema.tracks=0.5"), "sigma_rel = 0.5: valid: above 0 to 0.2887"),
+    "twice": (("ema.snapshot_every_steps=5", "ema.tracks=0.05,0.050"), "different lengths of up to three decimals"),
+    "too-fine": (("ema.snapshot_every_steps=5", "ema.tracks=0.0505"), "different lengths of up to three decimals"),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_what_contradicts_itself_is_refused(mistake):
+    overrides, message = REFUSED[mistake]
+    with pytest.raises(UserError, match=message):
+        build(tiny_config(*overrides))
+
+
+TRACKS = ("ema.tracks=0.05,0.1", "ema.snapshot_every_steps=5")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tracks_are_laid_out_as_the_parameters(layout):
+    state = build(tiny_config(*SHAPES, *OWN_SHAPES["dit"], *LAYOUTS[layout], *TRACKS)).abstract
+    assert list(state.tracks) == ["0.050", "0.100"]
+    for track in state.tracks.values():
+        assert track == state.params  # shapes, dtypes and shardings
+    whole = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.tracks)]
+    assert all(whole) == (layout == "dp8")
+
+
+def test_tracks_of_a_sharded_run_are_the_averages_of_its_parameters():
+    averages = ("ema.kind=halflife", "ema.halflife_images=100", *TRACKS, "optim.warmup_steps=0")
+    setup = build(tiny_config(*SHAPES, *OWN_SHAPES["dit"], *LAYOUTS["2x2x2"], *averages))
+    batches = open_batches(setup.config)
+    with jax.set_mesh(setup.mesh):
+        state = setup.init()
+        path = [jax.device_get(state.params)]
+        for _ in range(10):
+            state, _ = setup.step(state, setup.put(next(batches)), setup.key)
+            path.append(jax.device_get(state.params))
+        assert setup.step._cache_size() == 1
+    batches.close()
+    where = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state.params, *state.tracks.values())]
+    assert where[0] == where[1] == where[2]
+    assert not state.tracks["0.050"]["blocks"]["mlp"]["fc1"]["kernel"].sharding.is_fully_replicated
+
+    n = np.arange(11) / 10
+    for name, length in (("0.050", 0.05), ("0.100", 0.1)):
+        weights = np.diff(n ** (ema.gamma_of(length) + 1))  # the profile's integral over each step
+        check_average(state.tracks[name], path[1:], weights)
+    decays = 0.5 ** (16 / np.minimum(100, 0.05 * 16 * np.arange(1, 11)))
+    weights = [np.prod(decays[i:]) * (1 - decays[i - 1] if i else 1) for i in range(11)]
+    check_average(state.ema, path, weights)
+
+
+def check_average(average, path, weights):
+    assert sum(weights) == pytest.approx(1)
+
+    def check(average, *leaves):
+        exact = sum(weight * np.float64(leaf) for weight, leaf in zip(weights, leaves))
+        np.testing.assert_allclose(average, exact, rtol=1e-6, atol=1e-7)
+
+    jax.tree.map(check, jax.device_get(average), *path)
