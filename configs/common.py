@@ -66,20 +66,26 @@ def base() -> ConfigDict:
     c.data.threads = 4
 
     c.diffusion = ConfigDict()
-    c.diffusion.process = "gaussian"
-    c.diffusion.steps = 1000
-    c.diffusion.prediction = "epsilon"  # epsilon, x0
-    c.diffusion.variance = "learned_range"  # learned_range, fixed_small, fixed_large
-    c.diffusion.loss = "mse"  # mse, rescaled_mse, rescaled_kl
+    c.diffusion.process = "gaussian"  # gaussian, edm, edm_vp, edm_ve, edm_iddpm, flow_linear, flow_gvp, flow_vp
+    # What stays "" or 0 belongs to the process; what a process does not know is refused.
+    c.diffusion.prediction = ""  # edm: also edm; flow: also velocity, score, v; gaussian: also v; all: epsilon, x0
+    c.diffusion.weighting = ""  # of the loss: uniform, snr, min_snr, edm; edm and flow: velocity, uncertainty, ...
+    c.diffusion.times = ""  # drawn in training. edm: lognormal, vp, ve, iddpm; flow: uniform, logit_normal
+    c.diffusion.options = ""  # numbers such as gamma=5,sigma_data=0.5,p_mean=-0.4,p_std=1.0,logit_mean=0,shift=3
+    c.diffusion.steps = 0  # gaussian only: 1000
+    c.diffusion.variance = ""  # gaussian only: learned_range, fixed_small, fixed_large
+    c.diffusion.loss = ""  # gaussian only: mse, rescaled_mse, rescaled_kl
     c.diffusion.label_drop = 0.1  # probability of the null class in training; 0: no null class
 
     c.sampling = ConfigDict()
-    c.sampling.sampler = "ddpm"  # ddpm, ddim
-    c.sampling.steps = 250
-    c.sampling.eta = 0.0  # ddim only: 0 deterministic, 1 as noisy as ddpm
-    c.sampling.clip = False  # clip predicted x0 to [-1, 1]: for pixels, never for latents
-    c.sampling.guidance = 1.0  # classifier-free guidance scale; 1: none
+    c.sampling.sampler = "ddpm"  # any process: ddim, edm, dpmpp_2m; gaussian: ddpm; edm and flow: euler, heun, dopri5;
+    c.sampling.steps = 250  # ... flow: euler_maruyama, sde_heun. dopri5 has 0 steps, it chooses them
+    c.sampling.options = ""  # of the sampler: eta=1 (ddim), churn=40,churn_min=0.05 (edm), last_step=tweedie (the SDEs)
+    c.sampling.clip = False  # clip predicted x0 to [-1, 1]: for pixels, never for latents; ddpm, ddim, edm, dpmpp_2m
+    c.sampling.guidance = 1.0  # weight of classifier-free guidance, or of `sample --guide`; 1: none
+    c.sampling.guidance_weights = ""  # constant; or power_cosine,power=4, or interval,low=0.28,high=2.9 in noise/signal
     c.sampling.guidance_channels = 0  # 0: all; 3: what DiT and U-DiT published
+    c.sampling.guidance_calls = "one"  # on a doubled batch, or two, with less memory
 
     c.optim = ConfigDict()
     c.optim.lr = 1e-4

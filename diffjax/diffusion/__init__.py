@@ -26,18 +26,25 @@ PROCESSES: dict[str, Callable[..., Any]] = {
 }
 
 
+WORDS = {str: "word", float: "number", int: "whole number"}
+
+
 def create_process(name: str, **options: Any) -> GaussianDiffusion | Process:
     """The process `name`, one of PROCESSES, from plain values; see its function there for the options.
 
-    All know prediction, weighting, gamma and sigma_data. Options of "gaussian": respacing, variance, loss, num_steps;
+    All know prediction, weighting, gamma and sigma_data. Options of "gaussian": respacing, variance, loss, steps;
     of all others: times; of the "edm" ones: p_mean, p_std; of the "flow" ones: logit_mean, logit_std, shift. An
-    option of "" counts as not given. UserError on an unknown name or option, and on a combination without meaning.
+    option of "" counts as not given. UserError on an unknown name or option, a word for a number or the other way
+    round, and on a combination without meaning.
     """
     if name not in PROCESSES:
         raise UserError(f"process {name!r} is unknown; valid: {', '.join(PROCESSES)}")
-    valid = [p.name for p in inspect.signature(PROCESSES[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(PROCESSES[name]).parameters.values()
+    valid = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
     given = {option: value for option, value in options.items() if value != ""}
-    for option in given:
+    for option, value in given.items():
         if option not in valid:
             raise UserError(f"process {name!r} has no option {option!r}; valid: {', '.join(valid)}")
+        if isinstance(value, str) != (valid[option] is str):
+            raise UserError(f"process {name!r} with {option} = {value!r}: valid: a {WORDS[valid[option]]}")
     return PROCESSES[name](**given)

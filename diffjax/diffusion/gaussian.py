@@ -29,7 +29,7 @@ float64 on the host; a gathered value becomes float32 before it is used.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,7 @@ class GaussianDiffusion:
     weighting: str = "uniform"
     gamma: float = 5.0
     sigma_data: float = 0.5
+    uncertainty: ClassVar[bool] = False  # what `Process` may have and this has not
 
     def __post_init__(self) -> None:
         if self.weighting in ("velocity", "likelihood", "uncertainty"):
@@ -290,20 +291,20 @@ def gaussian_diffusion(
     prediction: str = "epsilon",
     variance: str = "learned_range",
     loss: str = "mse",
-    num_steps: int = 1000,
+    steps: int = 1000,
     weighting: str = "uniform",
     gamma: float = 5.0,
     sigma_data: float = 0.5,
 ) -> GaussianDiffusion:
-    """The linear-schedule process with `num_steps` original steps, of which `respacing` keeps some: equation (6).
+    """The linear-schedule process with `steps` original steps, of which `respacing` keeps some: equation (6).
 
     The defaults are those of DiT. Options: see `GaussianDiffusion` and `respaced_steps`. UserError on an unknown one.
     """
     # Also with nothing left out the variances are recovered from ᾱ, so that every process goes through one path.
-    kept = np.array(respaced_steps(num_steps, respacing), np.int64)
-    alphas_cumprod = np.cumprod(1.0 - linear_betas(num_steps))[kept]
+    kept = np.array(respaced_steps(steps, respacing), np.int64)
+    alphas_cumprod = np.cumprod(1.0 - linear_betas(steps))[kept]
     betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
-    return GaussianDiffusion(betas, kept, prediction, variance, loss, num_steps, weighting, gamma, sigma_data)
+    return GaussianDiffusion(betas, kept, prediction, variance, loss, steps, weighting, gamma, sigma_data)
 
 
 def linear_betas(num_steps: int = 1000) -> np.ndarray:

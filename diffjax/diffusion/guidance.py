@@ -17,7 +17,6 @@ the network f_0 need not be called.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,21 +27,20 @@ from diffjax.errors import UserError
 
 DenoiseWithLabels = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 DenoiseBoth = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+CALLS = ("one", "two")
 
 
 def classifier_free(
     denoise: DenoiseWithLabels,
     labels: jax.Array,
     null_label: int,
-    scale: float | jax.Array = 1.0,
-    channels: int | None = None,
     *,
-    calls: Literal["one", "two"] = "one",
+    channels: int | None = None,
+    calls: str = "one",
     skip: bool = False,
 ) -> Denoise:
     """A guided `denoise(x, t, weight)` from `denoise(x, t, y)`, for labels [b] int32 and the index of "no label".
 
-    scale is the weight of calls that give none; a Python number 1 then makes a plain conditional call.
     Guided are the first `channels` output channels, by default as many as x has; the rest (the variance output v) is
     the conditional one. channels=3 on four-channel latents is what the published DiT, SiT and MDT figures were sampled
     with: keep it for those alone. calls: "one" on the doubled batch, the conditional row of an example first, or
@@ -62,9 +60,9 @@ def classifier_free(
     def two_calls(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         return denoise(x, t, labels), denoise(x, t, jnp.full_like(labels, null_label))
 
-    if calls not in ("one", "two"):
-        raise UserError(f"guidance with {calls!r} calls: valid: one, two")
-    return guided(conditional, one_call if calls == "one" else two_calls, scale, channels, skip)
+    if calls not in CALLS:
+        raise UserError(f"guidance with {calls!r} calls: valid: {', '.join(CALLS)}")
+    return guided(conditional, one_call if calls == "one" else two_calls, channels, skip)
 
 
 def autoguidance(denoise: Denoise, worse: Denoise, *, channels: int | None = None, skip: bool = False) -> Denoise:
@@ -73,19 +71,17 @@ def autoguidance(denoise: Denoise, worse: Denoise, *, channels: int | None = Non
     Give both the same labels. The second may be another set of parameters or another model. channels, skip: as for
     `classifier_free`.
     """
-    return guided(denoise, lambda x, t: (denoise(x, t), worse(x, t)), 1.0, channels, skip)
+    return guided(denoise, lambda x, t: (denoise(x, t), worse(x, t)), channels, skip)
 
 
-def guided(denoise: Denoise, both: DenoiseBoth, scale: float | jax.Array, channels: int | None, skip: bool) -> Denoise:
-    """Equation (1) of `both(x, t)` -> (f_1, f_0), or just `denoise(x, t)`, f_1, where nothing else is needed."""
+def guided(denoise: Denoise, both: DenoiseBoth, channels: int | None, skip: bool) -> Denoise:
+    """Equation (1) of `both(x, t)` -> (f_1, f_0), or with `skip` just `denoise(x, t)`, f_1, where w = 1."""
 
     def extrapolated(x: jax.Array, t: jax.Array, weight: float | jax.Array) -> jax.Array:
         better, worse = both(x, t)
         return combine(better, worse, weight, x.shape[-1] if channels is None else channels)
 
-    def call(x: jax.Array, t: jax.Array, weight: float | jax.Array = scale) -> jax.Array:
-        if isinstance(weight, int | float) and weight == 1:
-            return denoise(x, t)
+    def call(x: jax.Array, t: jax.Array, weight: float | jax.Array) -> jax.Array:
         if not skip:
             return extrapolated(x, t, weight)
         return jax.lax.cond(weight == 1, lambda x, t, w: denoise(x, t), extrapolated, x, t, weight)
@@ -100,24 +96,21 @@ def combine(better: jax.Array, worse: jax.Array, weight: float | jax.Array, chan
     return result if channels is None else jnp.concatenate([result, better[..., channels:]], axis=-1)
 
 
-def weights(
-    kind: str, scale: float, *, power: float | None = None, low: float | None = None, high: float | None = None
-) -> Weight:
+def weights(kind: str, scale: float, /, **numbers: float) -> Weight:
     """What `samplers.plan` takes as its weight: "constant"; "power_cosine" with a power; "interval" from low to high.
 
     low and high are noise levels σ/α. UserError for an unknown kind, and for options that it lacks or has no use for.
     """
-    given = {name: value for name, value in (("power", power), ("low", low), ("high", high)) if value is not None}
     needed = {"constant": (), "power_cosine": ("power",), "interval": ("low", "high")}
     if kind not in needed:
         raise UserError(f"guidance weight {kind!r} is unknown; valid: {', '.join(needed)}")
-    if set(given) != set(needed[kind]):
-        raise UserError(f"guidance weight {kind!r} with {sorted(given)}: valid: {list(needed[kind])}")
+    if set(numbers) != set(needed[kind]) or any(isinstance(value, str) for value in numbers.values()):
+        raise UserError(f"guidance weight {kind!r} with {numbers}: valid: numbers for {list(needed[kind])}")
     if kind == "constant":
         return scale
     if kind == "power_cosine":
-        return lambda level, time: power_cosine(time, scale, given["power"])
-    return lambda level, time: interval(level, scale, given["low"], given["high"])
+        return lambda level, time: power_cosine(time, scale, numbers["power"])
+    return lambda level, time: interval(level, scale, numbers["low"], numbers["high"])
 
 
 def power_cosine(time: np.ndarray, scale: float, power: float) -> np.ndarray:

@@ -24,7 +24,7 @@ int32 scalar, so that a sample depends on its key and the step alone.
 | sde_heun | the same | 2N + 1; 2N without a last step |
 | dopri5 | continuous | as many as its tolerance needs |
 
-Below stand the single steps of a discrete process and their loops, for whoever has a process of the steps he wants:
+Below stand the single steps of a discrete process, which the tables of "ddpm" and "ddim" repeat, and the way back:
 
     (1)  ancestral step, DDPM algorithm 2:   x_{k-1} = mean + [k > 0] exp(log σ_k² / 2) z
     (2)  DDIM eq. 12, 16:   x_{k-1} = √ᾱ_{k-1} x̂0 + √(1-ᾱ_{k-1}-s²) eps^ + [k > 0] s z,
@@ -175,10 +175,12 @@ def adaptive_plan(
 
 def accepted(make: Callable, sampler: str, options: dict[str, Any], leading: int) -> dict[str, Any]:
     """The options, if they are all keywords of `make`, after its leading arguments; else UserError."""
-    valid = list(inspect.signature(make).parameters)[leading:]
-    for name in options:
+    valid = dict(list(inspect.signature(make).parameters.items())[leading:])
+    for name, value in options.items():
         if name not in valid:
             raise UserError(f"sampler {sampler!r} has no option {name!r}; valid: {', '.join(valid)}")
+        if isinstance(value, str) and valid[name].annotation not in (str, str | None):
+            raise UserError(f"sampler {sampler!r} with {name} = {value!r}: valid: a number")
     return options
 
 
@@ -214,12 +216,17 @@ def evaluations(what: Plan | str, steps: int | None = None) -> int:
     return (1 + two) * steps + more.get(what, 0)
 
 
+def can_clip(plan: Plan | AdaptivePlan) -> bool:
+    """Whether the sampler goes through predicted data, so that they can be limited."""
+    return isinstance(plan, Plan) and plan.through_x0
+
+
 def sample(plan: Plan | AdaptivePlan, denoise: Denoise, x: jax.Array, noise: Noise, clip: bool = False) -> jax.Array:
     """Data [b, ..., c] in the dtype of x from x ~ N(0, I); call it in a jitted function that takes the plan.
 
     clip limits the predicted data to [-1, 1]; it suits pixels, never latents.
     """
-    if clip and not (isinstance(plan, Plan) and plan.through_x0):
+    if clip and not can_clip(plan):
         raise UserError(f"clip limits x0, which this sampler does not go through; valid: {', '.join(THROUGH_X0)}")
     if isinstance(plan, AdaptivePlan):
         return follow_flow(plan, denoise, x)
@@ -303,51 +310,14 @@ def step_noise(keys: jax.Array, shape: Sequence[int]) -> Noise:
     return lambda k: rng.normal(rng.fold(streams, k), shape)
 
 
-def ddpm(process: GaussianDiffusion, denoise: Denoise, x: jax.Array, noise: Noise, *, clip: bool = False) -> jax.Array:
-    """Samples x0 [b, ..., c] float32 from x = x_{K-1} ~ N(0, I) by K ancestral steps: equation (1)."""
-
-    def step(k: jax.Array, x: jax.Array) -> jax.Array:
-        steps = jnp.full(x.shape[0], k)
-        return ddpm_step(process, denoise(x, process.model_time(steps)), x, steps, noise(k), clip=clip)
-
-    return downwards(process, step, x)
-
-
-def ddim(
-    process: GaussianDiffusion,
-    denoise: Denoise,
-    x: jax.Array,
-    noise: Noise | None = None,
-    *,
-    eta: float = 0.0,
-    clip: bool = False,
-) -> jax.Array:
-    """Samples x0 [b, ..., c] float32 from x = x_{K-1} ~ N(0, I) by K steps of (2); eta > 0 needs `noise`."""
-    if eta > 0 and noise is None:
-        raise UserError(f"DDIM with eta {eta} is random and needs noise; give noise, or eta 0")
-
-    def step(k: jax.Array, x: jax.Array) -> jax.Array:
-        steps = jnp.full(x.shape[0], k)
-        z = noise(k) if noise is not None and eta > 0 else None
-        return ddim_step(process, denoise(x, process.model_time(steps)), x, steps, z, eta=eta, clip=clip)
-
-    return downwards(process, step, x)
-
-
 def ddim_reverse(process: GaussianDiffusion, denoise: Denoise, x: jax.Array, *, clip: bool = False) -> jax.Array:
-    """The x_{K-1} from which deterministic `ddim` returns to x = x_0 [b, ..., c]: K - 1 steps of (3)."""
+    """The x_{K-1} from which deterministic DDIM returns to x = x_0 [b, ..., c]: K - 1 steps of (3)."""
 
     def step(k: jax.Array, x: jax.Array) -> jax.Array:
         steps = jnp.full(x.shape[0], k)
         return ddim_reverse_step(process, denoise(x, process.model_time(steps)), x, steps, clip=clip)
 
     return jax.lax.fori_loop(0, process.num_steps - 1, step, x.astype(jnp.float32))
-
-
-def downwards(process: GaussianDiffusion, step: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """x carried through step(k, x) for k = K-1, ..., 0, in float32."""
-    last = process.num_steps - 1
-    return jax.lax.fori_loop(0, process.num_steps, lambda i, x: step(last - i, x), x.astype(jnp.float32))
 
 
 def ddpm_step(

@@ -42,7 +42,7 @@ import jax
 import numpy as np
 
 from diffjax.diffusion.gaussian import GaussianDiffusion, respaced_steps
-from diffjax.diffusion.paths import Conversion, Point, conversion, predicts_epsilon, predicts_x0
+from diffjax.diffusion.paths import Conversion, Point
 from diffjax.diffusion.process import Grid, Process
 from diffjax.errors import UserError
 
@@ -93,14 +93,6 @@ class Trajectory(NamedTuple):
 
 
 AnyProcess = GaussianDiffusion | Process
-
-
-def discrete_grid(process: GaussianDiffusion, k: np.ndarray) -> Grid:
-    """The discrete process at its steps k [n]; without derivatives, so without velocities."""
-    alpha, sigma = process.sqrt_alphas_cumprod[k], process.sqrt_one_minus_alphas_cumprod[k]
-    point = Point(alpha, sigma, np.full_like(alpha, np.nan), np.full_like(alpha, np.nan))
-    converted = conversion(point, predicts_x0 if process.prediction == "x0" else predicts_epsilon)
-    return Grid(k, process.timestep_map[k].astype(np.float64), np.ones_like(alpha), alpha, sigma, converted)
 
 
 def rows(grid: Grid, state: Mix, memory: Mix | None = None, **others: Any) -> Table:
@@ -188,7 +180,7 @@ def noise_levels(
     if steps < 1 or rho <= 0:
         raise UserError(f"{steps} steps with rho {rho}: valid: at least one step and rho above 0")
     if isinstance(process, GaussianDiffusion):
-        ends = discrete_grid(process, np.array([process.num_steps - 1, 0]))
+        ends = process.grid(np.array([process.num_steps - 1, 0]))
     else:
         ends = process.grid(np.array(process.span, np.float64))
     with np.errstate(divide="ignore"):
@@ -204,7 +196,7 @@ def at_levels(process: AnyProcess, levels: np.ndarray) -> Grid:
     """The process where σ/α has the given values [n]; a discrete one at its nearest steps."""
     if isinstance(process, GaussianDiffusion):
         known = process.sqrt_one_minus_alphas_cumprod / process.sqrt_alphas_cumprod
-        return discrete_grid(process, np.abs(known[None] - levels[:, None]).argmin(axis=1))
+        return process.grid(np.abs(known[None] - levels[:, None]).argmin(axis=1))
     return process.grid(times_at(process, levels))
 
 
@@ -238,7 +230,7 @@ def descending(
         raise UserError(f"spacing {spacing!r} is for discrete processes; valid in continuous time: rho")
     if sigma_min is not None or sigma_max is not None:
         raise UserError(f"sigma_min and sigma_max have no meaning with spacing {spacing!r}; valid with: rho")
-    return discrete_grid(process, discrete_steps(process.num_steps, steps, spacing))
+    return process.grid(discrete_steps(process.num_steps, steps, spacing))
 
 
 def without_alpha(grid: Grid) -> Grid:
@@ -278,7 +270,7 @@ def ddpm(process: AnyProcess, steps: int, *, spacing: str = "even") -> Trajector
         raise UserError("sampler 'ddpm' needs a discrete process; valid in continuous time: ddim with eta 1")
     k = discrete_steps(process.num_steps, steps, spacing)
     kept = respaced(process, k[::-1])
-    grid = discrete_grid(kept, np.arange(steps)[::-1])
+    grid = kept.grid(np.arange(steps)[::-1])
     state = Mix(x=kept.posterior_mean_coef2[::-1], x0=kept.posterior_mean_coef1[::-1])
     noisy = np.append(np.ones(steps - 1), 0.0)
     low, high = kept.posterior_log_variance_clipped[::-1], np.log(kept.betas)[::-1]

@@ -1,5 +1,6 @@
 """Images by number: image i is a function of (seed, i), its label and the parameters alone."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,21 +12,36 @@ from jax.sharding import Mesh
 
 from diffjax import models, rng
 from diffjax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
-from diffjax.training.objective import Objective, bind
+from diffjax.training.objective import Apply, Objective, bind
 
 
-def compile_sampler(objective: Objective, model: nn.Module, mesh: Mesh, seed: int, fused: bool = True) -> Callable:
+def compile_sampler(
+    objective: Objective,
+    model: nn.Module,
+    mesh: Mesh,
+    seed: int,
+    fused: bool = True,
+    guide: tuple[nn.Module, Any] | None = None,
+) -> functools.partial:
     """(params, indices [b] int32, labels [b] int32) -> float32 images [b, h, w, c], the batch split over the mesh.
 
-    `params` are those of `model`. With `fused` they are fused on the way, once per batch, where the model can be.
+    `params` are those of `model`. With `fused` they are fused on the way, once per batch, where the model can be. A
+    guide (model, params) is the worse network of autoguidance. The result takes `plan=` in place of the objective's
+    own; plans of equal shapes share one compilation.
     """
+    worse: Any = guide[0] if guide else None
 
-    def sample(params: Any, indices: jax.Array, labels: jax.Array) -> jax.Array:
-        keys = rng.per_example(rng.stream(seed, "sample"), indices)
+    def bound(model: nn.Module, params: Any) -> tuple[Apply, Any]:
         form, weights = models.fused(model, params) if fused else (model, params)
-        return objective.sample(bind(form), weights, labels, keys)
+        return bind(form), weights
 
-    return jax.jit(sample, out_shardings=batch_sharding(mesh))
+    def sample(params: Any, indices: jax.Array, labels: jax.Array, plan: Any, guide_params: Any) -> jax.Array:
+        keys = rng.per_example(rng.stream(seed, "sample"), indices)
+        denoise_worse = functools.partial(*bound(worse, guide_params)) if worse else None
+        return objective.sample(*bound(model, params), labels, keys, plan, denoise_worse)
+
+    jitted = jax.jit(sample, out_shardings=batch_sharding(mesh))
+    return functools.partial(jitted, plan=objective.plan, guide_params=guide[1] if guide else None)
 
 
 def generate(

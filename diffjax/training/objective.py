@@ -1,4 +1,4 @@
-"""Objectives: what a run optimises and how it makes images, as two pure functions.
+"""Objectives: what a run optimises and how it makes images, as pure functions.
 
     loss(apply, params, batch, key) -> (scalar, metrics)          batch: image [b,h,w,c], label [b], index [b]
     sample(apply, params, labels, keys) -> images [b,h,w,c]       one key per image
@@ -7,7 +7,8 @@
 loop knows nothing else of the method.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +18,30 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffjax import models, rng
-from diffjax.diffusion import gaussian, guidance, samplers
+from diffjax.diffusion import create_process, guidance, samplers, weighting
+from diffjax.diffusion.samplers import AdaptivePlan, Plan
+from diffjax.diffusion.tables import AnyProcess
 from diffjax.errors import UserError
 from diffjax.training.step import Batch, Metrics
 
 Apply = Callable[..., jax.Array]
-SAMPLERS = ("ddpm", "ddim")
 
 
 @dataclass(frozen=True)
 class Objective:
+    """What `build_objective` makes of a config.
+
+    Attributes:
+        loss: see the module docstring.
+        sample: (apply, params, labels [b], keys [b], plan=None, guide=None) -> images. Another plan of the same process
+            and sampler may take the place of `plan`; whether guidance is in the program at all is the config's word.
+            `guide(x, t, y)` is a worse denoiser, with its parameters bound, for autoguidance.
+        plan: of the config's sampler, to be an argument of a jitted function.
+    """
+
     loss: Callable[[Apply, Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
-    sample: Callable[[Apply, Any, jax.Array, jax.Array], jax.Array]
+    sample: Callable[..., jax.Array]
+    plan: Plan | AdaptivePlan
 
 
 def build_model(config: ConfigDict) -> nn.Module:
@@ -38,7 +51,7 @@ def build_model(config: ConfigDict) -> nn.Module:
         channels=config.data.channels,
         num_classes=config.data.num_classes,
         null_class=config.diffusion.label_drop > 0,
-        learn_sigma=config.diffusion.variance == "learned_range",
+        learn_sigma=getattr(build_process(config), "variance", "") == "learned_range",
     )
     if drops_labels(model):
         model = model.clone(label_drop=config.diffusion.label_drop)
@@ -51,35 +64,89 @@ def drops_labels(model: nn.Module) -> bool:
     return getattr(model, "label_drop_per_level", False)
 
 
-def build_objective(config: ConfigDict) -> Objective:
-    """The objective of a config. Raises UserError for unknown or contradictory options."""
-    diffusion = config.diffusion
-    if diffusion.process != "gaussian":
-        raise UserError(f"diffusion.process = {diffusion.process!r} is unknown; valid: gaussian")
+def build_objective(config: ConfigDict, *, autoguided: bool = False) -> Objective:
+    """The objective of a config. Raises UserError for unknown or contradictory options.
+
+    autoguided: `sampling.guidance` is the weight of a guide that `sample` will be given, not of the null class.
+    """
+    diffusion, sampling = config.diffusion, config.sampling
     if not 0 <= diffusion.label_drop < 1:
         raise UserError(f"diffusion.label_drop = {diffusion.label_drop}: valid: 0 (no null class) to below 1")
-    sampling = config.sampling
-    if sampling.guidance != 1.0 and not (diffusion.label_drop and config.data.num_classes):
+    if autoguided and sampling.guidance == 1.0:
+        raise UserError("sampling.guidance = 1.0 leaves a guide without effect; valid: another weight, such as 2")
+    if not autoguided and sampling.guidance != 1.0 and not (diffusion.label_drop and config.data.num_classes):
         raise UserError("sampling.guidance needs a null class: data.num_classes and diffusion.label_drop above 0")
     if not 0 <= sampling.guidance_channels <= config.data.channels:
         raise UserError(
             f"sampling.guidance_channels = {sampling.guidance_channels}: valid: 0 (all) to {config.data.channels}"
         )
-    if sampling.eta < 0 or (sampling.eta and sampling.sampler != "ddim"):
-        raise UserError(f"sampling.eta = {sampling.eta}: it belongs to ddim, and is not negative")
-    if sampling.sampler not in SAMPLERS:
-        raise UserError(f"sampling.sampler = {sampling.sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
-    return Objective(_training_loss(config), _sampler(config))
+    if sampling.guidance_calls not in guidance.CALLS:
+        raise UserError(f"sampling.guidance_calls = {sampling.guidance_calls!r}: valid: {', '.join(guidance.CALLS)}")
+    process = build_process(config)
+    plan = sampling_plan(config, process)
+    if sampling.clip and not samplers.can_clip(plan):
+        raise UserError(
+            f"sampling.clip limits x0, which sampler {sampling.sampler!r} does not go through; valid: false, or "
+            f"sampling.sampler of {', '.join(samplers.THROUGH_X0)}"
+        )
+    return Objective(_training_loss(config, process), _sampler(config, plan), plan)
 
 
-def _process(diffusion: ConfigDict, respacing: str = "") -> gaussian.GaussianDiffusion:
-    return gaussian.gaussian_diffusion(
-        respacing=respacing,
-        prediction=diffusion.prediction,
-        variance=diffusion.variance,
-        loss=diffusion.loss,
-        num_steps=diffusion.steps,
-    )
+def build_process(config: ConfigDict) -> AnyProcess:
+    """The diffusion process of a config; what the config leaves at "" and 0 belongs to the process."""
+    diffusion = config.diffusion
+    named = {
+        "prediction": diffusion.prediction,
+        "weighting": diffusion.weighting,
+        "times": diffusion.times,
+        "variance": diffusion.variance,
+        "loss": diffusion.loss,
+        "steps": diffusion.steps or "",
+    }
+    numbers = parse_pairs("diffusion.options", diffusion.options)
+    if leaves := sorted(named.keys() & numbers.keys()):
+        raise UserError(f"diffusion.options = {diffusion.options!r}: diffusion.{leaves[0]} is a leaf of its own")
+    return create_process(diffusion.process, **named, **numbers)
+
+
+def sampling_plan(config: ConfigDict, process: AnyProcess, max_steps: int | None = None) -> Plan | AdaptivePlan:
+    """The plan of a config's sampler and guidance, with room for `max_steps`."""
+    sampling = config.sampling
+    options = parse_pairs("sampling.options", sampling.options)
+    if others := sorted(inspect.signature(samplers.plan).parameters.keys() & options.keys()):
+        raise UserError(f"sampling.options = {sampling.options!r}: {others[0]!r} is no option of a sampler")
+    if sampling.sampler == "dopri5" and sampling.steps:
+        raise UserError(f"sampling.steps = {sampling.steps}: sampler 'dopri5' chooses its steps; valid: 0")
+    weight = guidance_weight(sampling)
+    return samplers.plan(process, sampling.sampler, sampling.steps, max_steps=max_steps, weight=weight, **options)
+
+
+def guidance_weight(sampling: ConfigDict) -> samplers.Weight:
+    """The guidance weight of each step that `sampling.guidance` and `sampling.guidance_weights` ask for."""
+    kind, _, text = sampling.guidance_weights.partition(",")
+    if kind and sampling.guidance == 1.0:
+        raise UserError(f"sampling.guidance_weights = {sampling.guidance_weights!r} needs a sampling.guidance beside 1")
+    return guidance.weights(kind or "constant", sampling.guidance, **parse_pairs("sampling.guidance_weights", text))
+
+
+def parse_pairs(leaf: str, text: str) -> dict[str, Any]:
+    """{"eta": 1, "last_step": "mean"} of "eta=1,last_step=mean": numbers where they read as numbers, else words."""
+    pairs: dict[str, Any] = {}
+    for item in text.split(",") if text else ():
+        name, _, value = item.partition("=")
+        if not name.isidentifier() or not value or name in pairs:
+            raise UserError(f"{leaf}: {item!r} is not understood; valid: name=value,name=value, each name once")
+        pairs[name] = _number_or_word(value)
+    return pairs
+
+
+def _number_or_word(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def bind(model: nn.Module) -> Apply:
@@ -98,8 +165,22 @@ def bind(model: nn.Module) -> Apply:
     return apply
 
 
-def _training_loss(config: ConfigDict) -> Callable:
-    process = _process(config.diffusion)
+def init_extra(config: ConfigDict) -> dict[str, Any]:
+    """Parameters that belong to the loss and not to the backbone, by their place beside those of the backbone."""
+    return {"uncertainty": weighting.init_uncertainty()} if build_process(config).uncertainty else {}
+
+
+EXTRA_AXES = (("uncertainty/kernel", (None,)),)  # their logical axes, as the models' own
+
+
+def _log_variance(process: Any, params: Any, t: jax.Array) -> Mapping[str, jax.Array]:
+    """The log variance that the loss of some processes asks for."""
+    if not process.uncertainty:
+        return {}
+    return {"log_variance": weighting.uncertainty(params["uncertainty"], process.noise_level(t))}
+
+
+def _training_loss(config: ConfigDict, process: Any) -> Callable:
     drop = 0.0 if drops_labels(build_model(config)) else config.diffusion.label_drop
     null = config.data.num_classes
 
@@ -108,38 +189,49 @@ def _training_loss(config: ConfigDict) -> Callable:
             return rng.per_example(rng.fold_name(key, stream), batch["index"])
 
         x0 = batch["image"]
-        k = process.sample_times(keys("time"))
+        t = process.sample_times(keys("time"))
         eps = rng.normal(keys("noise"), x0.shape[1:])
         dropped = rng.uniform(keys("label_drop")) < drop
         y = jnp.where(dropped, null, batch["label"]) if null else None
-        xt = process.q_sample(x0, k, eps)
-        output = apply(params, xt, process.model_time(k), y, train=True, keys=keys("dropout"))
-        terms = {name: jnp.mean(value) for name, value in process.losses(output, x0, xt, k, eps).items()}
+        xt = process.q_sample(x0, t, eps)
+        scale = process.input_scale(t).reshape(-1, 1, 1, 1)
+        output = apply(params, scale * xt, process.model_time(t), y, train=True, keys=keys("dropout"))
+        losses = process.losses(output, x0, xt, t, eps, **_log_variance(process, params, t))
+        terms = {name: jnp.mean(value) for name, value in losses.items()}
         return terms.pop("loss"), terms
 
     return loss
 
 
-def _sampler(config: ConfigDict) -> Callable:
+def _sampler(config: ConfigDict, own: Plan | AdaptivePlan) -> Callable:
     sampling, data = config.sampling, config.data
-    respacing = f"ddim{sampling.steps}" if sampling.sampler == "ddim" else str(sampling.steps)
-    process = _process(config.diffusion, respacing)
     shape = (data.size, data.size, data.channels)
+    channels = sampling.guidance_channels or None
+    skip = sampling.guidance_weights.startswith("interval")  # the weight is 1 in many steps
 
-    def sample(apply: Apply, params: Any, labels: jax.Array, keys: jax.Array) -> jax.Array:
-        def denoise_labelled(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+    def sample(
+        apply: Apply,
+        params: Any,
+        labels: jax.Array,
+        keys: jax.Array,
+        plan: Plan | AdaptivePlan | None = None,
+        guide: Callable[..., jax.Array] | None = None,
+    ) -> jax.Array:
+        def network(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
             return apply(params, x, t, y if data.num_classes else None)
 
-        denoise = guidance.classifier_free(
-            denoise_labelled,
-            labels,
-            null_label=data.num_classes,
-            scale=sampling.guidance,
-            channels=sampling.guidance_channels or None,
-        )
+        def plain(x: jax.Array, t: jax.Array, weight: Any = None) -> jax.Array:
+            return network(x, t, labels)
+
+        denoise: samplers.Denoise = plain
+        if guide is not None:
+            worse = lambda x, t: guide(x, t, labels if data.num_classes else None)  # noqa: E731
+            denoise = guidance.autoguidance(plain, worse, channels=channels, skip=skip)
+        elif sampling.guidance != 1.0:
+            denoise = guidance.classifier_free(
+                network, labels, data.num_classes, channels=channels, calls=sampling.guidance_calls, skip=skip
+            )
         x, noise = samplers.initial_noise(keys, shape), samplers.step_noise(keys, shape)
-        if sampling.sampler == "ddpm":
-            return samplers.ddpm(process, denoise, x, noise, clip=sampling.clip)
-        return samplers.ddim(process, denoise, x, noise, eta=sampling.eta, clip=sampling.clip)
+        return samplers.sample(own if plan is None else plan, denoise, x, noise, sampling.clip)
 
     return sample

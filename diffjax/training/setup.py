@@ -20,7 +20,7 @@ from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import batch_sharding, check_batch, check_processes, make_mesh, replicated
 from diffjax.training import ema
-from diffjax.training.objective import Apply, Objective, bind, build_model, build_objective
+from diffjax.training.objective import EXTRA_AXES, Apply, Objective, bind, build_model, build_objective, init_extra
 from diffjax.training.optimizer import optimizer
 from diffjax.training.state import TrainState, initial_state, state_shardings, with_shardings
 from diffjax.training.step import train_step
@@ -76,7 +76,7 @@ def build(config: ConfigDict, devices: Any = None) -> Setup:
 
     params_key = rng.stream(config.seed, "params")
     shapes = jax.eval_shape(init, params_key)
-    sharding = state_shardings(shapes, mesh, config.parallel, model.logical_axes)
+    sharding = state_shardings(shapes, mesh, config.parallel, (*EXTRA_AXES, *model.logical_axes))
     jitted_init = jax.jit(init, out_shardings=sharding)
 
     apply = bind(model)
@@ -100,11 +100,11 @@ def build(config: ConfigDict, devices: Any = None) -> Setup:
 
 
 def init_params(model: nn.Module, config: ConfigDict, key: jax.Array) -> Any:
-    """Fresh parameters; traced on one blank example."""
+    """Fresh parameters of the backbone, traced on one blank example, and of the loss."""
     data = config.data
     x = jnp.zeros((1, data.size, data.size, data.channels))
     y = jnp.zeros((1,), jnp.int32) if data.num_classes else None
-    return model.init(key, x, jnp.zeros((1,)), y)["params"]
+    return {**model.init(key, x, jnp.zeros((1,)), y)["params"], **init_extra(config)}
 
 
 def abstract_params(config: ConfigDict, mesh: Mesh) -> Any:
@@ -122,7 +122,6 @@ def check_numbers(config: ConfigDict) -> None:
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
         "log.every_steps": config.log.every_steps,
-        "sampling.steps": config.sampling.steps,
     }
     if config.evals.samples.every_steps:
         positive["evals.samples.num"] = config.evals.samples.num

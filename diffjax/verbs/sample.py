@@ -2,8 +2,11 @@
 
 python -m diffjax sample --workdir=runs/a --num=50000 --out=runs/a/samples.npz
 python -m diffjax sample --params=params/dit-xl --config=configs/imagenet256.py --num=8 --out=samples.npz
+python -m diffjax sample --workdir=runs/a --guide=runs/small --config.sampling.guidance=2 --num=500 --out=samples.npz
 
 Image i depends on (seed, i), its label and the parameters alone: not on the batch size or the number of devices.
+With --guide the images are pushed away from those of a worse network (autoguidance, arXiv 2406.02507), given the same
+labels, with `sampling.guidance` as the weight; there is no classifier-free guidance then.
 """
 
 import math
@@ -19,14 +22,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffjax import models
+from diffjax.diffusion import samplers
 from diffjax.errors import UserError
 from diffjax.evaluation import protocol, samples
 from diffjax.parallel import hosts
-from diffjax.parallel.mesh import make_mesh
+from diffjax.parallel.mesh import make_mesh, replicated
 from diffjax.training import config as configs
 from diffjax.training import generate
 from diffjax.training.checkpoint import Checkpoints
-from diffjax.training.objective import build_model, build_objective
+from diffjax.training.objective import build_model, build_objective, build_process
 from diffjax.training.setup import abstract_params
 from diffjax.verbs import local_path
 from diffjax.weights import store
@@ -50,6 +54,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "raw", False, "write the float32 values as they are (arr_0), for latents or comparisons", flag_values=values
     )
     flags.DEFINE_bool("fused", True, "sample the fused form of a backbone that has one (U-DiT)", flag_values=values)
+    text("guide", None, "worse network: a run folder, or one written by `convert` or `ema`", flag_values=values)
     text("out", None, "samples file, .npz", flag_values=values)
     flags.mark_flags_as_required(["num", "out"], values)
 
@@ -65,18 +70,20 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
             f"sample: this model makes latents of {config.data.channels} channels, not pictures; "
             "--raw writes them as they are"
         )
-    model, objective = build_model(config), build_objective(config)
+    model, objective = build_model(config), build_objective(config, autoguided=bool(values.guide))
+    guide = load_guide(local_path("guide", values.guide), config, mesh) if values.guide else None
     labels = _labels(values, config.data.num_classes)
-    _make_folder(out)
+    make_folder(out)
     in_form = form(model, params, values.fused)
-    sampler = generate.compile_sampler(objective, model, mesh, values.seed, values.fused)
+    sampler = generate.compile_sampler(objective, model, mesh, values.seed, values.fused, guide)
     batches = generate.generate(sampler, params, labels, mesh, values.batch_size, values.first)
     images = _collect(batches, len(labels), math.ceil(len(labels) / values.batch_size), values.raw)
     if hosts.is_lead():
         if values.raw:
             np.savez(out, arr_0=images, arr_1=labels)
         else:
-            samples.write_samples(out, images, labels, _protocol(values, config, origin, in_form))
+            settings = {"labels": values.labels, "seed": values.seed, "first": values.first, "num": values.num}
+            samples.write_samples(out, images, labels, describe(config, origin, in_form, guide, **settings))
         print(f"wrote {len(labels)} images of {_describe(origin)}, {in_form}, to {out}")
 
 
@@ -109,7 +116,13 @@ def _load(values: flags.FlagValues, overrides: list[str], mesh: Any) -> tuple[Co
         return config, params, {"params": values.params, "sha256": store.tree_sha256(params)}
     if values.config:
         raise UserError("sample: --workdir has its own config; give only leaves, such as --config.sampling.steps=50")
-    workdir = local_path("workdir", values.workdir)
+    return load_run(local_path("workdir", values.workdir), overrides, mesh, values.weights, values.step)
+
+
+def load_run(
+    workdir: Path, overrides: list[str], mesh: Any, weights: str = "ema", step: int | None = None
+) -> tuple[ConfigDict, Any, dict[str, Any]]:
+    """Config, parameters replicated over the mesh, and where they came from, of a run folder."""
     stored = configs.read(workdir / "config.json")
     config = configs.override(stored.copy_and_resolve_references(), overrides)
     changed = [line.partition(":")[0] for line in configs.differences(stored, config)]
@@ -117,18 +130,43 @@ def _load(values: flags.FlagValues, overrides: list[str], mesh: Any) -> tuple[Co
         raise UserError(f"sample: {', '.join(refused)} cannot change what a run was trained for; give sampling leaves")
     abstract = abstract_params(config, mesh)
     checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.latest() if values.step is None else values.step
+    step = checkpoints.latest() if step is None else step
     if step is None or step not in checkpoints.steps():
         raise UserError(f"no checkpoint {'' if step is None else step} in {workdir}; complete: {checkpoints.steps()}")
-    if values.weights == "ema":
+    if weights == "ema":
         params = checkpoints.restore_item("ema", step, abstract)
     else:
         params = checkpoints.restore_params(step, abstract)
-    origin = {"workdir": str(workdir), "step": step, "weights": values.weights, "sha256": store.tree_sha256(params)}
+    origin = {"workdir": str(workdir), "step": step, "weights": weights, "sha256": store.tree_sha256(params)}
     return config, params, origin
 
 
-def _make_folder(out: Path) -> None:
+def load_guide(folder: Path, config: ConfigDict, mesh: Any) -> tuple[nn.Module, Any]:
+    """A network and its parameters, replicated over the mesh, that can guide the model of `config`; else UserError."""
+    if (folder / "config.json").is_file():
+        other, params, _ = load_run(folder, [], mesh)
+        if not read_alike(config, other):
+            differing = [line for line in configs.differences(config, other) if line.startswith("diffusion.")]
+            raise UserError(f"--guide={folder} was trained with another process: {'; '.join(differing)}")
+        model: Any = build_model(other)
+    else:
+        model, arrays, _ = store.load(folder)
+        params = jax.device_put(arrays, replicated(mesh))
+    wanted = {"channels": config.data.channels, "num_classes": config.data.num_classes}
+    found = {name: getattr(model, name) for name in wanted}
+    if found != wanted:
+        raise UserError(f"--guide={folder} does not fit: it has {found}, the guided model {wanted}")
+    model.check_input(config.data.size, config.data.size)
+    return model, params
+
+
+def read_alike(a: ConfigDict, b: ConfigDict) -> bool:
+    """Whether samplers call the networks of two configs and read their outputs in the same way."""
+    tables = [jax.tree.leaves(samplers.plan(build_process(config), "edm", 4).table) for config in (a, b)]
+    return all(np.array_equal(*pair) for pair in zip(*tables))
+
+
+def make_folder(out: Path) -> None:
     """Before sampling, so that a place that cannot be written costs no time."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -150,18 +188,19 @@ def _labels(values: flags.FlagValues, num_classes: int) -> np.ndarray:
     return generate.interleaved_labels(stop, num_classes)[values.first :]
 
 
-def _protocol(values: flags.FlagValues, config: ConfigDict, origin: dict[str, Any], form: str) -> dict[str, Any]:
+def describe(
+    config: ConfigDict, origin: dict[str, Any], form: str, guide: tuple[nn.Module, Any] | None = None, **settings: Any
+) -> dict[str, Any]:
+    """How images were made, json-able. settings: labels, seed, first, num."""
+    guided = {"guide_sha256": store.tree_sha256(guide[1])} if guide else {}
     return {
         "model": config.model.to_dict(),
         "form": form,
         "data": config.data.name,
         "origin": origin,
         "process": config.diffusion.to_dict(),
-        "sampling": config.sampling.to_dict(),
-        "labels": values.labels,
-        "seed": values.seed,
-        "first": values.first,
-        "num": values.num,
+        "sampling": config.sampling.to_dict() | guided,
+        **settings,
         "rounding": samples.ROUNDING,
         "precision": config.model.dtype,
         "code_version": protocol.code_version(),

@@ -36,7 +36,7 @@ def test_impossible_respacing_is_named(spec):
 
 @pytest.mark.parametrize(
     "options",
-    [{"prediction": "velocity"}, {"variance": "learned"}, {"loss": "l1"}, {"num_steps": 20}, {"respacing": "1"}],
+    [{"prediction": "velocity"}, {"variance": "learned"}, {"loss": "l1"}, {"steps": 20}, {"respacing": "1"}],
     ids=lambda options: next(iter(options)),
 )
 def test_impossible_options_are_refused(options):

@@ -1,5 +1,6 @@
 """Samplers on data whose best denoiser is known in closed form."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -22,7 +23,7 @@ def keys(count: int, seed: int = 0) -> jax.Array:
     return rng.per_example(jax.random.key(seed), jnp.arange(count))
 
 
-def exact_eps(x: jax.Array, t: jax.Array) -> jax.Array:
+def exact_eps(x: jax.Array, t: jax.Array, weight: object = None) -> jax.Array:
     """E[eps | x_t] for data N(MEAN, STD²)."""
     abar = jnp.asarray(ABAR, jnp.float32)[t.astype(jnp.int32)].reshape(-1, 1, 1, 1)
     return jnp.sqrt(1.0 - abar) * (x - jnp.sqrt(abar) * MEAN) / (abar * STD**2 + 1.0 - abar)
@@ -38,7 +39,7 @@ def exact_denoise(process: GaussianDiffusion) -> samplers.Denoise:
     v = np.zeros(1000)
     v[process.timestep_map] = 2.0 * (log_variance - low) / np.where(high > low, high - low, 1.0) - 1.0
 
-    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+    def denoise(x: jax.Array, t: jax.Array, weight: object) -> jax.Array:
         values = jnp.asarray(v, jnp.float32)[t.astype(jnp.int32)].reshape(-1, 1, 1, 1)
         return jnp.concatenate([exact_eps(x, t), jnp.broadcast_to(values, x.shape)], axis=-1)
 
@@ -52,19 +53,24 @@ def assert_moments(samples: jax.Array, mean: float, std: float) -> None:
     assert abs(float(samples.std()) / std - 1.0) < 5 / np.sqrt(2 * count)
 
 
+def planned(process: GaussianDiffusion, sampler: str, steps: int, denoise: samplers.Denoise, x, noise=None, **options):
+    """Samples of a plan, compiled."""
+    plan = samplers.plan(process, sampler, steps, **options)
+    return jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, noise or jnp.zeros_like))(plan, x)
+
+
 def test_ddpm_reaches_the_data_distribution():
-    process = gaussian_diffusion(respacing="100")
     x, noise = samplers.initial_noise(keys(8192), SHAPE), samplers.step_noise(keys(8192), SHAPE)
-    assert_moments(samplers.ddpm(process, exact_denoise(process), x, noise), MEAN, STD)
+    denoise = exact_denoise(gaussian_diffusion(respacing="100"))
+    assert_moments(planned(gaussian_diffusion(), "ddpm", 100, denoise, x, noise), MEAN, STD)
 
 
 def test_deterministic_ddim_is_the_map_between_the_gaussians():
     """The flow of Gaussian data is x0 = MEAN + STD x_T; the error of its discretisation falls with the step."""
     x = samplers.initial_noise(keys(16), SHAPE)
     errors = []
-    for respacing in ("50", "100", "200"):
-        process = gaussian_diffusion(respacing=respacing, variance="fixed_small")
-        sample = jax.jit(lambda x, process=process: samplers.ddim(process, exact_eps, x))(x)
+    for steps in (50, 100, 200):
+        sample = planned(gaussian_diffusion(), "ddim", steps, exact_eps, x, spacing="even")
         errors.append(float(jnp.abs(sample - (MEAN + STD * x)).max()))
     assert errors[2] < errors[1] < errors[0] < 0.1
     assert errors[2] < 0.02
@@ -72,9 +78,8 @@ def test_deterministic_ddim_is_the_map_between_the_gaussians():
 
 def test_random_ddim_reaches_the_data_distribution():
     """Its variance β~ leaves out that of x0 given x_k, an error that falls with the step: 5% at 250 steps."""
-    process = gaussian_diffusion(variance="fixed_small")
     x, noise = samplers.initial_noise(keys(8192, 1), SHAPE), samplers.step_noise(keys(8192, 1), SHAPE)
-    sample = samplers.ddim(process, exact_eps, x, noise, eta=1.0)
+    sample = planned(gaussian_diffusion(), "ddim", 1000, exact_eps, x, noise, eta=1.0)
     assert abs(float(sample.mean()) - MEAN) < 0.02
     assert abs(float(sample.std()) / STD - 1.0) < 0.03
 
@@ -84,20 +89,7 @@ def test_ddim_reverse_finds_the_noise_that_ddim_starts_from():
     x0 = MEAN + STD * samplers.initial_noise(keys(8), SHAPE)
     x = samplers.ddim_reverse(process, exact_eps, x0)
     np.testing.assert_allclose(x, (x0 - MEAN) / STD, atol=0.05)
-    np.testing.assert_allclose(samplers.ddim(process, exact_eps, x), x0, atol=1e-2)
-
-
-def test_a_sample_depends_on_its_own_key_alone():
-    process = gaussian_diffusion(respacing="5")
-
-    @jax.jit
-    def sample(keys):
-        x, noise = samplers.initial_noise(keys, SHAPE), samplers.step_noise(keys, SHAPE)
-        return samplers.ddpm(process, exact_denoise(process), x, noise)
-
-    together = sample(keys(6))
-    np.testing.assert_allclose(sample(keys(6)[2:4]), together[2:4], rtol=1e-6)
-    assert len(np.unique(together)) == together.size
+    np.testing.assert_allclose(planned(process, "ddim", 1000, exact_eps, x), x0, atol=1e-2)
 
 
 def test_noise_differs_between_steps_and_from_the_start():
@@ -107,31 +99,18 @@ def test_noise_differs_between_steps_and_from_the_start():
 
 
 def test_the_network_is_traced_once_and_told_the_original_steps():
-    process = gaussian_diffusion(respacing="5", variance="fixed_small")
+    process = gaussian_diffusion(respacing="5")
     traces, seen = [], []
 
-    def denoise(x, t):
+    def denoise(x, t, weight):
         traces.append(t.shape)
         jax.debug.callback(lambda t: seen.append(np.asarray(t)), t, ordered=True)
         return jnp.zeros_like(x)
 
-    samplers.ddim(process, denoise, jnp.ones((3, *SHAPE))).block_until_ready()
+    planned(gaussian_diffusion(), "ddim", 5, denoise, jnp.ones((3, *SHAPE)), spacing="even").block_until_ready()
     jax.effects_barrier()
     assert traces == [(3,)]
     np.testing.assert_array_equal(np.stack(seen)[:, 0], process.timestep_map[::-1])
-
-
-def test_random_ddim_without_noise_is_refused():
-    with pytest.raises(UserError, match="noise"):
-        samplers.ddim(gaussian_diffusion(), exact_eps, jnp.zeros((1, *SHAPE)), eta=0.5)
-
-
-def test_clipping_keeps_samples_in_range():
-    process = gaussian_diffusion(respacing="10", variance="fixed_small")
-    x = 3.0 * jnp.ones((1, *SHAPE))
-    free, clipped = (samplers.ddim(process, lambda x, t: -x, x, clip=clip) for clip in (False, True))
-    assert float(free.max()) > 1.0
-    assert float(jnp.abs(clipped).max()) <= 1.0
 
 
 # Plans: every sampler on every kind of process
@@ -283,21 +262,21 @@ def test_the_network_is_called_as_often_as_evaluations_says(name):
     assert calls_of(plan, process) == samplers.evaluations(plan) == samplers.evaluations(sampler, steps)
 
 
-def test_plans_of_a_discrete_process_are_its_loops():
-    """Learned variance, a clip and eta included; the noise of step i of a plan is that of k = K - 1 - i of a loop."""
+def test_plans_of_a_discrete_process_are_its_steps():
+    """Learned variance, a clip and eta included; the noise of row i is that of the step k = K - 1 - i."""
     full, ten = gaussian_diffusion(), gaussian_diffusion(respacing="10")
-    noise = samplers.step_noise(keys(3), SHAPE)
-    x = samplers.initial_noise(keys(3), SHAPE)
-    backwards = lambda k: noise(9 - k)  # noqa: E731
-    wide = lambda x, t: jnp.concatenate([jnp.sin(3 * x + 0.01 * t[:, None, None, None]), jnp.cos(x)], -1)  # noqa: E731
-    for clip in (False, True):
-        expected = samplers.ddpm(ten, wide, x, backwards, clip=clip)
-        plan = samplers.plan(full, "ddpm", 10)
-        actual = samplers.sample(plan, lambda x, t, w: wide(x, t), x, noise, clip)
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
-        expected = samplers.ddim(ten, wide, x, backwards, eta=0.6, clip=clip)
-        plan = samplers.plan(full, "ddim", 10, eta=0.6, spacing="even")
-        actual = samplers.sample(plan, lambda x, t, w: wide(x, t), x, noise, clip)
+    x, noise = samplers.initial_noise(keys(3), SHAPE), samplers.step_noise(keys(3), SHAPE)
+    wide = lambda x, t, w: jnp.concatenate([jnp.sin(3 * x + 0.01 * t[:, None, None, None]), jnp.cos(x)], -1)  # noqa: E731
+    steps = {"ddpm": samplers.ddpm_step, "ddim": partial(samplers.ddim_step, eta=0.6)}
+    options = {"ddpm": {}, "ddim": {"eta": 0.6, "spacing": "even"}}
+    for sampler, clip in itertools.product(steps, (False, True)):
+        expected = x
+        for i in range(10):
+            k = jnp.full(3, 9 - i)
+            output = wide(expected, ten.model_time(k), None)
+            expected = steps[sampler](ten, output, expected, k, noise(jnp.int32(i)), clip=clip)
+        plan = samplers.plan(full, sampler, 10, **options[sampler])
+        actual = jax.jit(lambda plan, x, clip=clip: samplers.sample(plan, wide, x, noise, clip))(plan, x)
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-5)
 
 

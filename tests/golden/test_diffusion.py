@@ -59,7 +59,7 @@ def respacing(name: str) -> str:
     return "" if name == "full" else name
 
 
-def toy_denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+def toy_denoise(x: jax.Array, t: jax.Array, weight: jax.Array) -> jax.Array:
     phase = (t / 1000.0)[:, None, None, None]
     eps = 0.6 * x + 0.3 * jnp.sin(2.0 * x + 5.0 * phase)
     return jnp.concatenate([eps, jnp.tanh(0.5 * x + phase)], axis=-1)
@@ -162,26 +162,10 @@ def test_fixed_variances(case, name, variance):
     np.testing.assert_allclose(p.log_variance, stored[f"{variance}/log_variance"], **ARRAY)
 
 
-@pytest.mark.parametrize("case, name", groups("loop/ddpm"))
-def test_ddpm_loop(case, name):
-    stored = group(case, f"loop/ddpm/{name}")
-    process = gaussian_diffusion(respacing=respacing(name))
-    noises = jnp.asarray(stored["noises"])
-    sample = samplers.ddpm(process, toy_denoise, stored["x_T"], lambda k: noises[process.num_steps - 1 - k])
-    np.testing.assert_allclose(sample, stored["final"], rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("case, name", groups("loop/ddim"))
-def test_ddim_loop(case, name):
-    stored = group(case, f"loop/ddim/{name}")
-    sample = samplers.ddim(gaussian_diffusion(respacing=respacing(name)), toy_denoise, stored["x_T"])
-    np.testing.assert_allclose(sample, stored["final"], rtol=0, atol=2e-5)
-
-
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("case", cases("diffusion"))
-def test_loops_of_a_plan(case, sampler):
-    """The same loops as tables of the process with all its steps; the noise of step i is noises[i]."""
+def test_loops(case, sampler):
+    """Plans of the process with all its steps; the noise of step i is noises[i]."""
     assert case is not None, "no stored cases"
     names = sorted({key.split("/")[2] for key in case.arrays if key.startswith(f"loop/{sampler}/")})
     assert names
@@ -191,9 +175,5 @@ def test_loops_of_a_plan(case, sampler):
         plan = samplers.plan(process, sampler, count, spacing="stride" if "ddim" in name else "even")
         np.testing.assert_array_equal(plan.table.model_time, gaussian_diffusion(respacing=name).timestep_map[::-1])
         noises = jnp.asarray(stored.get("noises", np.zeros(1)))
-        run = jax.jit(lambda plan, x, noises: samplers.sample(plan, toy_guided, x, lambda i: noises[i]))
+        run = jax.jit(lambda plan, x, noises: samplers.sample(plan, toy_denoise, x, lambda i: noises[i]))
         np.testing.assert_allclose(run(plan, stored["x_T"], noises), stored["final"], rtol=0, atol=2e-5)
-
-
-def toy_guided(x: jax.Array, t: jax.Array, weight: jax.Array) -> jax.Array:
-    return toy_denoise(x, t)

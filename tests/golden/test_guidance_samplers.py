@@ -46,7 +46,7 @@ def test_power_cosine_in_a_respaced_plan(case, key):
     """By the original step, whatever the sampler keeps of them."""
     assert case is not None, "no stored cases"
     scale, power = numbers(key, "s p")
-    kept, process = case.arrays["respaced_t_250"], gaussian_diffusion(num_steps=len(case.arrays["t"]))
+    kept, process = case.arrays["respaced_t_250"], gaussian_diffusion(steps=len(case.arrays["t"]))
     weight = guidance.weights("power_cosine", scale, power=power)
     plan = samplers.plan(process, "ddpm", len(kept), weight=weight)
     np.testing.assert_array_equal(plan.table.model_time, kept[::-1])
