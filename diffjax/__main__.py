@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a config in a run folder; the same command again resumes",
     "sample": "images from a run folder or from converted parameters",
     "evaluate": "score a samples file, or compare two result files",
+    "sweep": "score a grid of samplers, steps and guidance on runs: a table and a plot",
     "ema": "an average of any length from the snapshots of a run",
     "convert": "public weights -> diffjax parameters",
     "inspect": "steps, sizes and sha256 of a run's parameters, average and optimizer state, as json",

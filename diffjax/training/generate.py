@@ -37,7 +37,10 @@ def compile_sampler(
 
     def sample(params: Any, indices: jax.Array, labels: jax.Array, plan: Any, guide_params: Any) -> jax.Array:
         keys = rng.per_example(rng.stream(seed, "sample"), indices)
-        denoise_worse = functools.partial(*bound(worse, guide_params)) if worse else None
+        denoise_worse = None
+        if worse:
+            apply_worse, weights = bound(worse, guide_params)
+            denoise_worse = functools.partial(apply_worse, weights)
         return objective.sample(*bound(model, params), labels, keys, plan, denoise_worse)
 
     jitted = jax.jit(sample, out_shardings=batch_sharding(mesh))

@@ -44,7 +44,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
 def evaluate(samples: Path, reference: str, out: Path) -> dict[str, Any]:
     """Score, print a short table, write the result file `out`; returns the result."""
     images, labels, made = read_samples(samples)
-    train, held_out, identity = _reference(reference)
+    train, held_out, identity = reference_set(reference)
     values = pixels.score((images, labels), train, held_out)
     result = protocol.result(
         values,
@@ -75,7 +75,7 @@ def compare(a: Path, b: Path) -> None:
         print(f"{score:<26}{value_a:>10.4f}{value_b:>10.4f}{value_b - value_a:>+11.4f}")
 
 
-def _reference(name: str) -> tuple[pixels.Labelled, pixels.Labelled | None, dict[str, Any]]:
+def reference_set(name: str) -> tuple[pixels.Labelled, pixels.Labelled | None, dict[str, Any]]:
     """(training images, held-out images if there are any, identity) of the reference."""
     if name in EMBEDDED:
         parts = [sources.SOURCES[name](ConfigDict({"name": name, "split": split})) for split in ("train", "test")]

@@ -162,8 +162,8 @@ def load_guide(folder: Path, config: ConfigDict, mesh: Any) -> tuple[nn.Module, 
 
 def read_alike(a: ConfigDict, b: ConfigDict) -> bool:
     """Whether samplers call the networks of two configs and read their outputs in the same way."""
-    tables = [jax.tree.leaves(samplers.plan(build_process(config), "edm", 4).table) for config in (a, b)]
-    return all(np.array_equal(*pair) for pair in zip(*tables))
+    plans = [jax.tree.leaves(samplers.plan(build_process(config), "edm", 4)) for config in (a, b)]
+    return all(np.array_equal(*pair) for pair in zip(*plans))
 
 
 def make_folder(out: Path) -> None:
