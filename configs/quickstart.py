@@ -1,6 +1,7 @@
 """Minutes on a laptop CPU: a small class-conditional model on 1,500 real 8 x 8 digits, embedded in the package.
 
     python -m diffjax train --config=configs/quickstart.py:model=dit --workdir=runs/quickstart-dit
+    python -m diffjax train --config=configs/quickstart.py:model=dit,process=edm --workdir=runs/quickstart-edm
 
 `bash launch/quickstart.sh dit` runs it, samples 500 images and scores them.
 """
@@ -15,6 +16,9 @@ MODELS = {
 # steps, batch size, learning rate. The label reaches DiS's patches by way of the scan alone: that takes more steps.
 TRAINING = {"dit": (1500, 128, 4e-3), "dis": (2400, 64, 3e-3), "udit": (1500, 64, 2e-3)}
 
+PROCESSES = {"gaussian": "", "edm": "sigma_data=0.75", "flow_linear": ""}  # the digits in [-1, 1] vary by 0.752
+SAMPLERS = {"gaussian": ("ddim", 50, True), "edm": ("edm", 18, True), "flow_linear": ("heun", 16, False)}
+
 LOCAL = {
     "dit": {"depth": 2, "width": 48, "heads": 3},
     "dis": {"depth": 2, "width": 32},
@@ -23,9 +27,11 @@ LOCAL = {
 
 
 def get_config(arg: str | None = None):
-    options = common.parse(arg, model="dit", runlocal=False)
+    options = common.parse(arg, model="dit", process="gaussian", runlocal=False)
     if options.model not in MODELS:
         raise ValueError(f"config argument model={options.model!r} is unknown; valid: {', '.join(MODELS)}")
+    if options.process not in PROCESSES:
+        raise ValueError(f"config argument process={options.process!r} is unknown; valid: {', '.join(PROCESSES)}")
     c = common.base()
     c.total_steps, c.batch_size, c.optim.lr = TRAINING[options.model]
     c.model.update(MODELS[options.model])
@@ -35,7 +41,8 @@ def get_config(arg: str | None = None):
     c.data.crop = "none"
     c.data.threads = 1
 
-    c.sampling.sampler, c.sampling.steps, c.sampling.clip = "ddim", 50, True
+    c.diffusion.process, c.diffusion.options = options.process, PROCESSES[options.process]
+    c.sampling.sampler, c.sampling.steps, c.sampling.clip = SAMPLERS[options.process]
     c.sampling.guidance = 1.5
 
     c.optim.warmup_steps, c.optim.schedule = 100, "cosine"
