@@ -6,6 +6,7 @@ import pytest
 from diffjax import rng
 from diffjax.parallel.mesh import make_mesh
 from diffjax.training import generate
+from diffjax.training.objective import build_process, sampling_plan
 from diffjax.training.setup import build
 from diffjax.verbs import sample
 from tests.programs import tiny_config
@@ -37,8 +38,10 @@ def test_each_image_has_its_own_key():
     seen = []
 
     class Spy:
+        plan = None
+
         @staticmethod
-        def sample(apply, params, labels, keys):
+        def sample(apply, params, labels, keys, plan, guide):
             return jax.random.key_data(keys).astype(jnp.float32)
 
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
@@ -46,6 +49,21 @@ def test_each_image_has_its_own_key():
     seen = np.concatenate(list(generate.generate(sampler, 0.0, np.zeros(6, np.int32), mesh, 4)))
     expected = jax.random.key_data(rng.per_example(rng.stream(5, "sample"), jnp.arange(6)))
     np.testing.assert_array_equal(seen, np.asarray(expected, np.float32))
+
+
+def test_another_plan_is_no_other_program():
+    """Steps and guidance weights are arguments of the compiled sampler."""
+    configs = [tiny_config("sampling.steps=4"), tiny_config("sampling.steps=2", "sampling.guidance=3.0")]
+    setup = build(configs[0], devices=jax.devices()[:1])
+    sampler = generate.compile_sampler(setup.objective, setup.model, setup.mesh, seed=3)
+    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), setup.abstract.params)
+    images = []
+    for config in configs:
+        plan = sampling_plan(config, build_process(config), max_steps=4)
+        images.append(sampler(params, np.arange(2), np.arange(2), plan=plan))
+    np.testing.assert_array_equal(images[0], sampler(params, np.arange(2), np.arange(2)))
+    assert not np.array_equal(*images)
+    assert sampler.func._cache_size() == 1
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Who drops labels in training: the loss, once for all, or a backbone with several label tables."""
+"""What a config's sections `diffusion` and `sampling` become: losses, plans, guidance, and what is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,20 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from diffjax.training.objective import build_model, build_objective
+from diffjax import rng
+from diffjax.diffusion import PROCESSES, create_process, samplers, weighting
+from diffjax.errors import UserError
+from diffjax.training.loop import open_batches
+from diffjax.training.objective import (
+    build_model,
+    build_objective,
+    build_process,
+    init_extra,
+    parse_pairs,
+    sampling_plan,
+)
+from diffjax.training.setup import build
+from tests.programs import tiny_config
 
 SIZES = {"name": "U-DiT", "width": 8, "heads": 2, "depth": (1, 1, 1, 1, 1)}
 
@@ -39,3 +52,255 @@ def test_labels_are_dropped_by_the_loss_or_by_the_model(per_level):
 
 def test_the_published_default_is_per_level():
     assert build_model(config()).label_drop_per_level
+
+
+# Processes
+
+
+def test_what_is_left_open_belongs_to_the_process():
+    process = build_process(config())
+    assert (process.prediction, process.variance, process.loss, process.num_steps) == (
+        "epsilon",
+        "learned_range",
+        "mse",
+        1000,
+    )
+    for name in PROCESSES:
+        c = config()
+        c.diffusion.process = name
+        assert build_model(c).learn_sigma == (name == "gaussian")
+    c = config()
+    c.diffusion.variance = "fixed_small"
+    assert not build_model(c).learn_sigma
+
+
+def test_options_reach_the_process():
+    c = config()
+    c.diffusion.process, c.diffusion.options = "edm", "p_mean=-0.4,p_std=0,sigma_data=2"
+    c.diffusion.weighting = "min_snr"
+    expected = create_process("edm", p_mean=-0.4, p_std=0.0, sigma_data=2.0, weighting="min_snr")
+    keys, t = rng.per_example(jax.random.key(0), jnp.arange(3)), jnp.array([0.1, 3.0])
+    np.testing.assert_allclose(build_process(c).sample_times(keys), np.exp(-0.4), rtol=1e-6)
+    np.testing.assert_array_equal(build_process(c).weight(t), expected.weight(t))
+    np.testing.assert_array_equal(build_process(c).input_scale(t), expected.input_scale(t))
+
+
+@pytest.mark.parametrize("name", ["edm", "flow_linear"])
+def test_the_network_is_called_as_the_process_says(name):
+    c, seen = config(), {}
+    c.diffusion.process, c.diffusion.label_drop, c.sampling.sampler = name, 0.0, "edm"
+    process = build_process(c)
+
+    def apply(params, x, t, y, train=False, keys=None):
+        seen.update(x=x, t=t)
+        return jnp.zeros_like(x)
+
+    x0, index = jax.random.normal(jax.random.key(3), (6, 8, 8, 4)), jnp.arange(6)
+    key = jax.random.key(0)
+    batch = {"image": x0, "label": jnp.zeros(6, jnp.int32), "index": index}
+    loss, terms = build_objective(c).loss(apply, None, batch, key)
+    t = process.sample_times(rng.per_example(rng.fold_name(key, "time"), index))
+    eps = rng.normal(rng.per_example(rng.fold_name(key, "noise"), index), (8, 8, 4))
+    xt = process.q_sample(x0, t, eps)
+    np.testing.assert_allclose(seen["x"], process.input_scale(t)[:, None, None, None] * xt, rtol=1e-6)
+    np.testing.assert_array_equal(seen["t"], process.model_time(t))
+    expected = process.losses(jnp.zeros_like(x0), x0, xt, t, eps)["loss"].mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert set(terms) == {"mse"}
+
+
+@pytest.mark.slow
+def test_uncertainty_is_learned_beside_the_network():
+    options = (
+        "diffusion.process=edm",
+        "diffusion.weighting=uncertainty",
+        "sampling.sampler=edm",
+        "optim.warmup_steps=0",
+    )
+    layout = ("parallel.mesh.data=2", "parallel.mesh.fsdp=4", "parallel.strategy=fsdp", "parallel.replicate_below=0")
+    setup = build(tiny_config(*options, *layout))
+    batches = open_batches(setup.config)
+    with jax.set_mesh(setup.mesh):
+        state, metrics = setup.step(setup.init(), setup.put(next(batches)), setup.key)
+        first = {name: float(metrics[name]) for name in ("loss", "mse", "log_variance")}
+        state, metrics = setup.step(state, setup.put(next(batches)), setup.key)
+    batches.close()
+    assert first["log_variance"] == 0  # at first the loss is that without it
+    assert first["loss"] == pytest.approx(first["mse"], rel=1e-6)
+    assert float(metrics["log_variance"]) != 0
+    assert np.isfinite(float(metrics["loss"]))
+    for params in (state.params, state.ema):
+        kernel = params["uncertainty"]["kernel"]
+        assert kernel.shape == weighting.init_uncertainty()["kernel"].shape
+        assert float(jnp.abs(kernel).max()) > 0
+
+
+# Samplers
+
+SIDE = 8
+SPANS = {
+    "gaussian": ("ddpm", "ddim", "edm", "dpmpp_2m"),
+    "edm": ("ddim", "edm", "dpmpp_2m", "euler", "heun", "dopri5"),
+    "flow_linear": ("ddim", "edm", "dpmpp_2m", "euler", "heun", "euler_maruyama", "sde_heun", "dopri5"),
+}
+
+
+def small(process: str, sampler: str, **sampling):
+    c = config()
+    c.data.size, c.diffusion.process, c.sampling.sampler = SIDE, process, sampler
+    c.sampling.steps = 0 if sampler == "dopri5" else 4
+    c.sampling.update(sampling)
+    return c
+
+
+def network(params, x, t, y):
+    """Different for each label and time; twice the channels, of which only a learned variance uses the second half."""
+    phase = (0.1 * y + 0.3 * t / (1 + jnp.abs(t)))[:, None, None, None]
+    return params * jnp.concatenate([jnp.tanh(x) + phase, jnp.tanh(x)], axis=-1)
+
+
+LABELS, KEYS = jnp.array([0, 3]), rng.per_example(jax.random.key(5), jnp.arange(2))
+
+
+def drawn(c, guide=None, apply=network, **given):
+    objective = build_objective(c, autoguided=guide is not None)
+    sample = jax.jit(lambda keys, plan: objective.sample(apply, 0.5, LABELS, keys, plan, guide))
+    return np.asarray(sample(KEYS, given.get("plan", objective.plan)))
+
+
+@pytest.mark.parametrize("process, sampler", [(p, s) for p in SPANS for s in SPANS[p]])
+def test_every_sampler_gives_finite_images_of_every_process(process, sampler):
+    images = drawn(small(process, sampler, guidance=1.5))
+    assert (images.shape, images.dtype) == ((2, SIDE, SIDE, 4), np.float32)
+    assert np.isfinite(images).all()
+    assert images.std() > 1e-3
+
+
+def test_every_sampler_is_named_above():
+    assert set().union(*SPANS.values()) == set(samplers.SAMPLERS)
+
+
+def test_options_reach_the_sampler():
+    for sampler, options in (("ddim", "eta=1"), ("edm", "churn=40,churn_min=0.05"), ("sde_heun", "last_step=tweedie")):
+        with_, without = (build_objective(small("flow_linear", sampler, options=o)).plan for o in (options, ""))
+        pairs = zip(jax.tree.leaves(with_), jax.tree.leaves(without))
+        assert any(a.shape != b.shape or (a != b).any() for a, b in pairs), sampler
+
+
+def test_pairs():
+    pairs = parse_pairs("leaf", "a=1,b=-2.5e-3,c=tweedie,d=inf")
+    assert pairs == {"a": 1, "b": -2.5e-3, "c": "tweedie", "d": float("inf")}
+    assert isinstance(pairs["a"], int)
+    assert parse_pairs("leaf", "") == {}
+
+
+def test_guidance_of_one_is_a_plain_call_and_an_interval_is_skipped():
+    def sizes(**sampling):
+        found = []
+
+        def counting(params, x, t, y):
+            jax.debug.callback(lambda _: found.append(len(x)), t[0])
+            return network(params, x, t, y)
+
+        drawn(small("edm", "edm", steps=8, **sampling), apply=counting)
+        jax.effects_barrier()
+        return found
+
+    assert sizes(guidance=1.0) == [2] * 15
+    assert sizes(guidance=1.5) == [4] * 15
+    assert sizes(guidance=1.5, guidance_calls="two") == [2] * 30
+    skipped = sizes(guidance=1.5, guidance_weights="interval,low=0.28,high=2.9")
+    assert set(skipped) == {2, 4}
+    assert len(skipped) == 15
+
+
+def test_another_plan_is_the_same_as_another_config():
+    few, many = (small("flow_linear", "heun", steps=steps, guidance=2.0) for steps in (3, 6))
+    plan = sampling_plan(few, build_process(few), max_steps=6)
+    np.testing.assert_allclose(drawn(many, plan=plan), drawn(few), atol=1e-5)
+
+
+def test_autoguidance():
+    """Away from a worse network with the same labels, by the weight of the config, also without a null class."""
+    c = small("flow_linear", "euler", steps=1, guidance=3.0)
+    c.diffusion.label_drop = 0.0
+    worse = lambda x, t, y: 0.25 * network(1.0, x, t, y)  # noqa: E731
+    better_alone, worse_alone = (
+        drawn(small("flow_linear", "euler", steps=1), apply=a) for a in (network, lambda p, *rest: worse(*rest))
+    )
+    np.testing.assert_allclose(drawn(c, worse), worse_alone + 3.0 * (better_alone - worse_alone), atol=1e-5)
+    with pytest.raises(UserError, match="null class"):
+        build_objective(c)
+
+
+# What has no meaning
+
+REFUSED = {
+    "process": ({"process": "ddpm"}, {}, "process 'ddpm' is unknown; valid: gaussian, edm"),
+    "variance-edm": ({"process": "edm", "variance": "fixed_small"}, {}, "process 'edm' has no option 'variance'"),
+    "loss-flow": ({"process": "flow_vp", "loss": "mse"}, {}, "process 'flow_vp' has no option 'loss'"),
+    "steps-edm": ({"process": "edm", "steps": 1000}, {}, "process 'edm' has no option 'steps'"),
+    "times-gaussian": ({"times": "lognormal"}, {}, "process 'gaussian' has no option 'times'"),
+    "uncertainty-gaussian": ({"weighting": "uncertainty"}, {}, "belongs to processes in continuous time"),
+    "infinite-weight": ({"process": "flow_linear", "weighting": "likelihood"}, {}, "'likelihood' is inf at t = 1"),
+    "option": ({"process": "edm", "options": "shift=3"}, {}, "process 'edm' has no option 'shift'"),
+    "option-word": ({"process": "edm", "options": "p_mean=low"}, {}, "p_mean = 'low': valid: a number"),
+    "option-text": ({"options": "p_mean"}, {}, "diffusion.options: 'p_mean' is not understood"),
+    "option-twice": ({"options": "gamma=5,gamma=4"}, {}, "each name once"),
+    "option-number": ({"options": "respacing=10"}, {}, "respacing = 10: valid: a word"),
+    "option-leaf": ({"options": "steps=10"}, {}, "diffusion.steps is a leaf of its own"),
+    "sampler": ({}, {"sampler": "heun3"}, "sampler 'heun3' is unknown; valid: ddpm"),
+    "heun-gaussian": ({}, {"sampler": "heun"}, "sampler 'heun' moves in continuous time"),
+    "ddpm-flow": ({"process": "flow_linear"}, {"sampler": "ddpm"}, "valid in continuous time: ddim with eta 1"),
+    "sbdm": (
+        {"process": "flow_linear"},
+        {"sampler": "euler_maruyama", "options": "diffusion=sbdm"},
+        "'sbdm' divides by zero at t = 0",
+    ),
+    "sde-edm": ({"process": "edm"}, {"sampler": "sde_heun"}, "counts time from noise at 0 to data at 1"),
+    "clip-heun": (
+        {"process": "edm"},
+        {"sampler": "heun", "clip": True},
+        "sampling.clip limits x0, which sampler 'heun'",
+    ),
+    "eta-ddpm": ({}, {"options": "eta=1"}, "sampler 'ddpm' has no option 'eta'; valid: spacing"),
+    "sampler-word": (
+        {"process": "edm"},
+        {"sampler": "edm", "options": "churn=much"},
+        "churn = 'much': valid: a number",
+    ),
+    "sampler-leaf": ({}, {"options": "steps=3"}, "'steps' is no option of a sampler"),
+    "sampler-weight": ({}, {"options": "weight=3"}, "'weight' is no option of a sampler"),
+    "no-steps": ({}, {"steps": 0}, "0 sampling steps"),
+    "dopri5-steps": ({"process": "edm"}, {"sampler": "dopri5", "steps": 9}, "chooses its steps; valid: 0"),
+    "power-cosine-edm": (
+        {"process": "edm"},
+        {"sampler": "edm", "guidance": 2.0, "guidance_weights": "power_cosine,power=4"},
+        "depends on t/T, which this process has not",
+    ),
+    "weights-unguided": ({}, {"guidance_weights": "power_cosine,power=4"}, "needs a sampling.guidance beside 1"),
+    "weights-kind": ({}, {"guidance": 2.0, "guidance_weights": "linear"}, "'linear' is unknown; valid: constant"),
+    "weights-names": ({}, {"guidance": 2.0, "guidance_weights": "interval,lo=1"}, "valid: numbers for ['low', 'high']"),
+    "weights-text": ({}, {"guidance": 2.0, "guidance_weights": "interval,low"}, "guidance_weights: 'low' is not under"),
+    "guidance": ({"label_drop": 0.0}, {"guidance": 2.0}, "sampling.guidance needs a null class"),
+    "guidance-calls": ({}, {"guidance_calls": "three"}, "sampling.guidance_calls = 'three': valid: one, two"),
+    "guidance-channels": ({}, {"guidance_channels": 5}, "valid: 0 (all) to 4"),
+}
+
+
+@pytest.mark.parametrize("diffusion, sampling, reason", REFUSED.values(), ids=REFUSED)
+def test_what_has_no_meaning_is_refused_before_anything_is_compiled(diffusion, sampling, reason):
+    c = config()
+    c.diffusion.update(diffusion)
+    c.sampling.update(sampling)
+    with pytest.raises(UserError) as raised:
+        build_objective(c)
+    assert reason in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_loss_that_asks_for_more_parameters_has_them():
+    c = config()
+    assert init_extra(c) == {}
+    c.diffusion.process, c.diffusion.weighting = "flow_linear", "uncertainty"
+    assert list(init_extra(c)) == ["uncertainty"]

@@ -22,6 +22,7 @@ from tests.weights.torch_writer import Named, pretended, tensor, write_zip
 QUICKSTART = f"{ROOT}/configs/quickstart.py:model=dit,runlocal"
 TRAIN = ("train", f"--config={QUICKSTART}", "--workdir=new")
 IMAGENET = f"--config={ROOT}/configs/imagenet256.py:runlocal"
+SWEEP = ("--workdir=run", "--reference=digits", "--out=new.json")
 CONVERT = ("convert", "--family=dit", "--out=new", "--arguments=num_heads=2")
 
 
@@ -90,11 +91,15 @@ MISTAKES = {
     "config-is-not-python": (("train", "--config=text", "--workdir=new"), "--config=text: not a Python file"),
     "config-argument": (
         ("train", f"--config={ROOT}/configs/quickstart.py:size=3", "--workdir=new"),
-        "config argument 'size' is unknown; valid: model, runlocal",
+        "config argument 'size' is unknown; valid: model, process, runlocal",
     ),
     "config-argument-of-wrong-type": (
         ("train", f"--config={ROOT}/configs/quickstart.py:runlocal=perhaps", "--workdir=new"),
         "config argument runlocal='perhaps'",
+    ),
+    "process-of-recipe": (
+        ("train", f"--config={ROOT}/configs/quickstart.py:process=flow", "--workdir=new"),
+        "process='flow' is unknown; valid: gaussian, edm, flow_linear",
     ),
     "model-of-recipe": (
         ("train", f"--config={ROOT}/configs/quickstart.py:model=unet", "--workdir=new"),
@@ -123,7 +128,9 @@ MISTAKES = {
     "momentum": (changed("optim.b1=1.5"), "optim.b1 = 1.5"),
     "pictures": (changed("evals.samples.every_steps=1", "evals.samples.num=-1"), "evals.samples.num = -1"),
     "guided-channels": (changed("sampling.guidance_channels=-3"), "guidance_channels = -3: valid: 0 (all) to 1"),
-    "eta": (changed("sampling.sampler=ddpm", "sampling.eta=0.5"), "sampling.eta = 0.5"),
+    "eta": (changed("sampling.sampler=ddpm", "sampling.options=eta=0.5"), "sampler 'ddpm' has no option 'eta'"),
+    "sampling-options": (changed("sampling.options=eta"), "sampling.options: 'eta' is not understood"),
+    "diffusion-options": (changed("diffusion.options=shift=3"), "process 'gaussian' has no option 'shift'"),
     "no-steps": (changed("total_steps=0"), "total_steps = 0: valid: 1 or more"),
     "model": (changed("model.name=UNet"), "model 'UNet' is unknown; valid: DiT"),
     "dtype": (changed("model.dtype=float8"), "dtype"),
@@ -131,12 +138,14 @@ MISTAKES = {
     "split": (changed("data.split=dev"), "data.split='dev' is not a split of digits"),
     "size-of-data": (changed("data.size=16"), "data.size=16, but digits has size=8"),
     "classes-of-data": (changed("data.num_classes=7"), "data.num_classes=7, but digits has num_classes=10"),
-    "process": (changed("diffusion.process=edm"), "diffusion.process = 'edm' is unknown"),
-    "prediction": (changed("diffusion.prediction=v"), "valid: epsilon, x0"),
+    "process": (changed("diffusion.process=flow"), "process 'flow' is unknown; valid: gaussian, edm"),
+    "prediction": (changed("diffusion.prediction=velocity"), "valid: epsilon, x0, v"),
     "variance": (changed("diffusion.variance=none"), "valid: learned_range"),
     "loss": (changed("diffusion.loss=l1"), "valid: mse"),
     "label-drop": (changed("diffusion.label_drop=1.5"), "diffusion.label_drop = 1.5"),
-    "sampler": (changed("sampling.sampler=heun"), "sampling.sampler = 'heun' is unknown; valid: ddpm, ddim"),
+    "sampler": (changed("sampling.sampler=heunn"), "sampler 'heunn' is unknown; valid: ddpm, ddim"),
+    "sampler-of-process": (changed("sampling.sampler=heun"), "which a discrete process has not; valid: ddpm, ddim"),
+    "no-sampling-steps": (changed("sampling.steps=0"), "0 sampling steps: valid: 1 to"),
     "sampling-steps": (changed("sampling.steps=3000"), "3000"),
     "guidance": (changed("diffusion.label_drop=0.0"), "sampling.guidance needs a null class"),
     "schedule": (changed("optim.schedule=step"), "optim.schedule = 'step' is unknown; valid: constant, cosine"),
@@ -215,6 +224,18 @@ MISTAKES = {
         ("sample", "--num=2", "--out=new/s.npz", "--params=folder", f"--config={QUICKSTART}"),
         "holds no converted parameters",
     ),
+    "guide-without-weight": (
+        ("sample", "--num=2", "--out=new/s.npz", "--workdir=run", "--guide=run", "--config.sampling.guidance=1"),
+        "leaves a guide without effect",
+    ),
+    "guide-of-nothing": (
+        ("sample", "--num=2", "--out=new/s.npz", "--workdir=run", "--guide=folder"),
+        "folder holds no converted parameters",
+    ),
+    "guide-of-another-kind": (
+        ("sample", "--num=2", "--out=new/s.npz", "--workdir=run", "--guide=params"),
+        "--guide=params does not fit: it has {'channels': 3, 'num_classes': 5}",
+    ),
     "switch-off-with-value": ((*TRAIN, "--noconfig.data.flip=true"), "--noconfig.data.flip: only for switches"),
     # evaluation
     "evaluate-nothing": (("evaluate",), "give --samples and --reference, or --compare"),
@@ -224,6 +245,28 @@ MISTAKES = {
     "evaluate-altered": (("evaluate", "--samples=altered.npz", "--reference=digits"), "does not describe altered.npz"),
     "compare-text": (("evaluate", "--compare", "text.json", "text.json"), "text.json"),
     "compare-one": (("evaluate", "--compare", "text.json"), "--compare takes two result files"),
+    "sweep-out": (
+        ("sweep", *SWEEP, "--sampler=ddim:2", "--out=new.txt"),
+        "--out=new.txt: give a file that ends in .json",
+    ),
+    "sweep-sampler": (("sweep", *SWEEP, "--sampler=euler_heun:2"), "'euler_heun' is unknown; valid: ddpm, ddim"),
+    "sweep-adaptive": (("sweep", *SWEEP, "--sampler=dopri5:2"), "'dopri5' chooses its steps as it goes; valid: ddpm"),
+    "sweep-without-steps": (("sweep", *SWEEP, "--sampler=ddim,edm:9"), "need --steps"),
+    "sweep-unused-steps": (("sweep", *SWEEP, "--sampler=edm:9", "--steps=3"), "--steps has no effect"),
+    "sweep-steps": (("sweep", *SWEEP, "--sampler=edm", "--steps=few"), "--steps=few: valid: whole numbers"),
+    "sweep-own-steps": (("sweep", *SWEEP, "--sampler=edm:few"), "--sampler=few: valid: whole numbers"),
+    "sweep-guidance": (("sweep", *SWEEP, "--sampler=edm:2", "--guidance=much"), "--guidance=much: valid: numbers"),
+    "sweep-undefined": (("sweep", *SWEEP, "--sampler=heun:2"), "sampler 'heun' moves in continuous time"),
+    "sweep-too-many-steps": (("sweep", *SWEEP, "--sampler=ddim:1001"), "1001"),
+    "sweep-reference": (
+        ("sweep", "--workdir=run", "--sampler=ddim:2", "--reference=emoji32", "--out=new.json"),
+        "run makes images of 8 x 8, --reference=emoji32 has 32",
+    ),
+    "sweep-not-a-run": (
+        ("sweep", "--workdir=folder", "--sampler=ddim:2", "--reference=digits", "--out=new.json"),
+        "folder/config.json: no such file",
+    ),
+    "sweep-config": (("sweep", *SWEEP, "--sampler=ddim:2", "--config.seed=1"), "sweep takes no --config"),
     # averages
     "ema-not-a-run": (("ema", "--workdir=folder", "--sigma-rel=0.1", "--out=new"), "folder/config.json: no such file"),
     "ema-without-snapshots": (("ema", "--workdir=run", "--sigma-rel=0.1", "--out=new"), "run has no snapshots"),

@@ -3,15 +3,18 @@
 import json
 from collections import OrderedDict
 
+import jax
 import numpy as np
 import pytest
 
 from diffjax.__main__ import main
 from diffjax.evaluation.samples import read_samples
 from diffjax.training.checkpoint import Checkpoints
+from diffjax.training.objective import build_model
 from diffjax.training.setup import build
+from diffjax.verbs import sample as sample_verb
 from diffjax.verbs.inspect import inspect
-from diffjax.weights import to_reference
+from diffjax.weights import store, to_reference
 from tests.programs import ROOT, tiny_config, train_arguments
 from tests.weights.torch_writer import tensor, write_zip
 
@@ -119,6 +122,35 @@ def test_converted_parameters(run, full, tmp_path):
     images, _, protocol = read_samples(out)
     np.testing.assert_array_equal(images, full[0][:16])
     assert protocol["origin"]["sha256"] == full[2]["origin"]["sha256"]
+
+
+def test_a_guide_from_a_run_or_from_parameters(run, full, tmp_path):
+    """Away from itself leads nowhere; away from another network elsewhere; both kinds of folder give the same."""
+    flags = (f"--workdir={run}", "--num=8", "--batch_size=8", "--config.sampling.guidance=3")
+    itself, _, protocol = read_samples(sample(tmp_path / "a.npz", *flags, f"--guide={run}"))
+    plain = sample(tmp_path / "b.npz", *flags[:3], "--config.sampling.guidance=1")
+    assert np.abs(itself.astype(int) - read_samples(plain)[0].astype(int)).max() <= 1
+    assert protocol["sampling"]["guide_sha256"] == protocol["origin"]["sha256"]
+    assert "guide_sha256" not in full[2]["sampling"]
+
+    module, params = build_model(tiny_config()), Checkpoints(run, read_only=True).restore_arrays("ema", 4)
+    store.save(tmp_path / "same", module, params, {})
+    store.save(tmp_path / "other", module, jax.tree.map(lambda leaf: 0.5 * leaf, params), {})
+    images = {}
+    for name in ("same", "other"):
+        out = sample(tmp_path / f"{name}.npz", *flags, f"--guide={tmp_path / name}")
+        images[name] = read_samples(out)[0]
+    np.testing.assert_array_equal(images["same"], itself)
+    assert (images["other"] != itself).any()
+
+
+def test_a_guide_must_be_called_and_read_as_the_network_it_guides():
+    other = tiny_config("diffusion.process=edm", "sampling.sampler=edm")
+    assert sample_verb.read_alike(tiny_config(), tiny_config("diffusion.weighting=min_snr", "diffusion.loss=mse"))
+    assert not sample_verb.read_alike(other, tiny_config())
+    wider = tiny_config("diffusion.process=edm", "sampling.sampler=edm", "diffusion.options=sigma_data=1")
+    assert not sample_verb.read_alike(other, wider)
+    assert not sample_verb.read_alike(tiny_config(), tiny_config("diffusion.steps=500"))
 
 
 @pytest.mark.parametrize("place", ["file/s.npz", "/proc/diffjax/s.npz"])
