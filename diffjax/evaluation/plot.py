@@ -66,14 +66,15 @@ def scatter(points: Sequence[Point], title: str, x_name: str, y_name: str) -> np
     room = 0.04 * (max(ys) - min(ys)) or 0.1 * abs(ys[0]) or 1.0
     x_ticks, y_ticks = log_ticks(min(xs) / 1.1, max(xs) * 1.1), ticks(min(ys) - room, max(ys) + room)
     place = canvas.axes(x_ticks, y_ticks, title, x_name, y_name)
-    for name, colour in colours.items():
-        own = sorted(place(point) for point in points if point.series == name)
-        canvas.line(own, _paler(colour))
     front = pareto_front(points)
-    canvas.line([place(point) for point in front], INK, dash=5)
+    lines = {name: sorted(place(point) for point in points if point.series == name) for name in colours}
+    for name, line in lines.items():
+        canvas.line(line, _paler(colours[name]))
+    lines["front"] = [place(point) for point in front]
+    canvas.line(lines["front"], INK, dash=5)
     for point in points:
         canvas.dot(place(point), colours[point.series], ringed=point in front)
-    canvas.labels([(place(point), point.label) for point in points])
+    canvas.labels([(place(point), point.label) for point in points], list(lines.values()))
     canvas.legend(colours)
     return canvas.pixels()
 
@@ -143,9 +144,10 @@ class Canvas:
             self._draw.circle(self._finer(place), 9 * FINER, fill="white", outline=INK, width=round(1.6 * FINER))
         self._draw.circle(self._finer(place), 5 * FINER, fill=colour)
 
-    def labels(self, labels: Sequence[tuple[Place, str]]) -> None:
-        """Texts beside their points, at the side where they cover the least of the others."""
+    def labels(self, labels: Sequence[tuple[Place, str]], lines: Sequence[Sequence[Place]]) -> None:
+        """Texts beside their points, at the side where they cover the least of the others and of the lines."""
         taken = [(x - 9, y - 9, x + 9, y + 9) for (x, y), _ in labels]
+        taken += [(x - 1, y - 1, x + 1, y + 1) for line in lines for x, y in _spaced(line)]
         for (x, y), text in labels:
             width = text_width(text, 12)
             corners = [(x + dx - shift * width, y + dy) for dx, dy, shift in SIDES]
@@ -179,6 +181,15 @@ class Canvas:
 
     def pixels(self) -> np.ndarray:
         return np.asarray(self._image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS))
+
+
+def _spaced(line: Sequence[Place]) -> list[Place]:
+    """Places about two pixels apart along a line."""
+    found = []
+    for (x0, y0), (x1, y1) in itertools.pairwise(line):
+        parts = np.linspace(0, 1, 2 + round(math.hypot(x1 - x0, y1 - y0) / 2))
+        found += [(x0 + part * (x1 - x0), y0 + part * (y1 - y0)) for part in parts]
+    return found
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from diffjax import models, rng
 from diffjax.diffusion import create_process, guidance, samplers, weighting
+from diffjax.diffusion.gaussian import GaussianDiffusion
 from diffjax.diffusion.samplers import AdaptivePlan, Plan
 from diffjax.diffusion.tables import AnyProcess
 from diffjax.errors import UserError
@@ -46,12 +47,13 @@ class Objective:
 
 def build_model(config: ConfigDict) -> nn.Module:
     """The backbone of a config; its input, output and label table follow from the data and the process."""
+    process = build_process(config)
     model: Any = models.create(
         **config.model,
         channels=config.data.channels,
         num_classes=config.data.num_classes,
         null_class=config.diffusion.label_drop > 0,
-        learn_sigma=getattr(build_process(config), "variance", "") == "learned_range",
+        learn_sigma=isinstance(process, GaussianDiffusion) and process.variance == "learned_range",
     )
     if drops_labels(model):
         model = model.clone(label_drop=config.diffusion.label_drop)

@@ -271,6 +271,6 @@ def picture(results: list[dict[str, Any]]) -> np.ndarray:
         names = [row["run"]] * several_runs + [row["sampler"]] + [f"guidance {row['guidance']:g}"] * several_weights
         value = row["values"][PLOTTED]["value"]
         points.append(plot.Point(", ".join(names), row["evaluations"], value, str(row["steps"])))
-    protocol_ = results[0]["protocol"]
-    title = f"{protocol_['num']} images against {protocol_['reference']['name']}, by sampler and steps"
+    recorded = results[0]["protocol"]
+    title = f"{recorded['num']} images against {recorded['reference']['name']}, by sampler and steps"
     return plot.scatter(points, title, "network evaluations per image", PLOTTED)

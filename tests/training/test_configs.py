@@ -51,6 +51,8 @@ def test_every_stored_recipe_exists():
     [
         *((recipe, argument) for recipe in RECIPES for argument in ("", "runlocal")),
         ("quickstart", "model=dis"),
+        ("quickstart", "process=edm"),
+        ("quickstart", "process=flow_linear"),
         ("emoji32", "model=dis"),
         ("quickstart", "model=udit"),
         ("emoji32", "model=udit"),
