@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from diffjax import rng
+from diffjax import models, rng
 from diffjax.diffusion import PROCESSES, create_process, samplers, weighting
 from diffjax.errors import UserError
 from diffjax.training.loop import open_batches
@@ -19,7 +19,7 @@ from diffjax.training.objective import (
     parse_pairs,
     sampling_plan,
 )
-from diffjax.training.setup import build
+from diffjax.training.setup import build, init_params
 from tests.programs import tiny_config
 
 SIZES = {"name": "U-DiT", "width": 8, "heads": 2, "depth": (1, 1, 1, 1, 1)}
@@ -303,4 +303,8 @@ def test_a_loss_that_asks_for_more_parameters_has_them():
     c = config()
     assert init_extra(c) == {}
     c.diffusion.process, c.diffusion.weighting = "flow_linear", "uncertainty"
-    assert list(init_extra(c)) == ["uncertainty"]
+    c.sampling.sampler = "edm"
+    shapes = jax.eval_shape(lambda key: init_params(build_model(c), c, key), jax.random.key(0))
+    assert shapes["uncertainty"]["kernel"].shape == (2 * weighting.FEATURES + 1,)
+    fused = jax.eval_shape(lambda params: models.fused(build_model(c), params)[1], shapes)
+    assert fused["uncertainty"] == shapes["uncertainty"]
