@@ -153,8 +153,7 @@ class Downsample(nn.Module):
                 self.param("kernel", xavier, (self.kernel, self.kernel, 1, d)), None, None, None, "embed"
             )
             bias = self.param("bias", zeros, (d,)).astype(self.dtype)
-            y = depthwise_conv(x, [kernel], implementation=self.depthwise) + bias
-            x = x + y if self.shortcut else y
+            x = depthwise_conv(x, [kernel], shortcut=self.shortcut, implementation=self.depthwise) + bias
         return rearrange(x, "b (h y) (w x) d -> b (y x) (h w) d", y=self.factor, x=self.factor)
 
 
@@ -253,8 +252,8 @@ class ConvMlp(nn.Module):
         # constrained, since kernels split over the batch's axes would gather the batch in place of themselves
         kernels = [constrain(kernel, None, None, None, "mlp") for kernel in kernels]
         bias = sum(self.param(f"bias_{size}", zeros, (g,)) for size in sizes)
-        y = depthwise_conv(x, kernels, implementation=self.depthwise) + jnp.asarray(bias, self.dtype)
-        x = constrain(x + y if self.rep else y, "batch", None, None, "mlp")
+        x = depthwise_conv(x, kernels, shortcut=self.rep, implementation=self.depthwise)
+        x = constrain(x + jnp.asarray(bias, self.dtype), "batch", None, None, "mlp")
         if self.rep:
             x = constrain(dense(g // 2, self.dtype, "out_0")(x), "batch", None, None, "embed")
         return dense(d, self.dtype, "out_1" if self.rep else "out")(x)
