@@ -313,7 +313,7 @@ class UDiT(nn.Module):
         logit_clamp: largest logarithm of the learned scale; the published 4.6052 is not quite log 100.
         down_factor: the attention's sub-images are s x s; one number, or one per stage. 1: plain self-attention.
         down_kernel: side of the depthwise convolution before them. 0: none (the paper's pixel shuffle, table 7).
-        down_shortcut: whether its input is added to it.
+        down_shortcut: whether its input is added to it; without a convolution there is nothing to add to.
         ffn: "rep" = the form of the paper that is trained; "single" = with one layer for each of its groups of
             parallel and successive ones, the form that `fuse` gives; "basic" = DiT's, without convolution.
         label_drop_per_level: in training each of the three label tables replaces the label by the null class on its
