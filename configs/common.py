@@ -8,13 +8,22 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-# Leaves of `model` that one backbone has and another has not.
+# Leaves of `model` that one backbone has and another has not: its switches, as published, and how it computes.
 DIT = {"attention": "xla"}
 DIS = {"drop_path": 0.1, "scan": ""}  # scan: "" lets the backend choose
 UDIT = {
+    "similarity": "cosine",  # cosine, dot
+    "positions": "rope",  # rope, none
+    "rope_rows": "sqrt",  # sqrt, width: the true one of maps that are not square
+    "logit_clamp": 4.6052,
+    "down_factor": 2,
+    "down_kernel": 5,  # 0: none
+    "down_shortcut": True,
+    "ffn": "rep",  # rep, basic
     "label_drop_per_level": True,
-    "depthwise": "",
-}  # the published label drop; depthwise: "" lets the backend choose
+    "depthwise": "",  # "" lets the backend choose
+}
+FAMILIES = {"dit": (DIT, "DiT-S/8"), "dis": (DIS, "DiS-S/8"), "udit": (UDIT, "U-DiT-T")}  # with their smallest model
 
 
 def parse(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -116,6 +125,20 @@ def base() -> ConfigDict:
     return c
 
 
+def backbone(c: ConfigDict, name: str) -> None:
+    """A published model, by a name such as "dit-xl-2", "U-DiT-B" or "udit-b", with the leaves of its family."""
+    switches, _ = FAMILIES[_family(name)]
+    c.model.update(switches, name=name)
+
+
+def _family(name: str) -> str:
+    plain = name.lower().replace("-", "").replace("/", "")
+    for family in FAMILIES:
+        if plain.startswith(family):
+            return family
+    raise ValueError(f"config argument model={name!r}: valid: published names, of {', '.join(FAMILIES)}")
+
+
 def imagenet_latents(c: ConfigDict, pixels: int) -> None:
     """Autoencoder latents of ImageNet at 256 or 512 pixels, in records; they are no pictures to look at."""
     if pixels not in (256, 512):
@@ -141,10 +164,11 @@ def dit_recipe(c: ConfigDict) -> None:
     c.checkpoint.every_steps, c.checkpoint.keep_every_steps = 10_000, 100_000
 
 
-def run_local(c: ConfigDict, name: str) -> None:
-    """Two steps of a small model on a laptop: does the recipe run on this data?"""
+def run_local(c: ConfigDict) -> None:
+    """Two steps of the family's smallest model on a laptop: does the recipe run on this data?"""
     c.total_steps, c.batch_size = 2, 8
-    c.model.name, c.model.dtype, c.model.remat = name, "float32", "none"
+    _, c.model.name = FAMILIES[_family(c.model.name)]
+    c.model.dtype, c.model.remat = "float32", "none"
     c.data.workers = 0
     c.sampling.steps = 2
     c.checkpoint.every_steps = c.log.every_steps = 1
@@ -155,7 +179,6 @@ def dis_recipe(c: ConfigDict, examples: int) -> None:
 
     The script skips steps whose loss is not finite; a run of ours ends at the first one and names it.
     """
-    c.model.update(DIS)
     c.batch_size = 128
     c.total_steps = 1000 * examples // c.batch_size
     c.optim.warmup_steps = 5 * examples // c.batch_size

@@ -13,7 +13,7 @@ from configs import common
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="dis-s-4", runlocal=False)
     c = common.base()
-    c.model.name = options.model
+    common.backbone(c, options.model)
 
     c.data.name, c.data.dataset = "tfds", "celeb_a"
     c.data.dir = "data/tfds"

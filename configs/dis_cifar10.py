@@ -14,7 +14,7 @@ from configs import common
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="dis-s-2", labels=False, runlocal=False)
     c = common.base()
-    c.model.name = options.model
+    common.backbone(c, options.model)
 
     c.data.name, c.data.dataset = "tfds", "cifar10"
     c.data.dir = "data/tfds"

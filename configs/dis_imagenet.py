@@ -17,10 +17,10 @@ from configs import common
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="dis-h-2", pixels=256, runlocal=False)
     c = common.base()
-    c.model.name = options.model
+    common.backbone(c, options.model)
     common.imagenet_latents(c, options.pixels)
     common.dis_recipe(c, examples=1_281_167)
     c.parallel.strategy = "fsdp"
     if options.runlocal:
-        common.run_local(c, "DiS-S/8")
+        common.run_local(c)
     return c

@@ -2,6 +2,9 @@
 
     python -m diffjax train --config=configs/imagenet256.py:model=dit-xl-2 --workdir=runs/xl --config.data.dir=DIR
 
+Any other backbone trains under the same recipe: model=udit-b, model=dis-b-2 (the recipe of its own paper, if it has
+another one, is in a file of its own).
+
 DIR holds autoencoder latents with their mirror images, in this project's record format. Features in the fast-DiT
 layout become such a folder, without mirror images (then add --config.data.flip=false), by
 
@@ -25,9 +28,9 @@ from configs import common
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="dit-xl-2", runlocal=False)
     c = common.base()
-    c.model.update(common.DIT, name=options.model)
+    common.backbone(c, options.model)
     common.imagenet_latents(c, 256)
     common.dit_recipe(c)
     if options.runlocal:
-        common.run_local(c, "DiT-S/8")
+        common.run_local(c)
     return c

@@ -3,9 +3,9 @@
     python -m diffjax train --config=configs/udit_imagenet.py:model=u-dit-b --workdir=runs/b --config.data.dir=DIR
     python -m diffjax train --config=configs/udit_imagenet.py:pixels=512 --workdir=runs/b512 --config.data.dir=DIR
 
-DIR holds autoencoder latents with their mirror images, in this project's record format (see imagenet256.py). The
-published runs took one fixed sample and mirror state per image instead. What is sampled is the fused form, which the
-published sizes count.
+DIR holds autoencoder latents with their mirror images, in this project's record format (see imagenet256.py); the
+feature files of the script hold, as far as known, one sample and mirror state per image. It computes in float32 or
+float16, this recipe in bfloat16. What is sampled is the fused form, which the published sizes count.
 
 Expected FID-50K (ADM reference, EMA 0.9999, 250 DDPM steps, ft-EMA decoder), with DiT under the same 400K steps:
 
@@ -33,11 +33,11 @@ VANILLA = {"similarity": "dot", "positions": "none", "ffn": "basic"}  # table 10
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="u-dit-b", pixels=256, vanilla=False, runlocal=False)
     c = common.base()
-    c.model.update(common.UDIT, name=options.model)
+    common.backbone(c, options.model)
     if options.vanilla:
         c.model.update(VANILLA)
     common.imagenet_latents(c, options.pixels)
     common.dit_recipe(c)
     if options.runlocal:
-        common.run_local(c, "U-DiT-T")
+        common.run_local(c)
     return c

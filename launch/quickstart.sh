@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Train a small model on embedded real images, sample it and score the samples. Minutes on two CPU cores.
 #
-# usage: bash launch/quickstart.sh [dit|dis]      -> runs/quickstart-<model>/{samples.npz,samples.png,scores.json}
+# usage: bash launch/quickstart.sh [dit|dis|udit]    -> runs/quickstart-<model>/{samples.npz,samples.png,scores.json}
 # DIFFJAX_VENV names an environment to reuse.
 set -euo pipefail
 model="${1:-dit}"
-. "$(dirname "$0")/environment.sh"
+. "$(dirname "$0")/environment.sh" ""  # no extras; without an argument it would see ours
 
 run="runs/quickstart-$model"
 "$PYTHON" -m diffjax train --config="configs/quickstart.py:model=$model" --workdir="$run"

@@ -90,7 +90,7 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     """The backbone of a published name ("DiT-XL/2", "dit-xl-2") or of a family ("DiT", every size given).
 
     Args:
-        name: case does not matter, "-" may stand for "/".
+        name: case does not matter, nor do "-" and "/".
         kwargs: constructor arguments; they win over those of the published size.
 
     Raises:
@@ -112,7 +112,7 @@ def create(name: str, **kwargs: Any) -> nn.Module:
 def fused(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
     """The same function of (x, t, y) with fewer parameters, for models that are deployed so; others as they are.
 
-    Of U-DiT, arXiv 2405.02730: exact but for rounding, and without gradients to what was trained.
+    Of U-DiT, arXiv 2405.02730: exact but for rounding.
     """
     if isinstance(model, udit.UDiT):
         return model.fused(), udit.fuse(params)
@@ -131,4 +131,4 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _normal(name: str) -> str:
-    return name.lower().replace("/", "-")
+    return name.lower().replace("/", "").replace("-", "")

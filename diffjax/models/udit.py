@@ -153,8 +153,7 @@ class Downsample(nn.Module):
                 self.param("kernel", xavier, (self.kernel, self.kernel, 1, d)), None, None, None, "embed"
             )
             bias = self.param("bias", zeros, (d,)).astype(self.dtype)
-            y = depthwise_conv(x, [kernel], implementation=self.depthwise) + bias
-            x = x + y if self.shortcut else y
+            x = depthwise_conv(x, [kernel], shortcut=self.shortcut, implementation=self.depthwise) + bias
         return rearrange(x, "b (h y) (w x) d -> b (y x) (h w) d", y=self.factor, x=self.factor)
 
 
@@ -253,8 +252,8 @@ class ConvMlp(nn.Module):
         # constrained, since kernels split over the batch's axes would gather the batch in place of themselves
         kernels = [constrain(kernel, None, None, None, "mlp") for kernel in kernels]
         bias = sum(self.param(f"bias_{size}", zeros, (g,)) for size in sizes)
-        y = depthwise_conv(x, kernels, implementation=self.depthwise) + jnp.asarray(bias, self.dtype)
-        x = constrain(x + y if self.rep else y, "batch", None, None, "mlp")
+        x = depthwise_conv(x, kernels, shortcut=self.rep, implementation=self.depthwise)
+        x = constrain(x + jnp.asarray(bias, self.dtype), "batch", None, None, "mlp")
         if self.rep:
             x = constrain(dense(g // 2, self.dtype, "out_0")(x), "batch", None, None, "embed")
         return dense(d, self.dtype, "out_1" if self.rep else "out")(x)
@@ -314,7 +313,7 @@ class UDiT(nn.Module):
         logit_clamp: largest logarithm of the learned scale; the published 4.6052 is not quite log 100.
         down_factor: the attention's sub-images are s x s; one number, or one per stage. 1: plain self-attention.
         down_kernel: side of the depthwise convolution before them. 0: none (the paper's pixel shuffle, table 7).
-        down_shortcut: whether its input is added to it.
+        down_shortcut: whether its input is added to it; without a convolution there is nothing to add to.
         ffn: "rep" = the form of the paper that is trained; "single" = with one layer for each of its groups of
             parallel and successive ones, the form that `fuse` gives; "basic" = DiT's, without convolution.
         label_drop_per_level: in training each of the three label tables replaces the label by the null class on its

@@ -27,9 +27,12 @@ def attention(
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = jnp.einsum("bnhk,bmhk->bhnm", q * scale, k, preferred_element_type=jnp.float32)
+    # Heads go in front of tokens once: a CPU else takes the products apart, 36 / 78 against 7 / 57 ms (forward / with
+    # gradients) at q, k, v [32, 256, 4, 24] on two cores. A TPU's compiler makes the same program of both.
+    q, k, v = (rearrange(x, "b n heads k -> b heads n k") for x in (q * scale, k, v))
+    logits = jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32)
     # The division of softmax waits until after the weighted sum, which is smaller than the weights.
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-    total = rearrange(jnp.sum(weights, axis=-1), "b heads n -> b n heads 1")
-    values = jnp.einsum("bhnm,bmhk->bnhk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (values / total).astype(v.dtype)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    values = jnp.einsum("bhnm,bhmk->bhnk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return rearrange((values / total).astype(v.dtype), "b heads n k -> b n heads k")

@@ -74,7 +74,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     guide = load_guide(local_path("guide", values.guide), config, mesh) if values.guide else None
     labels = _labels(values, config.data.num_classes)
     make_folder(out)
-    in_form = form(model, params, values.fused)
+    form = describe_form(model, params, values.fused)
     sampler = generate.compile_sampler(objective, model, mesh, values.seed, values.fused, guide)
     batches = generate.generate(sampler, params, labels, mesh, values.batch_size, values.first)
     images = _collect(batches, len(labels), math.ceil(len(labels) / values.batch_size), values.raw)
@@ -83,8 +83,8 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
             np.savez(out, arr_0=images, arr_1=labels)
         else:
             settings = {"labels": values.labels, "seed": values.seed, "first": values.first, "num": values.num}
-            samples.write_samples(out, images, labels, describe(config, origin, in_form, guide, **settings))
-        print(f"wrote {len(labels)} images of {_describe(origin)}, {in_form}, to {out}")
+            samples.write_samples(out, images, labels, describe(config, origin, form, guide, **settings))
+        print(f"wrote {len(labels)} images of {_describe(origin)}, {form}, to {out}")
 
 
 def _collect(batches: Iterator[np.ndarray], num: int, count: int, raw: bool) -> np.ndarray:
@@ -174,7 +174,7 @@ def make_folder(out: Path) -> None:
         raise UserError(f"--out={out} cannot be written: {error.strerror}; give a writable folder") from error
 
 
-def form(model: nn.Module, params: Any, fused: bool) -> str:
+def describe_form(model: nn.Module, params: Any, fused: bool) -> str:
     """In which form of the backbone the images are drawn, in words."""
     shapes = jax.eval_shape(lambda params: models.fused(model, params)[1], params)
     count, left = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, shapes))

@@ -49,9 +49,9 @@ def operations(program: str) -> Iterator[tuple[str, int]]:
     while pending:
         name, times = pending.pop()
         for line in bodies[name]:
-            if match := re.search(r"while\(.*body=%([\w.\-]+)", line):
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-                pending.append((match[1], times * int(trips[1] if trips else 1)))
+            if match := re.search(r"while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line):
+                [trips] = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[match[1]]))
+                pending.append((match[2], times * int(trips)))
             elif match := re.search(r'"estimated_cycles":"(\d+)"', line):
                 scope = re.search(r'op_name="([^"]*)"', line)
                 yield scope[1] if scope else "", times * int(match[1])

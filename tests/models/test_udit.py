@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from diffjax import models, rng
@@ -12,6 +13,7 @@ from diffjax.errors import UserError
 from diffjax.models import udit
 from diffjax.models.udit import fuse, rope_angles
 from diffjax.ops.macs import count_macs
+from diffjax.training.state import initial_state
 
 SIZES = [name for name, row in models.MODELS.items() if row.family == "U-DiT"]
 # Printed in the paper, of the deploy form: millions of parameters and GFLOPs (multiply-accumulates in 1e9).
@@ -41,9 +43,10 @@ def tiny(**kwargs):
     return models.create("U-DiT", **{**sizes, **kwargs})
 
 
-def some_params(model, seed=1):
+def some_params(model, *inputs, seed=1):
     """Parameters that are all drawn, so that no path is dead as it is in a fresh model."""
-    leaves, tree = jax.tree.flatten(jax.eval_shape(model.init, jax.random.key(0), *shapes(model, 8))["params"])
+    inputs = inputs or shapes(model, 8)
+    leaves, tree = jax.tree.flatten(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return tree.unflatten([0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves)])
 
@@ -175,11 +178,36 @@ def test_fused_parameters_in_bfloat16():
         assert 1e-4 < distance(other, out) < 0.1
 
 
-def test_fuse_leaves_other_forms_alone():
-    model = tiny(ffn="basic")
+@pytest.mark.parametrize("ffn", ["basic", "single"])
+def test_fuse_leaves_other_forms_alone(ffn):
+    """The reference cannot be evaluated with its own single form."""
+    model = tiny(ffn=ffn)
     params = some_params(model)
     assert model.fused() == model
     jax.tree.map(np.testing.assert_array_equal, fuse(params), params)
+
+
+def test_gradients_pass_through_the_fused_form():
+    """In the reference's there are none to the parameters of the feed-forward networks."""
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
+    trained, single = (udit.ConvMlp(16, rep, None, jnp.float32) for rep in (True, False))
+    params = some_params(trained, x)
+
+    def loss(params, module):
+        fused = params if module.rep else fuse(params)
+        return jnp.sum(jnp.sin(module.apply({"params": fused}, x)))
+
+    expected = jax.grad(loss)(params, trained)
+    assert all(leaf.any() for leaf in jax.tree.leaves(expected))
+    pairs = jax.tree.map(distance, jax.grad(loss)(params, single), expected)
+    assert max(jax.tree.leaves(pairs)) < 1e-4
+
+
+def test_the_average_starts_as_the_parameters():
+    """The reference's starts with its 5 x 5 kernels fused already, and forgets it in some 100,000 steps."""
+    params = reference()[1]
+    state = initial_state(params, optax.identity())
+    jax.tree.map(np.testing.assert_array_equal, state.ema, params)
 
 
 @pytest.mark.slow

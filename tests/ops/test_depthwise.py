@@ -30,11 +30,12 @@ def by_hand(x, kernels):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("sizes", [(5, 3, 1), (3,)], ids=str)
-def test_matches_the_definition(implementation, sizes):
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_matches_the_definition(implementation, sizes, shortcut):
     x, kernels = drawn(sizes)
     with jax.default_matmul_precision("highest"):
-        out = depthwise_conv(x, kernels, implementation=implementation)
-    np.testing.assert_allclose(out, by_hand(x, kernels), rtol=0, atol=2e-5)
+        out = depthwise_conv(x, kernels, shortcut=shortcut, implementation=implementation)
+    np.testing.assert_allclose(out, by_hand(x, kernels) + shortcut * x, rtol=0, atol=2e-5)
 
 
 def test_all_gradients_agree():
@@ -42,7 +43,7 @@ def test_all_gradients_agree():
 
     def gradients(implementation):
         def loss(x, kernels):
-            return jnp.sum(jnp.sin(depthwise_conv(x, kernels, implementation=implementation)))
+            return jnp.sum(jnp.sin(depthwise_conv(x, kernels, shortcut=True, implementation=implementation)))
 
         with jax.default_matmul_precision("highest"):
             return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernels)

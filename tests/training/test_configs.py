@@ -14,7 +14,9 @@ import pytest
 from configs import common
 from diffjax.__main__ import main
 from diffjax.data.sources import SOURCES
+from diffjax.errors import UserError
 from diffjax.models import FAMILIES, create
+from diffjax.models.udit import VANILLA
 from diffjax.parallel.mesh import AXES
 from diffjax.training import config as configs
 from diffjax.training.objective import build_model, build_objective
@@ -58,6 +60,9 @@ def test_every_stored_recipe_exists():
         ("emoji32", "model=udit"),
         ("udit_imagenet", "pixels=512"),
         ("udit_imagenet", "vanilla"),
+        ("imagenet256", "model=udit-b"),
+        ("imagenet256", "model=DiS-B/2"),
+        ("imagenet256", "model=udit-l,runlocal"),
         ("dis_cifar10", "labels"),
         ("dis_imagenet", "pixels=512"),
     ],
@@ -90,6 +95,16 @@ def test_recipes_are_short_and_say_their_command(recipe):
     text = (ROOT / f"configs/{recipe}.py").read_text()
     assert len(text.splitlines()) <= 95
     assert f"python -m diffjax train --config=configs/{recipe}.py" in ast.get_docstring(ast.parse(text))
+
+
+def test_the_vanilla_recipe_is_the_vanilla_model():
+    config = load("udit_imagenet.py:vanilla")
+    assert {switch: config.model[switch] for switch in VANILLA} == VANILLA
+
+
+def test_a_recipe_refuses_models_it_does_not_know():
+    with pytest.raises(UserError, match="model='unet': valid: published names, of dit, dis, udit"):
+        load("imagenet256.py:model=unet")
 
 
 def reads() -> set[tuple[str, str]]:

@@ -18,7 +18,7 @@ SHAPES = ("parallel.replicate_below=0", f"total_steps={STEPS}", "optim.clip=1.0"
 OWN_SHAPES = {
     "dit": ("model.heads=4",),
     "dis": ("model.drop_path=0.3",),
-    "udit": ("model.width=32", "model.heads=4", "model.label_drop_per_level=true"),
+    "udit": ("model.width=32", "model.heads=4"),
 }
 # A parameter, and its part on a device of every layout.
 SHARDED = {

@@ -71,15 +71,16 @@ def test_the_fused_form_draws_the_same_images():
     setup = build(tiny_config(model="udit"), devices=jax.devices()[:1])
     shapes, r = setup.abstract.params, np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(r.normal(0, 0.1, leaf.shape), jnp.float32), shapes)
-    images = {}
+    before, images = jax.tree.map(np.array, params), {}
     for fused in (True, False):
         sampler = generate.compile_sampler(setup.objective, setup.model, setup.mesh, seed=3, fused=fused)
         images[fused] = sampler(params, jnp.arange(4), jnp.arange(4))
+    jax.tree.map(np.testing.assert_array_equal, params, before)
     assert float(jnp.std(images[False])) > 0.1
     scale = float(jnp.max(jnp.abs(images[False])))
     np.testing.assert_allclose(images[True], images[False], atol=1e-4 * scale)
     assert not np.array_equal(images[True], images[False])  # two programs, not one
-    assert sample.form(setup.model, params, fused=True).startswith("fused: ")
-    assert sample.form(setup.model, params, fused=False) == "as trained"
+    assert sample.describe_form(setup.model, params, fused=True).startswith("fused: ")
+    assert sample.describe_form(setup.model, params, fused=False) == "as trained"
     dit = build(tiny_config(model="dit"), devices=jax.devices()[:1])
-    assert sample.form(dit.model, dit.abstract.params, fused=True) == "as trained"
+    assert sample.describe_form(dit.model, dit.abstract.params, fused=True) == "as trained"
