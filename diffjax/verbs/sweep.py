@@ -31,7 +31,7 @@ from diffjax.training import generate
 from diffjax.training.objective import build_model, build_objective, build_process, sampling_plan
 from diffjax.verbs import local_path
 from diffjax.verbs.evaluate import reference_set
-from diffjax.verbs.sample import describe, form, load_run, make_folder
+from diffjax.verbs.sample import describe, describe_form, load_run, make_folder
 
 PLOTTED = "frechet_distance_pixels"
 
@@ -221,8 +221,8 @@ def result_of(
     """A cell's row of the table, with values, protocol and subject as `evaluate` writes them."""
     train, held_out, identity = reference
     sampling = cell.config.sampling
-    shape = form(build_model(cell.config), cell.run.params, fused=True)
-    made = describe(cell.config, cell.run.origin, shape, labels="interleaved", seed=seed, first=0, num=len(images))
+    form = describe_form(build_model(cell.config), cell.run.params, fused=True)
+    made = describe(cell.config, cell.run.origin, form, labels="interleaved", seed=seed, first=0, num=len(images))
     return {
         "run": cell.run.folder,
         "sampler": sampling.sampler,

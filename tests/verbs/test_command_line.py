@@ -363,6 +363,14 @@ def test_a_config_json_that_is_none(tmp_path, capsys):
     assert "not the config of a run" in capsys.readouterr().err
 
 
+def test_a_config_json_of_an_earlier_version(world, tmp_path, capsys):
+    stored = json.loads((world / "run" / "config.json").read_text())
+    del stored["diffusion"]["weighting"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert main(["sample", f"--workdir={tmp_path}", "--num=1", f"--out={tmp_path / 's.npz'}"]) == 2
+    assert "earlier version, which had no diffusion.weighting" in capsys.readouterr().err
+
+
 def test_results_do_not_go_where_a_folder_is(world, tmp_path, capsys):
     samples = tmp_path / "s.npz"
     write_samples(samples, np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), {})
