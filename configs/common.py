@@ -78,7 +78,7 @@ def base() -> ConfigDict:
     c.diffusion.process = "gaussian"  # gaussian, edm, edm_vp, edm_ve, edm_iddpm, flow_linear, flow_gvp, flow_vp
     # What stays "" or 0 belongs to the process; what a process does not know is refused.
     c.diffusion.prediction = ""  # edm: also edm; flow: also velocity, score, v; gaussian: also v; all: epsilon, x0
-    c.diffusion.weighting = ""  # of the loss: uniform, snr, min_snr, edm; edm and flow: velocity, uncertainty, ...
+    c.diffusion.weighting = ""  # uniform, snr, min_snr, edm; edm and flow also: velocity, likelihood, uncertainty
     c.diffusion.times = ""  # drawn in training. edm: lognormal, vp, ve, iddpm; flow: uniform, logit_normal
     c.diffusion.options = ""  # numbers such as gamma=5,sigma_data=0.5,p_mean=-0.4,p_std=1.0,logit_mean=0,shift=3
     c.diffusion.steps = 0  # gaussian only: 1000
@@ -94,7 +94,7 @@ def base() -> ConfigDict:
     c.sampling.guidance = 1.0  # weight of classifier-free guidance, or of `sample --guide`; 1: none
     c.sampling.guidance_weights = ""  # constant; or power_cosine,power=4, or interval,low=0.28,high=2.9 in noise/signal
     c.sampling.guidance_channels = 0  # 0: all; 3: what DiT and U-DiT published
-    c.sampling.guidance_calls = "one"  # on a doubled batch, or two, with less memory
+    c.sampling.guidance_calls = ""  # one, on a doubled batch, or two, with less memory; "": one, two with a guide
 
     c.optim = ConfigDict()
     c.optim.lr = 1e-4

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 
-def stream(seed: int, name: str) -> jax.Array:
-    """The typed root key of stream `name` ("params", "train", "sample", ...) under `seed`."""
+def stream(seed: int | jax.Array, name: str) -> jax.Array:
+    """The typed root key of stream `name` ("params", "train", ...) under `seed`, an int or a uint32 scalar."""
     return fold_name(jax.random.key(seed), name)
 
 

@@ -106,9 +106,13 @@ def weights(kind: str, scale: float, /, **numbers: float) -> Weight:
         raise UserError(f"guidance weight {kind!r} is unknown; valid: {', '.join(needed)}")
     if set(numbers) != set(needed[kind]) or any(isinstance(value, str) for value in numbers.values()):
         raise UserError(f"guidance weight {kind!r} with {numbers}: valid: numbers for {list(needed[kind])}")
+    if not np.isfinite(scale):
+        raise UserError(f"guidance {scale}: valid: a finite number, 1 for none")
     if kind == "constant":
         return scale
     if kind == "power_cosine":
+        if not 0 < numbers["power"] < np.inf:
+            raise UserError(f"guidance weight 'power_cosine' with power {numbers['power']}: valid: above 0")
         return lambda level, time: power_cosine(time, scale, numbers["power"])
     return lambda level, time: interval(level, scale, numbers["low"], numbers["high"])
 

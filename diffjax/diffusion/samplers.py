@@ -130,6 +130,8 @@ def plan(
         options: of the sampler; see the function of its name in `tables`, and `adaptive_plan` for "dopri5".
     """
     if sampler == "dopri5":
+        if steps:
+            raise UserError(f"steps = {steps}: sampler 'dopri5' chooses its steps as it goes; valid: 0")
         return adaptive_plan(process, weight, **accepted(adaptive_plan, sampler, options, 2))
     if sampler not in TABLES:
         raise UserError(f"sampler {sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
@@ -163,8 +165,10 @@ def adaptive_plan(
     known = tables.continuous(process, "dopri5")
     if not isinstance(weight, int | float):
         raise UserError("sampler 'dopri5' chooses its steps as it goes; valid: a guidance weight that is one number")
-    if rtol <= 0 or atol <= 0:
-        raise UserError(f"rtol {rtol}, atol {atol}: valid: above 0")
+    if not (rtol > 0 and atol > 0 and isinstance(max_attempts, int) and max_attempts > 0):
+        raise UserError(
+            f"rtol {rtol}, atol {atol}, max_attempts {max_attempts}: valid: above 0, the last a whole number"
+        )
     start = max(1.0, float(known.grid(np.array(known.span[:1], np.float64)).sigma[0]))
     for end in known.span:
         grid = known.grid(np.array([end], np.float64))

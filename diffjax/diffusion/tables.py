@@ -42,8 +42,8 @@ import jax
 import numpy as np
 
 from diffjax.diffusion.gaussian import GaussianDiffusion, respaced_steps
-from diffjax.diffusion.paths import Conversion, Point
-from diffjax.diffusion.process import Grid, Process
+from diffjax.diffusion.paths import Conversion, Point, noise_level
+from diffjax.diffusion.process import Grid, Process, unchanged
 from diffjax.errors import UserError
 
 
@@ -173,11 +173,12 @@ def discrete_steps(count: int, steps: int, spacing: str) -> np.ndarray:
 
 
 def noise_levels(
-    process: AnyProcess, steps: int, sigma_min: float | None, sigma_max: float | None, rho: float
+    process: AnyProcess, steps: int, sigma_min: float | None, sigma_max: float | None, rho: float | None
 ) -> np.ndarray:
     """The levels τ of (4) without the last: float64 [steps]. By default between the ends of the process, and from 80
-    and to 0.002 where there is none."""
-    if steps < 1 or rho <= 0:
+    and to 0.002 where there is none, with ρ = 7."""
+    rho = 7.0 if rho is None else rho
+    if steps < 1 or not rho > 0:
         raise UserError(f"{steps} steps with rho {rho}: valid: at least one step and rho above 0")
     if isinstance(process, GaussianDiffusion):
         ends = process.grid(np.array([process.num_steps - 1, 0]))
@@ -221,15 +222,15 @@ def descending(
     spacing: str,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
-    rho: float = 7.0,
+    rho: float | None = None,
 ) -> Grid:
     """The process where a sampler in noise levels looks at it: `discrete_steps`, or with "rho" (4)."""
     if spacing == "rho":
         return at_levels(process, noise_levels(process, steps, sigma_min, sigma_max, rho))
     if not isinstance(process, GaussianDiffusion):
         raise UserError(f"spacing {spacing!r} is for discrete processes; valid in continuous time: rho")
-    if sigma_min is not None or sigma_max is not None:
-        raise UserError(f"sigma_min and sigma_max have no meaning with spacing {spacing!r}; valid with: rho")
+    if (sigma_min, sigma_max, rho) != (None, None, None):
+        raise UserError(f"sigma_min, sigma_max and rho have no meaning with spacing {spacing!r}; valid with: rho")
     return process.grid(discrete_steps(process.num_steps, steps, spacing))
 
 
@@ -243,14 +244,18 @@ def without_alpha(grid: Grid) -> Grid:
 
 
 def own_times(process: Process, steps: int, shift: float) -> np.ndarray:
-    """steps + 1 times through the span, even in u, 1 at the noise, before the resolution shift u -> a u/(1 + (a-1) u)
-    (2403.03206 eq. 23)."""
-    if steps < 1 or shift <= 0:
+    """steps + 1 times through the span, of those that the network knows: even in u, 1 at the noise, before the
+    resolution shift u -> a u/(1 + (a-1) u) (2403.03206 eq. 23); where time is the noise level itself, (4)."""
+    if steps < 1 or not shift > 0:
         raise UserError(f"{steps} steps with shift {shift}: valid: at least one step and a shift above 0")
+    if process.path is noise_level:
+        if shift != 1:
+            raise UserError(f"shift {shift} has no meaning where time is the noise level; valid: 1")
+        return process.nearest(np.append(noise_levels(process, steps, None, None, None), 0.0))
     u = np.linspace(1.0, 0.0, steps + 1)
     u = shift * u / (1 + (shift - 1) * u)
     noise, data = process.span
-    return data + (noise - data) * u
+    return process.nearest(data + (noise - data) * u)
 
 
 def noise_time(process: AnyProcess, grid: Grid) -> np.ndarray:
@@ -298,7 +303,7 @@ def ddim(
     spacing: str | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
-    rho: float = 7.0,
+    rho: float | None = None,
 ) -> Trajectory:
     """(5) down to the data; spacing by default "stride" for a discrete process, else "rho"."""
     if eta < 0:
@@ -327,7 +332,7 @@ def edm(
     ahead: float = 1.0,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
-    rho: float = 7.0,
+    rho: float | None = None,
     churn: float = 0.0,
     churn_min: float = 0.0,
     churn_max: float = np.inf,
@@ -337,12 +342,17 @@ def edm(
 
     ahead: r of (3). churn, churn_min, churn_max, churn_noise: S_churn, S_min, S_max, S_noise.
     """
-    if order not in (1, 2) or not 0 < ahead <= 1 or churn < 0:
-        raise UserError(f"order {order}, ahead {ahead}, churn {churn}: valid: 1 or 2, above 0 to 1, 0 and above")
+    if order not in (1, 2) or not churn >= 0:
+        raise UserError(f"order {order}, churn {churn}: valid: 1 or 2, 0 and above")
     if order == 1 and ahead != 1:
         raise UserError(f"ahead {ahead} has no meaning with order 1, which does not look ahead; valid: order 2")
-    if ahead != 1 and isinstance(process, GaussianDiffusion):
-        raise UserError(f"ahead {ahead} looks between the steps, where a discrete process is not known; valid: 1")
+    if not churn and (churn_min, churn_max, churn_noise) != (0.0, np.inf, 1.0):
+        raise UserError("churn_min, churn_max and churn_noise have no meaning without churn; valid with: churn above 0")
+    if not 0 <= churn_min <= churn_max or not churn_noise >= 0:
+        raise UserError(
+            f"churn_min {churn_min}, churn_max {churn_max}, churn_noise {churn_noise}: valid: in this order"
+        )
+    check_ahead(process, ahead)
     schedule = descending(process, steps, "rho", sigma_min, sigma_max, rho)
     level = schedule.sigma / schedule.alpha
     churned = (churn_min <= level) & (level <= churn_max)
@@ -369,7 +379,7 @@ def dpmpp_2m(
     spacing: str | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
-    rho: float = 7.0,
+    rho: float | None = None,
 ) -> Trajectory:
     """(6) down to the data; spacing by default "linspace" for a discrete process, else "rho"."""
     default = "linspace" if isinstance(process, GaussianDiffusion) else "rho"
@@ -390,6 +400,14 @@ def dpmpp_2m(
 # Samplers in time
 
 
+def check_ahead(process: AnyProcess, ahead: float) -> None:
+    """UserError unless (3) can look `ahead` in a process."""
+    if not 0 < ahead <= 1:
+        raise UserError(f"ahead {ahead}: valid: above 0 to 1")
+    if ahead != 1 and (isinstance(process, GaussianDiffusion) or process.nearest is not unchanged):
+        raise UserError(f"ahead {ahead} looks between the steps, where a discrete process is not known; valid: 1")
+
+
 def flow_drift(point: Point) -> Mix:
     return Mix(x0=point.alpha_dot, eps=point.sigma_dot)
 
@@ -404,7 +422,7 @@ def time_grid(process: AnyProcess, sampler: str, steps: int, shift: float, times
     given = np.asarray(times, np.float64)
     if given.shape != (steps + 1,):
         raise UserError(f"times of shape {given.shape}: valid: {steps + 1} of them for {steps} steps")
-    return known, given
+    return known, known.nearest(given)
 
 
 def euler(process: AnyProcess, steps: int, *, shift: float = 1.0, times: Any = None) -> Trajectory:
@@ -420,9 +438,8 @@ def heun(process: AnyProcess, steps: int, *, ahead: float = 1.0, shift: float = 
 
     ahead: r of (3). times: [steps + 1] to use instead of those through the span, which `shift` moves.
     """
-    if not 0 < ahead <= 1:
-        raise UserError(f"ahead {ahead}: valid: above 0 to 1")
     known, t = time_grid(process, "heun", steps, shift, times)
+    check_ahead(known, ahead)
     h = np.diff(t)
     looked = t[:-1] + ahead * h
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -474,19 +491,24 @@ def stochastic(process: Process, t: np.ndarray, form: str, norm: float) -> Stoch
 
 
 def sde_times(
-    process: AnyProcess, sampler: str, steps: int, start: float | None, last_step: str, last_step_size: float
-) -> tuple[Process, np.ndarray]:
-    """steps + 1 even times from `start` (None: that of the span) to 1 - last_step_size, or to the span's end."""
+    process: AnyProcess, sampler: str, steps: int, start: float | None, last_step: str, last_step_size: float | None
+) -> tuple[Process, np.ndarray, float]:
+    """steps + 1 even times from `start` (None: that of the span) to 1 - last_step_size, or the span's end; the size."""
     known = continuous(process, sampler)
     noise, data = known.span
     if not 0 <= noise < data <= 1:
         raise UserError(f"sampler {sampler!r} counts time from noise at 0 to data at 1; for others take edm with churn")
     if last_step not in LAST_STEPS:
         raise UserError(f"last step {last_step!r} is unknown; valid: {', '.join(LAST_STEPS)}")
-    first, end = noise if start is None else start, data if last_step == "none" else 1 - last_step_size
+    if last_step == "none" and last_step_size:
+        raise UserError(
+            f"last_step_size {last_step_size} has no meaning without a last step; valid: mean, euler, tweedie"
+        )
+    size = 0.04 if last_step_size is None else last_step_size
+    first, end = noise if start is None else start, data if last_step == "none" else 1 - size
     if steps < 1 or not noise <= first < end <= 1:
         raise UserError(f"{steps} steps from t = {first:g} to {end:g}: valid: at least 1, within {noise:g} to 1")
-    return known, np.linspace(first, end, steps + 1)
+    return known, np.linspace(first, end, steps + 1), size
 
 
 def with_last_step(
@@ -522,19 +544,19 @@ def euler_maruyama(
     diffusion: str = "sigma",
     norm: float = 1.0,
     last_step: str = "mean",
-    last_step_size: float = 0.04,
+    last_step_size: float | None = None,
     start: float | None = None,
 ) -> Trajectory:
     """x' = x + h (v + D s) + √(2Dh) z for a path from noise at 0 to data at 1, then the last step.
 
     diffusion, norm: form and size of D. last_step: mean, euler, tweedie or none. start: the first time.
     """
-    known, t = sde_times(process, "euler_maruyama", steps, start, last_step, last_step_size)
+    known, t, size = sde_times(process, "euler_maruyama", steps, start, last_step, last_step_size)
     at, h = stochastic(known, t[:-1], diffusion, norm), np.diff(t)
     noise = np.sqrt(2 * at.diffusion * h)
     table = rows(at.grid, scaled(at.drift, h)._replace(x=1.0), noise=noise, slot=np.arange(steps))
     trajectory = Trajectory(table, np.arange(steps), at.grid, max(1.0, float(at.grid.sigma[0])))
-    return with_last_step(trajectory, known, t[-1], diffusion, norm, last_step, last_step_size)
+    return with_last_step(trajectory, known, t[-1], diffusion, norm, last_step, size)
 
 
 def sde_heun(
@@ -544,11 +566,11 @@ def sde_heun(
     diffusion: str = "sigma",
     norm: float = 1.0,
     last_step: str = "mean",
-    last_step_size: float = 0.04,
+    last_step_size: float | None = None,
     start: float | None = None,
 ) -> Trajectory:
     """y = x + √(2Dh) z, then (3) with the drift v + D s; options as `euler_maruyama`."""
-    known, t = sde_times(process, "sde_heun", steps, start, last_step, last_step_size)
+    known, t, size = sde_times(process, "sde_heun", steps, start, last_step, last_step_size)
     at, h = stochastic(known, t, diffusion, norm), np.diff(t)
     at = at._replace(drift=scaled(at.drift, np.ones(steps + 1)))
     first, second = (jax.tree.map(lambda a, part=part: a[part], at) for part in (slice(None, -1), slice(1, None)))
@@ -556,4 +578,4 @@ def sde_heun(
     table, step = two_stages(first.grid, second.grid, (first.drift, second.drift), h, 1.0, noise)
     begin = max(1.0, float(first.grid.sigma[0]))
     trajectory = Trajectory(table, step, first.grid, begin, start_noise=float(noise[0]))
-    return with_last_step(trajectory, known, t[-1], diffusion, norm, last_step, last_step_size)
+    return with_last_step(trajectory, known, t[-1], diffusion, norm, last_step, size)

@@ -27,7 +27,7 @@ def compile_sampler(
 
     `params` are those of `model`. With `fused` they are fused on the way, once per batch, where the model can be. A
     guide (model, params) is the worse network of autoguidance. The result takes `plan=` in place of the objective's
-    own; plans of equal shapes share one compilation.
+    own, and another `seed=`; plans of equal shapes, and all seeds, share one compilation.
     """
     worse: Any = guide[0] if guide else None
 
@@ -35,7 +35,9 @@ def compile_sampler(
         form, weights = models.fused(model, params) if fused else (model, params)
         return bind(form), weights
 
-    def sample(params: Any, indices: jax.Array, labels: jax.Array, plan: Any, guide_params: Any) -> jax.Array:
+    def sample(
+        params: Any, indices: jax.Array, labels: jax.Array, plan: Any, seed: jax.Array, guide_params: Any
+    ) -> jax.Array:
         keys = rng.per_example(rng.stream(seed, "sample"), indices)
         denoise_worse = None
         if worse:
@@ -44,7 +46,9 @@ def compile_sampler(
         return objective.sample(*bound(model, params), labels, keys, plan, denoise_worse)
 
     jitted = jax.jit(sample, out_shardings=batch_sharding(mesh))
-    return functools.partial(jitted, plan=objective.plan, guide_params=guide[1] if guide else None)
+    return functools.partial(
+        jitted, plan=objective.plan, seed=np.uint32(seed), guide_params=guide[1] if guide else None
+    )
 
 
 def generate(

@@ -82,8 +82,12 @@ def build_objective(config: ConfigDict, *, autoguided: bool = False) -> Objectiv
         raise UserError(
             f"sampling.guidance_channels = {sampling.guidance_channels}: valid: 0 (all) to {config.data.channels}"
         )
-    if sampling.guidance_calls not in guidance.CALLS:
+    if sampling.guidance_calls not in ("", *guidance.CALLS):
         raise UserError(f"sampling.guidance_calls = {sampling.guidance_calls!r}: valid: {', '.join(guidance.CALLS)}")
+    if autoguided and sampling.guidance_calls == "one":
+        raise UserError(
+            "sampling.guidance_calls = 'one': a guide is another network with a call of its own; valid: two"
+        )
     process = build_process(config)
     plan = sampling_plan(config, process)
     if sampling.clip and not samplers.can_clip(plan):
@@ -117,8 +121,6 @@ def sampling_plan(config: ConfigDict, process: AnyProcess, max_steps: int | None
     options = parse_pairs("sampling.options", sampling.options)
     if others := sorted(inspect.signature(samplers.plan).parameters.keys() & options.keys()):
         raise UserError(f"sampling.options = {sampling.options!r}: {others[0]!r} is no option of a sampler")
-    if sampling.sampler == "dopri5" and sampling.steps:
-        raise UserError(f"sampling.steps = {sampling.steps}: sampler 'dopri5' chooses its steps; valid: 0")
     weight = guidance_weight(sampling)
     return samplers.plan(process, sampling.sampler, sampling.steps, max_steps=max_steps, weight=weight, **options)
 
@@ -145,9 +147,12 @@ def parse_pairs(leaf: str, text: str) -> dict[str, Any]:
 def _number_or_word(text: str) -> int | float | str:
     for kind in (int, float):
         try:
-            return kind(text)
+            number = kind(text)
         except ValueError:
             continue
+        if number != number:
+            raise UserError(f"{text!r} is not a number; valid: numbers and words")
+        return number
     return text
 
 
@@ -231,7 +236,7 @@ def _sampler(config: ConfigDict, own: Plan | AdaptivePlan) -> Callable:
             denoise = guidance.autoguidance(plain, worse, channels=channels, skip=skip)
         elif sampling.guidance != 1.0:
             denoise = guidance.classifier_free(
-                network, labels, data.num_classes, channels=channels, calls=sampling.guidance_calls, skip=skip
+                network, labels, data.num_classes, channels=channels, calls=sampling.guidance_calls or "one", skip=skip
             )
         x, noise = samplers.initial_noise(keys, shape), samplers.step_noise(keys, shape)
         return samplers.sample(own if plan is None else plan, denoise, x, noise, sampling.clip)

@@ -56,7 +56,8 @@ def reconstruct(workdir: Path, sigma_rel: float, out: Path, step: int | None = N
     """
     store.refuse_full(out)
     ema.gamma_of(sigma_rel)
-    module = build_model(configs.read(workdir / "config.json"))
+    config = configs.read(workdir / "config.json")
+    module = build_model(config)
     snapshots = Snapshots(workdir, read_only=True)
     steps = snapshots.steps()
     if not steps:
@@ -78,7 +79,8 @@ def reconstruct(workdir: Path, sigma_rel: float, out: Path, step: int | None = N
         )
     params = jax.tree.map(np.float32, ema.combine(_trees(snapshots, steps, tracks), coefficients))
     origin = {"workdir": str(workdir), "step": step, "sigma_rel": sigma_rel, "snapshots": steps, "tracks": tracks}
-    return store.save(out, module, params, {**origin, "profile_error": error})
+    process = {"process": config.diffusion.to_dict()}  # with which alone the parameters make sense
+    return store.save(out, module, params, {**origin, **process, "profile_error": error})
 
 
 def _trees(snapshots: Snapshots, steps: list[int], tracks: list[str]) -> Iterator[Any]:

@@ -72,10 +72,11 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         )
     model, objective = build_model(config), build_objective(config, autoguided=bool(values.guide))
     guide = load_guide(local_path("guide", values.guide), config, mesh) if values.guide else None
+    guided = {"guide": guide[2]} if guide else {}
     labels = _labels(values, config.data.num_classes)
     make_folder(out)
     form = describe_form(model, params, values.fused)
-    sampler = generate.compile_sampler(objective, model, mesh, values.seed, values.fused, guide)
+    sampler = generate.compile_sampler(objective, model, mesh, values.seed, values.fused, guide and guide[:2])
     batches = generate.generate(sampler, params, labels, mesh, values.batch_size, values.first)
     images = _collect(batches, len(labels), math.ceil(len(labels) / values.batch_size), values.raw)
     if hosts.is_lead():
@@ -83,7 +84,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
             np.savez(out, arr_0=images, arr_1=labels)
         else:
             settings = {"labels": values.labels, "seed": values.seed, "first": values.first, "num": values.num}
-            samples.write_samples(out, images, labels, describe(config, origin, form, guide, **settings))
+            samples.write_samples(out, images, labels, describe(config, origin, form, **guided, **settings))
         print(f"wrote {len(labels)} images of {_describe(origin)}, {form}, to {out}")
 
 
@@ -112,6 +113,7 @@ def _load(values: flags.FlagValues, overrides: list[str], mesh: Any) -> tuple[Co
         if values["step"].present or values["weights"].present:
             raise UserError("sample: --step and --weights choose within a run folder; they have no effect on --params")
         config = configs.load(values.config, overrides)
+        check_process("params", Path(values.params), store.read_model(Path(values.params)).get("process"), config)
         params = store.load_params(Path(values.params), abstract_params(config, mesh))
         return config, params, {"params": values.params, "sha256": store.tree_sha256(params)}
     if values.config:
@@ -141,29 +143,37 @@ def load_run(
     return config, params, origin
 
 
-def load_guide(folder: Path, config: ConfigDict, mesh: Any) -> tuple[nn.Module, Any]:
-    """A network and its parameters, replicated over the mesh, that can guide the model of `config`; else UserError."""
+def load_guide(folder: Path, config: ConfigDict, mesh: Any) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """A network, its parameters, replicated over the mesh, and their origin, that can guide the model of `config`."""
     if (folder / "config.json").is_file():
-        other, params, _ = load_run(folder, [], mesh)
-        if not read_alike(config, other):
-            differing = [line for line in configs.differences(config, other) if line.startswith("diffusion.")]
-            raise UserError(f"--guide={folder} was trained with another process: {'; '.join(differing)}")
+        other, params, origin = load_run(folder, [], mesh)
+        check_process("guide", folder, other.diffusion.to_dict(), config)
         model: Any = build_model(other)
     else:
-        model, arrays, _ = store.load(folder)
+        model, arrays, made = store.load(folder)
+        check_process("guide", folder, made.get("process"), config)
         params = jax.device_put(arrays, replicated(mesh))
+        origin = {"params": str(folder), "sha256": made["sha256"]}
     wanted = {"channels": config.data.channels, "num_classes": config.data.num_classes}
     found = {name: getattr(model, name) for name in wanted}
     if found != wanted:
         raise UserError(f"--guide={folder} does not fit: it has {found}, the guided model {wanted}")
     model.check_input(config.data.size, config.data.size)
-    return model, params
+    return model, params, origin
 
 
-def read_alike(a: ConfigDict, b: ConfigDict) -> bool:
-    """Whether samplers call the networks of two configs and read their outputs in the same way."""
-    plans = [jax.tree.leaves(samplers.plan(build_process(config), "edm", 4)) for config in (a, b)]
-    return all(np.array_equal(*pair) for pair in zip(*plans))
+def check_process(flag: str, folder: Path, process: dict[str, Any] | None, config: ConfigDict) -> None:
+    """UserError unless samplers would call the network of `folder` and read its output as those of `config`.
+
+    process: the `diffusion` section it was trained with; None where nobody recorded it, as with public checkpoints.
+    """
+    if process is None:
+        return
+    other = ConfigDict({"diffusion": process})
+    plans = [jax.tree.leaves(samplers.plan(build_process(each), "edm", 4)) for each in (config, other)]
+    if not all(np.array_equal(*pair) for pair in zip(*plans)):
+        trained = {name: value for name, value in process.items() if value != config.diffusion[name]}
+        raise UserError(f"--{flag}={folder} was trained with another process: diffusion of {trained}")
 
 
 def make_folder(out: Path) -> None:
@@ -189,15 +199,16 @@ def _labels(values: flags.FlagValues, num_classes: int) -> np.ndarray:
 
 
 def describe(
-    config: ConfigDict, origin: dict[str, Any], form: str, guide: tuple[nn.Module, Any] | None = None, **settings: Any
+    config: ConfigDict, origin: dict[str, Any], form: str, guide: dict[str, Any] | None = None, **settings: Any
 ) -> dict[str, Any]:
-    """How images were made, json-able. settings: labels, seed, first, num."""
-    guided = {"guide_sha256": store.tree_sha256(guide[1])} if guide else {}
+    """How images were made, json-able. guide: its origin. settings: labels, seed, first, num."""
+    guided = {"guide_sha256": guide["sha256"]} if guide else {}
     return {
         "model": config.model.to_dict(),
         "form": form,
         "data": config.data.name,
         "origin": origin,
+        **({"guide": guide} if guide else {}),
         "process": config.diffusion.to_dict(),
         "sampling": config.sampling.to_dict() | guided,
         **settings,

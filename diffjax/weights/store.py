@@ -44,7 +44,7 @@ def save(out: Path, module: nn.Module, params: Any, meta: Mapping[str, Any]) -> 
 
 def load(out: Path) -> tuple[nn.Module, Any, dict[str, Any]]:
     """(module, parameters as numpy arrays, model.json) of a folder that `save` wrote."""
-    model = _read_model(Path(out))
+    model = read_model(Path(out))
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata((Path(out) / "params").absolute()).item_metadata.tree
     params = load_params(out, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
@@ -57,7 +57,7 @@ def load_params(out: Path, abstract: Any) -> Any:
     Raises UserError when the folder holds none, or the parameters of another model; names the differing arrays.
     """
     folder = (Path(out) / "params").absolute()
-    model = _read_model(Path(out))
+    model = read_model(Path(out))
     with ocp.StandardCheckpointer() as checkpointer:
         stored = _shapes(checkpointer.metadata(folder).item_metadata.tree)
         wanted = _shapes(abstract)
@@ -97,7 +97,8 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in _leaves(tree).items()}
 
 
-def _read_model(out: Path) -> dict[str, Any]:
+def read_model(out: Path) -> dict[str, Any]:
+    """model.json of a folder that `save` wrote."""
     path = out / "model.json"
     if not path.is_file() or not (out / "params").is_dir():
         raise UserError(

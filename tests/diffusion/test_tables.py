@@ -212,4 +212,4 @@ REFUSED = {
 @pytest.mark.parametrize("process, sampler, options, reason", REFUSED.values(), ids=REFUSED)
 def test_what_has_no_meaning_is_refused(process, sampler, options, reason):
     with pytest.raises(UserError, match=reason):
-        samplers.plan(process, sampler, **({"steps": 8} | options))
+        samplers.plan(process, sampler, **({"steps": 8 * (sampler != "dopri5")} | options))

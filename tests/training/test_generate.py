@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,11 @@ def test_each_image_has_its_own_key():
     seen = np.concatenate(list(generate.generate(sampler, 0.0, np.zeros(6, np.int32), mesh, 4)))
     expected = jax.random.key_data(rng.per_example(rng.stream(5, "sample"), jnp.arange(6)))
     np.testing.assert_array_equal(seen, np.asarray(expected, np.float32))
+    other = functools.partial(sampler, seed=np.uint32(2**32 - 1))
+    large = np.concatenate(list(generate.generate(other, 0.0, np.zeros(4, np.int32), mesh, 4)))
+    expected = jax.random.key_data(rng.per_example(rng.stream(2**32 - 1, "sample"), jnp.arange(4)))
+    np.testing.assert_array_equal(large, np.asarray(expected, np.float32))
+    assert sampler.func._cache_size() == 1
 
 
 def test_another_plan_is_no_other_program():

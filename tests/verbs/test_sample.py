@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffjax.__main__ import main
+from diffjax.errors import UserError
 from diffjax.evaluation.samples import read_samples
 from diffjax.training.checkpoint import Checkpoints
 from diffjax.training.objective import build_model
@@ -144,13 +145,26 @@ def test_a_guide_from_a_run_or_from_parameters(run, full, tmp_path):
     assert (images["other"] != itself).any()
 
 
-def test_a_guide_must_be_called_and_read_as_the_network_it_guides():
-    other = tiny_config("diffusion.process=edm", "sampling.sampler=edm")
-    assert sample_verb.read_alike(tiny_config(), tiny_config("diffusion.weighting=min_snr", "diffusion.loss=mse"))
-    assert not sample_verb.read_alike(other, tiny_config())
+def test_parameters_must_be_called_and_read_as_the_config_says(tmp_path):
+    def check(trained, config):
+        sample_verb.check_process("guide", tmp_path, trained and trained.diffusion.to_dict(), config)
+
+    edm = tiny_config("diffusion.process=edm", "sampling.sampler=edm")
+    check(tiny_config(), tiny_config("diffusion.weighting=min_snr", "diffusion.loss=mse"))
+    check(None, edm)  # of a public checkpoint, which nobody recorded
     wider = tiny_config("diffusion.process=edm", "sampling.sampler=edm", "diffusion.options=sigma_data=1")
-    assert not sample_verb.read_alike(other, wider)
-    assert not sample_verb.read_alike(tiny_config(), tiny_config("diffusion.steps=500"))
+    for trained, config in ((edm, tiny_config()), (edm, wider), (tiny_config(), tiny_config("diffusion.steps=500"))):
+        with pytest.raises(UserError, match="--guide=.* was trained with another process"):
+            check(trained, config)
+
+
+def test_parameters_remember_their_process(run, tmp_path, capsys):
+    model, params = build_model(tiny_config()), Checkpoints(run, read_only=True).restore_arrays("ema", 4)
+    store.save(tmp_path / "p", model, params, {"process": tiny_config("diffusion.steps=500").diffusion.to_dict()})
+    flags = (f"--params={tmp_path / 'p'}", QUICKSTART, "--num=4", f"--out={tmp_path / 's.npz'}")
+    assert main(["sample", *flags]) == 2
+    assert "was trained with another process: diffusion of {'steps': 500}" in capsys.readouterr().err
+    assert main(["sample", *flags, "--config.diffusion.steps=500"]) == 0
 
 
 @pytest.mark.parametrize("place", ["file/s.npz", "/proc/diffjax/s.npz"])
