@@ -34,14 +34,6 @@ class Grid(NamedTuple):
     conversion: Conversion
 
 
-class Estimates(NamedTuple):
-    """What an output says of data, noise and velocity; each [b, ..., c]."""
-
-    x0: jax.Array
-    eps: jax.Array
-    velocity: jax.Array
-
-
 def unchanged(t: Array) -> Array:
     return t
 
@@ -122,16 +114,6 @@ class Process:
         if log_variance is None:
             return {"loss": loss, "mse": mse}
         return {"loss": loss / jnp.exp(log_variance) + log_variance, "mse": mse, "log_variance": log_variance}
-
-    def estimates(self, output: jax.Array, xt: jax.Array, t: jax.Array) -> Estimates:
-        """Data, noise and velocity by the network's output [b, ..., c or 2c] at xt [b, ..., c], t [b]."""
-        f = prediction_of(output, xt)
-        k = per_example(conversion(self.path(t), self.prediction), xt)
-        return Estimates(
-            x0=k.x0_x * xt + k.x0_f * f,
-            eps=k.eps_x * xt + k.eps_f * f,
-            velocity=k.velocity_x * xt + k.velocity_f * f,
-        )
 
     def noise_level(self, t: jax.Array) -> jax.Array:
         """ln(σ/α) at t [b], within ±LARGEST_NOISE_LEVEL."""

@@ -134,4 +134,4 @@ def test_iddpm_table_is_the_cosine_schedule():
     """Where no ratio is clipped, σ² = (1 - ᾱ)/ᾱ up to ᾱ of the last entry, which is not 1."""
     u, j = edm.iddpm_table(), np.arange(20, edm.STEPS)
     abar = np.sin(np.pi * np.arange(edm.STEPS + 1) / (2 * edm.STEPS * 1.008)) ** 2
-    np.testing.assert_allclose(u[j] ** 2 + 1, abar[-1] / abar[j], rtol=1e-12)
+    np.testing.assert_allclose(u[j] ** 2 + 1, abar[-1] / abar[j], rtol=1e-5)  # float32
