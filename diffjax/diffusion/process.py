@@ -4,6 +4,7 @@
 and `losses`, by which they are trained, and `grid`, by which samplers know them.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -142,3 +143,14 @@ def choose(table: Mapping[str, Any], option: str, name: str) -> Any:
     if name not in table:
         raise UserError(f"{option} {name!r} is unknown for this process; valid: {', '.join(table)}")
     return table[name]
+
+
+def read(option: str, value: float | None, default: float, used: bool, needs: str) -> float:
+    """The value of an option, or its default for None. UserError when it is not finite or given where not `used`."""
+    if value is None:
+        return default
+    if not used:
+        raise UserError(f"{option} = {value!r} is read by nothing in this process; valid with {needs}")
+    if not math.isfinite(value):
+        raise UserError(f"{option} = {value!r}: valid: a finite number")
+    return value

@@ -67,15 +67,12 @@ def test_distributions_of_noise_levels():
 
 
 @pytest.mark.parametrize("name", edm.DISCRETISATIONS)
-def test_noise_levels_fall_to_zero_within_their_range(name):
+def test_noise_levels_fall_to_zero(name):
     for steps in (1, 2, 13):
         sigma = edm.DISCRETISATIONS[name](steps)
         assert sigma.shape == (steps + 1,)
         assert (np.diff(sigma) < 0).all()
         assert sigma[-1] == 0
-    first, last = sigma[0], sigma[-2]
-    narrow = edm.DISCRETISATIONS[name](13, sigma_min=last * 1.5, sigma_max=first / 1.5)
-    assert last < narrow[-2] < narrow[0] < first
     with pytest.raises(UserError, match="0 steps"):
         edm.DISCRETISATIONS[name](0)
 

@@ -164,6 +164,20 @@ def test_grid_is_float64_on_the_host(name):
         ({"name": "gaussian", "weighting": "min_snr", "gamma": 0.0}, "gamma = 0"),
         ({"name": "edm", "p_std": -1.0}, "p_std = -1"),
         ({"name": "gaussian", "weighting": "min_snr", "loss": "rescaled_kl"}, "squared error"),
+        ({"name": "gaussian", "variance": "fixed_small", "loss": "rescaled_mse"}, "not 'fixed_small'"),
+        ({"name": "gaussian", "gamma": 5.0}, "gamma = 5.0 is read by nothing in this process"),
+        ({"name": "gaussian", "weighting": "snr", "sigma_data": 0.5}, "sigma_data = 0.5 is read by nothing"),
+        ({"name": "gaussian", "steps": float("inf")}, "valid: a whole number"),
+        ({"name": "edm", "weighting": "edm", "gamma": 2.0}, "gamma = 2.0 .* valid with weighting 'min_snr'"),
+        ({"name": "edm", "times": "ve", "p_mean": 0.0}, "p_mean = 0.0 .* valid with times 'lognormal'"),
+        ({"name": "edm_vp", "p_std": 1.0}, "p_std = 1.0 is read by nothing"),
+        ({"name": "edm_ve", "sigma_data": 1.0}, "sigma_data = 1.0 is read by nothing"),
+        ({"name": "edm", "sigma_data": float("nan")}, "sigma_data = nan: valid: a finite number"),
+        ({"name": "edm", "p_mean": float("-inf")}, "p_mean = -inf: valid: a finite number"),
+        ({"name": "flow_linear", "sigma_data": 0.5}, "sigma_data = 0.5 is read by nothing"),
+        ({"name": "flow_linear", "logit_mean": 0.5}, "logit_mean = 0.5 .* valid with times 'logit_normal'"),
+        ({"name": "flow_gvp", "logit_std": 1.0}, "logit_std = 1.0 is read by nothing"),
+        ({"name": "flow_linear", "shift": float("inf")}, "shift = inf: valid: a finite number"),
     ],
     ids=str,
 )
@@ -171,6 +185,15 @@ def test_what_has_no_meaning_is_refused(options, message):
     with pytest.raises(UserError, match=message) as raised:
         create_process(**options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prediction": "edm"}, {"weighting": "edm"}, {"times": "lognormal", "p_mean": -0.4, "weighting": "edm"}],
+    ids=str,
+)
+def test_numbers_are_taken_where_they_are_read(options):
+    assert create_process("edm_ve", sigma_data=0.7, **options).span == create_process("edm_ve").span
 
 
 def test_empty_options_count_as_not_given():

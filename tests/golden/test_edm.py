@@ -72,9 +72,7 @@ def test_coefficients(case):
     np.testing.assert_allclose(edm.VP_SPAN[0], case.info["vp_sigma_max"], rtol=1e-6)  # float32 in the reference
 
 
-def assert_noise_levels_of_float32(sigma: np.ndarray, expected: np.ndarray) -> None:
-    """Equal but for last digits of float32 sines, which add up over the table."""
-    np.testing.assert_allclose(sigma, expected, rtol=1.4e-5)
+FLOAT32_SINES = {"rtol": 1.4e-5}  # their last digits, which add up over the table of iDDPM
 
 
 @pytest.mark.parametrize("case", cases("edm"))
@@ -84,12 +82,12 @@ def test_iddpm_table(case):
     assert (case.info["iddpm"]["C_1"], case.info["iddpm"]["C_2"]) == edm.IDDPM_CLIPS
     assert case.info["iddpm"]["M"] == edm.STEPS
     assert len(stored["iddpm_u"]) == edm.STEPS + 1
-    assert_noise_levels_of_float32(edm.iddpm_table(), stored["iddpm_u"])
+    np.testing.assert_allclose(edm.iddpm_table(), stored["iddpm_u"], **FLOAT32_SINES)
     process = edm.edm("iddpm")
     grid = process.grid(sigma)
     np.testing.assert_array_equal(edm.iddpm_index(sigma), stored["iddpm_index"])
     np.testing.assert_array_equal(grid.model_time, edm.STEPS - 1 - stored["iddpm_index"])
-    assert_noise_levels_of_float32(grid.t, stored["iddpm_sigma_rounded"])
+    np.testing.assert_allclose(grid.t, stored["iddpm_sigma_rounded"], **FLOAT32_SINES)
     on_device = jnp.asarray(sigma, jnp.float32)
     np.testing.assert_array_equal(process.model_time(on_device), edm.STEPS - 1 - stored["iddpm_index"])
 
@@ -151,7 +149,5 @@ def test_discretisations(case, match):
     assert len(sigma) == options["num_steps"] + 1
     assert sigma[-1] == 0
     starts = case.arrays[match[0]][:: 1 if options["solver"] == "euler" else 2]
-    if options["discretization"] == "iddpm":
-        assert_noise_levels_of_float32(sigma[:-1], starts)
-    else:
-        np.testing.assert_allclose(sigma[:-1], starts, **EXACT)
+    tolerance = {"rtol": 4e-7} if options["discretization"] == "iddpm" else EXACT
+    np.testing.assert_allclose(sigma[:-1], starts, **tolerance)

@@ -118,4 +118,3 @@ def test_margins(case):
         for use, margin in ((interval.train, margins["train_eps"]), (interval.ode, margins["sample_eps"])):
             first = 0.0 if path == "VP" else margin
             np.testing.assert_allclose(use, (first, 1 - margin), rtol=1e-12, err_msg=name)
-
