@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax.diffusion import edm as shipped
 from diffjax.diffusion import samplers
-from diffjax.diffusion.paths import Path, Point, Prediction, namespace, noise_level
+from diffjax.diffusion.paths import Path, Prediction, namespace
 from diffjax.diffusion.process import Process
 
 
@@ -23,22 +24,9 @@ def make(path: Path, prediction: Prediction, span: tuple[float, float], **others
     return Process(path, prediction, **({"input_scale": ones, "model_time": lambda t: t} | unused | others), span=span)
 
 
-def edm(sigma_data: float = 0.5, path: Path = noise_level, span: tuple[float, float] = (80.0, 0.002)) -> Process:
-    """The preconditioned network of EDM, on its own path or another with the same σ/α."""
-
-    def scaled_norm(t: Any) -> Any:
-        c = path(t)
-        return namespace(t).sqrt(c.sigma**2 + (c.alpha * sigma_data) ** 2)
-
-    def prediction(c: Point) -> tuple[Any, Any]:
-        norm = namespace(c.sigma).sqrt(c.sigma**2 + (c.alpha * sigma_data) ** 2)
-        return c.sigma / sigma_data / norm, -c.alpha * sigma_data / norm
-
-    def model_time(t: Any) -> Any:
-        c = path(t)
-        return namespace(t).log(c.sigma / c.alpha) / 4
-
-    return make(path, prediction, span, input_scale=lambda t: 1 / scaled_norm(t), model_time=model_time)
+def edm(span: tuple[float, float] = (80.0, 0.002)) -> Process:
+    """The preconditioned network of EDM, sampled within another span."""
+    return replace(shipped.edm(), span=span)
 
 
 def exact(process: Process, mean: float, std: float, time: Callable = lambda told: told) -> samplers.Denoise:

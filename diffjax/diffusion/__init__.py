@@ -26,7 +26,7 @@ PROCESSES: dict[str, Callable[..., Any]] = {
 }
 
 
-WORDS = {str: "word", float: "number", int: "whole number"}
+WORDS = {str: "word", float | None: "number", int: "whole number"}
 
 
 def create_process(name: str, **options: Any) -> GaussianDiffusion | Process:
@@ -35,7 +35,7 @@ def create_process(name: str, **options: Any) -> GaussianDiffusion | Process:
     All know prediction, weighting, gamma and sigma_data. Options of "gaussian": respacing, variance, loss, steps;
     of all others: times; of the "edm" ones: p_mean, p_std; of the "flow" ones: logit_mean, logit_std, shift. An
     option of "" counts as not given. UserError on an unknown name or option, a word for a number or the other way
-    round, and on a combination without meaning.
+    round, a number that is not finite or that nothing reads, and on a combination without meaning.
     """
     if name not in PROCESSES:
         raise UserError(f"process {name!r} is unknown; valid: {', '.join(PROCESSES)}")
@@ -45,6 +45,7 @@ def create_process(name: str, **options: Any) -> GaussianDiffusion | Process:
     for option, value in given.items():
         if option not in valid:
             raise UserError(f"process {name!r} has no option {option!r}; valid: {', '.join(valid)}")
-        if isinstance(value, str) != (valid[option] is str):
+        fits = not isinstance(value, str) and (valid[option] is not int or isinstance(value, int))
+        if not (isinstance(value, str) if valid[option] is str else fits):
             raise UserError(f"process {name!r} with {option} = {value!r}: valid: a {WORDS[valid[option]]}")
     return PROCESSES[name](**given)

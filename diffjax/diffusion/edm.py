@@ -48,15 +48,17 @@ from diffjax.diffusion.paths import (
     predicts_minus_epsilon,
     predicts_x0,
 )
-from diffjax.diffusion.process import Process, choose, ones, unchanged
-from diffjax.diffusion.weighting import check_numbers, weight_of_time
+from diffjax.diffusion.process import Process, choose, ones, read, unchanged
+from diffjax.diffusion.weighting import weight_of_time
 from diffjax.errors import UserError
 
 STEPS = 1000  # M of (4), (6)
 VP_BETAS = (19.9, 0.1)  # β_d, β_min of (5)
 VP_FIRST_TIME = 1e-5  # the smallest t of training
+VP_LAST_TIME = 1e-3  # of sampling
 VE_RANGE = (0.02, 100.0)
 IDDPM_CLIPS = (0.001, 0.008)  # C1, C2 of (6)
+IDDPM_LARGEST = 81.0  # noise level of sampling
 
 
 class Schedule(NamedTuple):
@@ -95,7 +97,7 @@ def linear_schedule() -> Schedule:
     return Schedule(unchanged, ones, unchanged)
 
 
-def vp_betas(sigma_min: float, sigma_max: float, first: float = 1e-3) -> tuple[float, float]:
+def vp_betas(sigma_min: float, sigma_max: float, first: float = VP_LAST_TIME) -> tuple[float, float]:
     """(β_d, β_min) with which (5) goes from sigma_min at t = `first` to sigma_max at t = 1."""
     low, high = np.log1p(sigma_min**2), np.log1p(sigma_max**2)
     beta_d = 2 * (low / first - high) / (first - 1)
@@ -103,18 +105,22 @@ def vp_betas(sigma_min: float, sigma_max: float, first: float = 1e-3) -> tuple[f
 
 
 @cache
-def iddpm_table() -> np.ndarray:
+def iddpm_table(precision: type = np.float32) -> np.ndarray:
     """u_0 > u_1 > ... > u_M = 0 of equation (6): float64 [M + 1].
 
-    The public code rounds ᾱ to float32, which moves the smallest u by 5e-4 of themselves; the nearest j stay the same.
+    ᾱ is rounded to float32 and u to `precision`, as in the public code: float32 in its networks, float64 in its
+    sampler. In float64 alone the smallest u would be others by 5e-4 of themselves. The public ones still differ by
+    1.3e-5, and those of the sampler by 4e-7, as the float32 sines there are not always the nearest, and these are.
     """
-    c1, c2 = IDDPM_CLIPS
-    abar = np.sin(np.pi / 2 * np.arange(STEPS + 1) / (STEPS * (c2 + 1))) ** 2
-    u = np.zeros(STEPS + 1)
+    c1, c2 = (np.float32(clip) for clip in IDDPM_CLIPS)
+    angle = np.float32(np.pi / 2) * np.arange(STEPS + 1, dtype=np.float32) / np.float32(STEPS) / (c2 + np.float32(1))
+    abar = np.sin(angle.astype(np.float64)).astype(np.float32) ** 2
+    u: np.ndarray = np.zeros(STEPS + 1, precision)
     for j in range(STEPS, 0, -1):
-        u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(abar[j - 1] / abar[j], c1) - 1)
-    u.setflags(write=False)
-    return u
+        u[j - 1] = np.sqrt((u[j] ** 2 + precision(1)) / max(abar[j - 1] / abar[j], c1) - precision(1))
+    table = u.astype(np.float64)
+    table.setflags(write=False)
+    return table
 
 
 def iddpm_index(sigma: Array) -> Array:
@@ -135,22 +141,21 @@ def sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: f
     return np.append(ramp(steps, sigma_max ** (1 / rho), sigma_min ** (1 / rho)) ** rho, 0.0)
 
 
-def vp_sigmas(steps: int, sigma_min: float | None = None, sigma_max: float | None = None) -> np.ndarray:
-    """Noise levels evenly spaced in the t of (5) from 1 to 1e-3, then 0; by default those of VP_BETAS."""
-    low, high = vp_schedule().sigma(np.array([1e-3, 1.0]))
-    betas = vp_betas(low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
-    return np.append(vp_schedule(*betas).sigma(ramp(steps, 1.0, 1e-3)), 0.0)
+def vp_sigmas(steps: int) -> np.ndarray:
+    """Noise levels evenly spaced in the t of (5) from 1 to 1e-3, then 0: float64 [steps + 1]."""
+    return np.append(vp_schedule().sigma(ramp(steps, 1.0, VP_LAST_TIME)), 0.0)
 
 
-def ve_sigmas(steps: int, sigma_min: float = VE_RANGE[0], sigma_max: float = VE_RANGE[1]) -> np.ndarray:
-    """Noise levels evenly spaced in ln σ from sigma_max to sigma_min, then 0: float64 [steps + 1]."""
-    return np.append(np.exp(ramp(steps, np.log(sigma_max), np.log(sigma_min))), 0.0)
+def ve_sigmas(steps: int) -> np.ndarray:
+    """Noise levels evenly spaced in ln σ over VE_RANGE, then 0: float64 [steps + 1]."""
+    low, high = np.log(VE_RANGE)
+    return np.append(np.exp(ramp(steps, high, low)), 0.0)
 
 
-def iddpm_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 81.0) -> np.ndarray:
-    """Noise levels evenly spread over the u_j of (6) within the range, then 0: float64 [steps + 1]."""
-    u = iddpm_table()
-    inside = u[(u >= sigma_min) & (u <= sigma_max)]
+def iddpm_sigmas(steps: int) -> np.ndarray:
+    """Noise levels evenly spread over the u_j of (6) from IDDPM_LARGEST, then 0: float64 [steps + 1]."""
+    u = iddpm_table(np.float64)[:STEPS]
+    inside = u[u <= IDDPM_LARGEST]
     return np.append(inside[np.round(ramp(steps, 0.0, len(inside) - 1)).astype(int)], 0.0)
 
 
@@ -233,8 +238,8 @@ class Setting(NamedTuple):
     nearest: Callable[[Array], Array] = unchanged
 
 
-VP_SPAN = (float(vp_schedule().sigma(np.array(1.0))), float(vp_schedule().sigma(np.array(1e-3))))
-IDDPM_SPAN = (81.0, float(iddpm_table()[STEPS - 1]))
+VP_SPAN = (float(vp_schedule().sigma(np.array(1.0))), float(vp_schedule().sigma(np.array(VP_LAST_TIME))))
+IDDPM_SPAN = (IDDPM_LARGEST, float(iddpm_table()[STEPS - 1]))
 SETTINGS = {
     "edm": Setting("edm", None, quarter_log, "lognormal", (80.0, 0.002)),
     "vp": Setting("epsilon", unit_variance_scale(1.0), vp_model_time, "vp", VP_SPAN),
@@ -249,36 +254,41 @@ def edm(
     prediction: str = "",
     weighting: str = "uniform",
     times: str = "",
-    sigma_data: float = 0.5,
-    gamma: float = 5.0,
-    p_mean: float = -1.2,
-    p_std: float = 1.2,
+    sigma_data: float | None = None,
+    gamma: float | None = None,
+    p_mean: float | None = None,
+    p_std: float | None = None,
 ) -> Process:
     """A process whose time is the noise level σ; "" takes what belongs to the setting.
 
     setting: one of SETTINGS. prediction: "edm" of (3), "epsilon", "minus_epsilon" or "x0". weighting: see `weighting`,
-    whose numbers are sigma_data (also that of (2)) and gamma. times: "lognormal" with p_mean and p_std, "vp", "ve" or
-    "iddpm". EDM2 (2312.02696) has p_mean -0.4, p_std 1.0 for 512-pixel latents and -0.8, 1.6 for 64 pixels. UserError
-    on an unknown name or an impossible number.
+    whose numbers are sigma_data (0.5, also that of (2)) and gamma (5). times: "lognormal" with p_mean (-1.2) and p_std
+    (1.2), "vp", "ve" or "iddpm". EDM2 (2312.02696) has p_mean -0.4, p_std 1.0 for 512-pixel latents and -0.8, 1.6 for
+    64 pixels. UserError on an unknown name, an impossible number, or one that nothing reads.
     """
-    check_numbers(gamma, sigma_data)
+    chosen = choose(SETTINGS, "setting", setting)
+    times, predicts = times or chosen.times, prediction or chosen.prediction
+    gamma = read("gamma", gamma, 5.0, weighting == "min_snr", "weighting 'min_snr'")
+    scaled = chosen.input_scale is None or "edm" in (predicts, weighting)
+    sigma_data = read("sigma_data", sigma_data, 0.5, scaled, "process 'edm', prediction 'edm' or weighting 'edm'")
+    p_mean = read("p_mean", p_mean, -1.2, times == "lognormal", "times 'lognormal'")
+    p_std = read("p_std", p_std, 1.2, times == "lognormal", "times 'lognormal'")
     if p_std < 0:
         raise UserError(f"p_std = {p_std}: valid: at least 0")
-    chosen = choose(SETTINGS, "setting", setting)
     predictions: dict[str, Prediction] = {
         "edm": predicts_edm(sigma_data),
         "epsilon": predicts_epsilon,
         "minus_epsilon": predicts_minus_epsilon,
         "x0": predicts_x0,
     }
-    predicted = choose(predictions, "prediction", prediction or chosen.prediction)
+    predicted = choose(predictions, "prediction", predicts)
     draws: dict[str, Callable[[jax.Array], jax.Array]] = {
         "lognormal": lambda keys: lognormal(rng.normal(keys, ()), p_mean, p_std),
         "vp": lambda keys: vp_times(rng.uniform(keys)),
         "ve": lambda keys: ve_times(rng.uniform(keys)),
         "iddpm": lambda keys: iddpm_times(rng.uniform(keys)),
     }
-    draw = choose(draws, "times", times or chosen.times)
+    draw = choose(draws, "times", times)
     return Process(
         path=noise_level,
         prediction=predicted,

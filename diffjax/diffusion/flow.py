@@ -21,7 +21,7 @@ import jax
 
 from diffjax import rng
 from diffjax.diffusion.paths import PREDICTIONS, Array, Path, gvp, linear, vp
-from diffjax.diffusion.process import Process, choose, ones, unchanged
+from diffjax.diffusion.process import Process, choose, ones, read, unchanged
 from diffjax.diffusion.weighting import weight_of_time
 from diffjax.errors import UserError
 
@@ -60,20 +60,26 @@ def flow(
     prediction: str = "velocity",
     weighting: str = "uniform",
     times: str = "uniform",
-    gamma: float = 5.0,
-    sigma_data: float = 0.5,
-    logit_mean: float = 0.0,
-    logit_std: float = 1.0,
-    shift: float = 1.0,
+    gamma: float | None = None,
+    sigma_data: float | None = None,
+    logit_mean: float | None = None,
+    logit_std: float | None = None,
+    shift: float | None = None,
 ) -> Process:
     """The process of one of PATHS.
 
-    prediction: "velocity", "epsilon", "score", "x0" or "v". weighting: see `weighting`, whose numbers are gamma and
-    sigma_data. times: "uniform" or "logit_normal" with m = logit_mean, s = logit_std of (2); above 0 is more noise.
-    shift: a of (3), also for uniform times. The span is the interval of the ODE. UserError on an unknown name, an
-    impossible number, or a weight that is infinite where the prediction is trained.
+    prediction: "velocity", "epsilon", "score", "x0" or "v". weighting: see `weighting`, whose numbers are gamma (5)
+    and sigma_data (0.5). times: "uniform" or "logit_normal" with m = logit_mean (0), s = logit_std (1) of (2); above 0
+    is more noise. shift: a of (3), also for uniform times (1). The span is the interval of the ODE. UserError on an
+    unknown name, an impossible number or one that nothing reads, and a weight that is infinite where the prediction is
+    trained.
     """
     train, ode, _ = intervals(path, prediction)
+    gamma = read("gamma", gamma, 5.0, weighting == "min_snr", "weighting 'min_snr'")
+    sigma_data = read("sigma_data", sigma_data, 0.5, weighting == "edm", "weighting 'edm'")
+    logit_mean = read("logit_mean", logit_mean, 0.0, times == "logit_normal", "times 'logit_normal'")
+    logit_std = read("logit_std", logit_std, 1.0, times == "logit_normal", "times 'logit_normal'")
+    shift = read("shift", shift, 1.0, True, "any times")
     if logit_std < 0 or not shift > 0:
         raise UserError(f"logit_std = {logit_std}, shift = {shift}: valid: at least 0, above 0")
 

@@ -37,7 +37,7 @@ import numpy as np
 
 from diffjax import rng
 from diffjax.diffusion.paths import PREDICTIONS, Point, conversion
-from diffjax.diffusion.process import Grid
+from diffjax.diffusion.process import Grid, read
 from diffjax.diffusion.weighting import check_numbers, weights
 from diffjax.errors import UserError
 
@@ -88,6 +88,10 @@ class GaussianDiffusion:
                 raise UserError(f"diffusion {name} {getattr(self, name)!r} is unknown; valid: {', '.join(valid)}")
         if self.num_steps < 2:
             raise UserError(f"a diffusion process needs at least 2 steps, not {self.num_steps}")
+        if self.loss == "rescaled_mse" and self.variance != "learned_range":
+            raise UserError(
+                f"loss 'rescaled_mse' rescales the term of a learned variance, not {self.variance!r}; valid: mse"
+            )
         if self.loss == "rescaled_kl" and self.weighting != "uniform":
             raise UserError(f"weighting {self.weighting!r} is of the squared error, which loss 'rescaled_kl' has not")
 
@@ -293,13 +297,16 @@ def gaussian_diffusion(
     loss: str = "mse",
     steps: int = 1000,
     weighting: str = "uniform",
-    gamma: float = 5.0,
-    sigma_data: float = 0.5,
+    gamma: float | None = None,
+    sigma_data: float | None = None,
 ) -> GaussianDiffusion:
     """The linear-schedule process with `steps` original steps, of which `respacing` keeps some: equation (6).
 
-    The defaults are those of DiT. Options: see `GaussianDiffusion` and `respaced_steps`. UserError on an unknown one.
+    The defaults are those of DiT, and gamma 5 and sigma_data 0.5. Options: see `GaussianDiffusion` and
+    `respaced_steps`. UserError on an unknown one, and on one that nothing reads.
     """
+    gamma = read("gamma", gamma, 5.0, weighting == "min_snr", "weighting 'min_snr'")
+    sigma_data = read("sigma_data", sigma_data, 0.5, weighting == "edm", "weighting 'edm'")
     # Also with nothing left out the variances are recovered from ᾱ, so that every process goes through one path.
     kept = np.array(respaced_steps(steps, respacing), np.int64)
     alphas_cumprod = np.cumprod(1.0 - linear_betas(steps))[kept]

@@ -4,6 +4,7 @@
 and `losses`, by which they are trained, and `grid`, by which samplers know them.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -32,14 +33,6 @@ class Grid(NamedTuple):
     alpha: np.ndarray
     sigma: np.ndarray
     conversion: Conversion
-
-
-class Estimates(NamedTuple):
-    """What an output says of data, noise and velocity; each [b, ..., c]."""
-
-    x0: jax.Array
-    eps: jax.Array
-    velocity: jax.Array
 
 
 def unchanged(t: Array) -> Array:
@@ -123,16 +116,6 @@ class Process:
             return {"loss": loss, "mse": mse}
         return {"loss": loss / jnp.exp(log_variance) + log_variance, "mse": mse, "log_variance": log_variance}
 
-    def estimates(self, output: jax.Array, xt: jax.Array, t: jax.Array) -> Estimates:
-        """Data, noise and velocity by the network's output [b, ..., c or 2c] at xt [b, ..., c], t [b]."""
-        f = prediction_of(output, xt)
-        k = per_example(conversion(self.path(t), self.prediction), xt)
-        return Estimates(
-            x0=k.x0_x * xt + k.x0_f * f,
-            eps=k.eps_x * xt + k.eps_f * f,
-            velocity=k.velocity_x * xt + k.velocity_f * f,
-        )
-
     def noise_level(self, t: jax.Array) -> jax.Array:
         """ln(σ/α) at t [b], within ±LARGEST_NOISE_LEVEL."""
         c = self.path(t)
@@ -160,3 +143,14 @@ def choose(table: Mapping[str, Any], option: str, name: str) -> Any:
     if name not in table:
         raise UserError(f"{option} {name!r} is unknown for this process; valid: {', '.join(table)}")
     return table[name]
+
+
+def read(option: str, value: float | None, default: float, used: bool, needs: str) -> float:
+    """The value of an option, or its default for None. UserError when it is not finite or given where not `used`."""
+    if value is None:
+        return default
+    if not used:
+        raise UserError(f"{option} = {value!r} is read by nothing in this process; valid with {needs}")
+    if not math.isfinite(value):
+        raise UserError(f"{option} = {value!r}: valid: a finite number")
+    return value

@@ -66,9 +66,9 @@ def weights(weighting: str, c: Point, prediction: Prediction, *, gamma: float = 
 
 
 def check_numbers(gamma: float, sigma_data: float) -> None:
-    """UserError unless both are positive."""
+    """UserError unless both are positive and finite."""
     for option, value in {"gamma": gamma, "sigma_data": sigma_data}.items():
-        if not value > 0:
+        if not 0 < value < np.inf:
             raise UserError(f"weighting {option} = {value!r}: valid: a positive number")
 
 

@@ -125,8 +125,8 @@ def test_weighted_squared_error():
     x0, eps, output = np.random.default_rng(3).standard_normal((3, 4, 2, 2, 1)).astype(np.float32)
     k = jnp.array([0, 10, 400, 990])
     plain, weighted = (
-        gaussian_diffusion(variance="fixed_small", weighting=weighting, gamma=2.0)
-        for weighting in ("uniform", "min_snr")
+        gaussian_diffusion(variance="fixed_small", **options)
+        for options in ({}, {"weighting": "min_snr", "gamma": 2.0})
     )
     xt = plain.q_sample(x0, k, eps)
     snr = plain.alphas_cumprod[k] / (1 - plain.alphas_cumprod[k])

@@ -9,7 +9,8 @@ import pytest
 
 from diffjax import rng
 from diffjax.diffusion import PROCESSES, create_process, weighting
-from diffjax.diffusion.process import Process
+from diffjax.diffusion.paths import Conversion, conversion
+from diffjax.diffusion.process import Process, per_example
 from diffjax.errors import UserError
 from tests.golden.x64 import float64
 
@@ -25,6 +26,10 @@ def terms(process: Process, output: np.ndarray, log_variance: np.ndarray | None 
         x0, eps = jnp.asarray(X0), jnp.asarray(EPS)
         u = None if log_variance is None else jnp.asarray(log_variance)
         return process.losses(jnp.asarray(output), x0, process.q_sample(x0, t, eps), t, eps, u)
+
+
+def at(process: Process, t: jax.Array) -> Conversion:
+    return per_example(conversion(process.path(t), process.prediction), X0)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -63,9 +68,9 @@ def test_the_target_has_no_loss_and_gives_the_data_back(name):
     with float64():
         t = jnp.asarray(process.sample_times(KEYS), jnp.float64)
         xt, target = process.q_sample(X0, t, EPS), process.target(X0, t, EPS)
-        estimates = process.estimates(target, xt, t)
-        np.testing.assert_allclose(estimates.x0, X0, rtol=1e-7, atol=1e-7)
-        np.testing.assert_allclose(estimates.eps, EPS, rtol=1e-7, atol=1e-7)
+        k = at(process, t)
+        np.testing.assert_allclose(k.x0_x * xt + k.x0_f * target, X0, rtol=1e-7, atol=1e-7)
+        np.testing.assert_allclose(k.eps_x * xt + k.eps_f * target, EPS, rtol=1e-7, atol=1e-7)
     assert not terms(process, target)["loss"].any()
 
 
@@ -76,7 +81,8 @@ def test_the_velocity_weight_makes_any_loss_that_of_the_velocity(path, predictio
     with float64():
         t = jnp.asarray(process.sample_times(KEYS), jnp.float64)
         xt = process.q_sample(X0, t, EPS)
-        velocity = process.estimates(OUTPUT, xt, t).velocity
+        k = at(process, t)
+        velocity = k.velocity_x * xt + k.velocity_f * OUTPUT
         expected = create_process(path).losses(velocity, X0, xt, t, EPS)["loss"]
         np.testing.assert_allclose(process.losses(OUTPUT, X0, xt, t, EPS)["loss"], expected, rtol=1e-8)
 
@@ -89,7 +95,8 @@ def test_a_weight_is_of_the_data_and_not_of_the_prediction(name, weight):
     with float64():
         t = jnp.asarray(first.sample_times(KEYS), jnp.float64)
         xt = first.q_sample(X0, t, EPS)
-        same = first.estimates(OUTPUT, xt, t).x0
+        k = at(first, t)
+        same = k.x0_x * xt + k.x0_f * OUTPUT
         one, other = (p.losses(f, X0, xt, t, EPS)["loss"] for p, f in ((first, OUTPUT), (second, same)))
         np.testing.assert_allclose(one, other, rtol=1e-8)
 
@@ -157,6 +164,20 @@ def test_grid_is_float64_on_the_host(name):
         ({"name": "gaussian", "weighting": "min_snr", "gamma": 0.0}, "gamma = 0"),
         ({"name": "edm", "p_std": -1.0}, "p_std = -1"),
         ({"name": "gaussian", "weighting": "min_snr", "loss": "rescaled_kl"}, "squared error"),
+        ({"name": "gaussian", "variance": "fixed_small", "loss": "rescaled_mse"}, "not 'fixed_small'"),
+        ({"name": "gaussian", "gamma": 5.0}, "gamma = 5.0 is read by nothing in this process"),
+        ({"name": "gaussian", "weighting": "snr", "sigma_data": 0.5}, "sigma_data = 0.5 is read by nothing"),
+        ({"name": "gaussian", "steps": float("inf")}, "valid: a whole number"),
+        ({"name": "edm", "weighting": "edm", "gamma": 2.0}, "gamma = 2.0 .* valid with weighting 'min_snr'"),
+        ({"name": "edm", "times": "ve", "p_mean": 0.0}, "p_mean = 0.0 .* valid with times 'lognormal'"),
+        ({"name": "edm_vp", "p_std": 1.0}, "p_std = 1.0 is read by nothing"),
+        ({"name": "edm_ve", "sigma_data": 1.0}, "sigma_data = 1.0 is read by nothing"),
+        ({"name": "edm", "sigma_data": float("nan")}, "sigma_data = nan: valid: a finite number"),
+        ({"name": "edm", "p_mean": float("-inf")}, "p_mean = -inf: valid: a finite number"),
+        ({"name": "flow_linear", "sigma_data": 0.5}, "sigma_data = 0.5 is read by nothing"),
+        ({"name": "flow_linear", "logit_mean": 0.5}, "logit_mean = 0.5 .* valid with times 'logit_normal'"),
+        ({"name": "flow_gvp", "logit_std": 1.0}, "logit_std = 1.0 is read by nothing"),
+        ({"name": "flow_linear", "shift": float("inf")}, "shift = inf: valid: a finite number"),
     ],
     ids=str,
 )
@@ -164,6 +185,15 @@ def test_what_has_no_meaning_is_refused(options, message):
     with pytest.raises(UserError, match=message) as raised:
         create_process(**options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prediction": "edm"}, {"weighting": "edm"}, {"times": "lognormal", "p_mean": -0.4, "weighting": "edm"}],
+    ids=str,
+)
+def test_numbers_are_taken_where_they_are_read(options):
+    assert create_process("edm_ve", sigma_data=0.7, **options).span == create_process("edm_ve").span
 
 
 def test_empty_options_count_as_not_given():

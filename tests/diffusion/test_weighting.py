@@ -44,7 +44,7 @@ def test_other_weights():
     np.testing.assert_allclose(weights("edm", "x0", paths.linear, sigma_data=0.4), snr + 1 / 0.4**2, rtol=1e-12)
 
 
-@pytest.mark.parametrize("numbers", [{"gamma": 0.0}, {"sigma_data": -1.0}, {"gamma": float("nan")}])
+@pytest.mark.parametrize("numbers", [{"gamma": 0.0}, {"sigma_data": -1.0}, {"gamma": float("nan")}, {"gamma": np.inf}])
 def test_impossible_numbers_are_refused(numbers):
     with pytest.raises(UserError, match="positive"):
         weights("edm", "x0", **numbers)

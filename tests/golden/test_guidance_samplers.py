@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.diffusion import guidance, samplers, tables
+from diffjax.diffusion import edm, guidance, samplers, tables
 from diffjax.diffusion.gaussian import gaussian_diffusion
 from tests import trajectories
 from tests.golden.cases import Case, cases
@@ -89,9 +89,11 @@ def test_intervals(case, key):
     info = case.info[key.replace("interval_w", "interval")]
     assert (guidance.interval(levels, 2.0, info["snapped_lo"], info["snapped_hi"]) == 2.0).sum() == info["guided_steps"]
     plan = samplers.plan(
-        trajectories.edm(span=(levels[0], levels[-1])),
+        edm.edm(),
         "edm",
         len(levels),
+        sigma_max=levels[0],
+        sigma_min=levels[-1],
         weight=guidance.weights("interval", scale, low=low, high=high),
     )
     np.testing.assert_array_equal(plan.table.weight, np.repeat(expected, 2)[:-1])  # both calls of a step

@@ -18,7 +18,7 @@ from tests.golden.x64 import float64
 
 pytestmark = pytest.mark.golden
 
-EXACT = {"rtol": 1e-9, "atol": 1e-12}
+EXACT = {"rtol": 1e-9}
 PREDICTIONS = {"velocity": "velocity", "noise": "epsilon", "score": "score"}
 WEIGHTINGS = {"none": "uniform", "velocity": "velocity", "likelihood": "likelihood"}
 
@@ -106,3 +106,15 @@ def test_intervals(case):
             step = float(last) if last not in ("", "None") else 0.0
             actual = getattr(flow.intervals(path.lower(), PREDICTIONS[prediction], step), use.partition("_")[0])
             np.testing.assert_allclose(actual, interval, rtol=1e-12, err_msg=f"{name} {use}")
+
+
+@pytest.mark.parametrize("case", cases("sit"))
+def test_margins(case):
+    """What is kept from the ends: of the VP path from the data alone, of the others from both."""
+    assert case is not None, "no stored cases"
+    for name, margins in case.info["eps"].items():
+        path, prediction = name.split("/")
+        interval = flow.intervals(path.lower(), PREDICTIONS[prediction])
+        for use, margin in ((interval.train, margins["train_eps"]), (interval.ode, margins["sample_eps"])):
+            first = 0.0 if path == "VP" else margin
+            np.testing.assert_allclose(use, (first, 1 - margin), rtol=1e-12, err_msg=name)

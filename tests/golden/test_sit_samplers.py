@@ -1,5 +1,7 @@
 """Runs of the ODE and SDE samplers on the paths of SiT against willisma/SiT, in float64."""
 
+import re
+from dataclasses import replace
 from itertools import pairwise
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.diffusion import paths, samplers
+from diffjax.diffusion import flow, samplers, tables
 from diffjax.diffusion.process import Process
 from tests import trajectories
 from tests.golden.cases import Case, cases
@@ -15,19 +17,15 @@ from tests.golden.x64 import float64
 
 pytestmark = pytest.mark.golden
 
-TIGHT = {"rtol": 1e-9, "atol": 1e-11}
-NEAR_ENDS = {"rtol": 1e-6, "atol": 1e-8}  # noise and score predictions divide by small numbers there
-PATHS = {"Linear": paths.linear, "GVP": paths.gvp, "VP": paths.vp}
-PREDICTIONS = {
-    "velocity": paths.predicts_velocity,
-    "noise": paths.predicts_epsilon,
-    "score": paths.predicts_score,
-}
+TIGHT = {"rtol": 1e-9}
+NEAR_ENDS = {"rtol": 1e-6}  # noise and score predictions divide by small numbers there
+PREDICTIONS = {"velocity": "velocity", "noise": "epsilon", "score": "score"}
 
 
 def process(case: Case, path: str, prediction: str) -> Process:
-    span = tuple(case.info["intervals"][f"{path}/{prediction}"]["ode"])
-    return trajectories.make(PATHS[path], PREDICTIONS[prediction], span)
+    known = flow.flow(path.lower(), prediction=PREDICTIONS[prediction])
+    assert known.span == tuple(case.info["intervals"][f"{path}/{prediction}"]["ode"])
+    return known
 
 
 def toy(case: Case) -> samplers.Denoise:
@@ -83,9 +81,29 @@ def test_adaptive_steps(case):
         np.testing.assert_allclose(end, stored[-1], rtol=1e-9)
         x = z
         for before, after in pairwise(np.linspace(*known.span, len(stored))):
-            part = trajectories.make(known.path, known.prediction, (float(before), float(after)))
+            part = replace(known, span=(float(before), float(after)))
             x = run(samplers.plan(part, "dopri5", rtol=1e-12, atol=1e-12), x)
             np.testing.assert_allclose(x, solution(case, z, after), rtol=1e-9)
+
+
+def diffusions() -> list:
+    """One parameter per stored diffusion "<path>_diffusion_<form>"."""
+    found = []
+    for parameter in cases("sit"):
+        case = parameter.values[0]
+        for key in [] if case is None else sorted(case.arrays):
+            if match := re.fullmatch(r"([^_]+)_diffusion_(.+)", key):
+                found.append(pytest.param(case, *match.groups(), id=f"{parameter.id}-{key}"))
+    return found or [pytest.param(None, "", "", id="sit-diffusion-no-cases")]
+
+
+@pytest.mark.parametrize("case, path, form", diffusions())
+def test_diffusions(case, path, form):
+    """Of norm 1, at the stored times."""
+    assert case is not None, "no stored cases"
+    t = case.arrays["t"]
+    actual = tables.DIFFUSIONS[form.lower().replace("-", "_")](1.0, t, flow.PATHS[path.lower()](t))
+    np.testing.assert_allclose(actual, case.arrays[f"{path}_diffusion_{form}"], **TIGHT)
 
 
 def solution(case: Case, z, t):
