@@ -46,8 +46,10 @@ SIZES = {"XL": (28, 1152, 16)}
 TIME_IN = ("attention", "values", "mlp")
 
 BLOCK_AXES: LogicalAxes = (
-    (r"attention/(qkv|v)(_time)?/kernel", ("embed", "heads", None, "kv")),
-    (r"attention/(qkv|v)(_time)?/bias", ("heads", None, "kv")),
+    (r"attention/qkv(_time)?/kernel", ("embed", "heads", None, "kv")),
+    (r"attention/qkv(_time)?/bias", ("heads", None, "kv")),
+    (r"attention/v_time/kernel", ("embed", "heads", "kv")),
+    (r"attention/v_time/bias", ("heads", "kv")),
     (r"attention/relative_bias", (None, "heads")),
     (r"attention/out/kernel", ("heads", "kv", "embed")),
     (r"mlp/fc1(_time)?/kernel", ("embed", "mlp")),
@@ -91,10 +93,10 @@ class TMSA(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         n, d = x.shape[-2:]
-        k = d // self.heads
-        qkv = constrain(self._linear((self.heads, 3, k), "qkv")(x), "batch", *(None,) * (x.ndim - 2), "heads")
+        features = (self.heads, 3, d // self.heads)
+        qkv = constrain(self._linear(features, "qkv")(x), "batch", *(None,) * (x.ndim - 2), "heads")
         if self.time_in == "attention":
-            time = self._linear((self.heads, 3, k), "qkv_time")(c)
+            time = self._linear(features, "qkv_time")(c)
             qkv = qkv + per_example(constrain(time, "batch", "heads"), qkv)
         q, k, v = (qkv[..., i, :] for i in range(3))
         if self.time_in == "values":
@@ -112,7 +114,7 @@ class TMSA(nn.Module):
         side = math.isqrt(n)
         rows = (2 * side - 1) ** 2
         if self.has_variable("params", "relative_bias"):
-            made = self.get_variable("params", "relative_bias").shape[0]
+            made: int = self.get_variable("params", "relative_bias").shape[0]
             if made != rows:
                 made_side = (math.isqrt(made) + 1) // 2
                 raise UserError(

@@ -264,10 +264,8 @@ class DiffiTUNet(nn.Module):
             "dropout": self.dropout,
         }
         fields = (width, self.window, self.groups, block, DTYPES[self.dtype])
-        if keys is not None:
-            keys = rng.fold_name(keys, name)
-            keys = jax.vmap(lambda j: rng.fold(keys, j))(jnp.arange(depth))
-        x, _ = self._block(prevent_cse=True)(*fields, name=f"{name}_first")(x, c, None if keys is None else keys[0])
+        first, rest = self._keys(keys, name, depth)
+        x, _ = self._block(prevent_cse=True)(*fields, name=f"{name}_first")(x, c, first)
         if depth > 1:
             stack = nn.scan(
                 self._block(prevent_cse=False),
@@ -276,8 +274,16 @@ class DiffiTUNet(nn.Module):
                 in_axes=(nn.broadcast, 0),
                 length=depth - 1,
             )
-            x, _ = stack(*fields, name=f"{name}_rest")(x, c, None if keys is None else keys[1:])
+            x, _ = stack(*fields, name=f"{name}_rest")(x, c, rest)
         return x
+
+    def _keys(self, keys: jax.Array | None, stage: str, depth: int) -> tuple[jax.Array | None, jax.Array | None]:
+        """For dropout: the keys of the first block [b] and of the others [depth - 1, b], from (stage, block)."""
+        if keys is None:
+            return None, None
+        base = rng.fold_name(keys, stage)
+        blocks = jax.vmap(lambda j: rng.fold(base, j))(jnp.arange(depth))
+        return blocks[0], blocks[1:]
 
     def _block(self, prevent_cse: bool) -> Any:
         if self.remat == "none":
