@@ -113,7 +113,7 @@ def test_what_time_adds_to_the_keys_changes_nothing():
 
 
 def test_separate_attention_to_the_time_token_adds_its_value():
-    """`time_in` = "values": each query's attention to the tokens, plus that to the one time token, whose weight is 1."""
+    """`time_in` = "values": attention to the tokens, plus that to the one time token, whose weight is 1."""
     module, params, x, c = tmsa((2, 16, 24), time_in="values")
     value = jnp.einsum("bd,dhk->bhk", c, params["v_time"]["kernel"]) + params["v_time"]["bias"]
     added = jnp.einsum("bhk,hkd->bd", value, params["out"]["kernel"])[:, None]
@@ -256,7 +256,5 @@ def test_the_bias_is_held_once_whatever_the_batch(gradient):
 @pytest.mark.slow
 def test_the_bias_is_held_once_on_a_tpu():
     """Gathering it there takes 512 MiB for a moment, 16 heads padded to 128 lanes; one per example would be 1024."""
-    mesh = tpu.mesh("v5e")
-    with jax.set_mesh(mesh):
-        with_bias, without = temporaries(16, True, jnp.bfloat16, mesh)
+    with_bias, without = temporaries(16, True, jnp.bfloat16, tpu.mesh("v5e"))
     assert with_bias - without < 520
