@@ -6,14 +6,23 @@ from typing import Any
 import flax.linen as nn
 
 from diffjax.errors import UserError
-from diffjax.models import dis, dit, udit
+from diffjax.models import diffit, diffit_unet, dis, dit, udit
 
-FAMILIES: dict[str, type[nn.Module]] = {"DiT": dit.DiT, "DiS": dis.DiS, "U-DiT": udit.UDiT}
+FAMILIES: dict[str, type[nn.Module]] = {
+    "DiT": dit.DiT,
+    "DiS": dis.DiS,
+    "U-DiT": udit.UDiT,
+    "DiffiT": diffit.DiffiT,
+    "DiffiT-UNet": diffit_unet.DiffiTUNet,
+}
 
 
 @dataclass(frozen=True)
 class PublishedModel:
     """A published size: constructor arguments and what is known of it, for 32 x 32 x 4 latents and 1000 classes.
+
+    DiffiT-XL/2-512 is for latents of 64 x 64 x 4, DiffiT-CIFAR10 and -FFHQ64 for images of 32 x 32 x 3 and 64 x 64 x 3
+    without classes.
 
     Attributes:
         params: trainable parameters (DiT's frozen position table not counted).
@@ -51,6 +60,18 @@ def _udit(size: str, params: int, gmacs: float, deploy_params: int, deploy_gmacs
     return PublishedModel("U-DiT", params, gmacs, "arXiv 2405.02730", kwargs, deploy_params, deploy_gmacs)
 
 
+def _diffit(size: str, window: int, params: int, gmacs: float) -> PublishedModel:
+    depth, width, heads = diffit.SIZES[size]
+    kwargs = {"patch": 2, "depth": depth, "width": width, "heads": heads, "window": window}
+    return PublishedModel("DiffiT", params, gmacs, "arXiv 2312.02139", kwargs)
+
+
+def _diffit_unet(size: str, params: int, gmacs: float) -> PublishedModel:
+    widths, depth, window, dropout = diffit_unet.SIZES[size]
+    kwargs = {"widths": widths, "depth": depth, "window": window, "dropout": dropout}
+    return PublishedModel("DiffiT-UNet", params, gmacs, "arXiv 2312.02139", kwargs)
+
+
 MODELS: dict[str, PublishedModel] = {
     "DiT-S/2": _dit("S", 2, 32_865_056, 6.06),
     "DiT-S/4": _dit("S", 4, 32_920_448, 1.41),
@@ -83,6 +104,13 @@ MODELS: dict[str, PublishedModel] = {
     "U-DiT-S": _udit("S", 58_896_568, 7.129, 52_045_240, 6.021),
     "U-DiT-B": _udit("B", 231_251_304, 26.509, 204_425_064, 22.179),
     "U-DiT-L": _udit("L", 916_335_304, 102.025, 810_188_488, 84.909),
+    "DiffiT-XL/2": _diffit("XL", 16, 561_035_232, 118.51),
+    "DiffiT-XL/2-512": _diffit("XL", 32, 562_382_816, 524.42),
+    "DiffiT-CIFAR10": _diffit_unet("CIFAR10", 28_702_339, 7.36),
+    "DiffiT-CIFAR10_l2": _diffit_unet("CIFAR10_l2", 15_880_771, 4.33),
+    "DiffiT-CIFAR10_w256": _diffit_unet("CIFAR10_w256", 39_642_659, 16.42),
+    "DiffiT-FFHQ64": _diffit_unet("FFHQ64", 44_835_779, 32.21),
+    "DiffiT-FFHQ64_l2": _diffit_unet("FFHQ64_l2", 23_810_395, 15.95),
 }
 
 

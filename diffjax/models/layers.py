@@ -87,8 +87,8 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def per_example(value: jax.Array, like: jax.Array) -> jax.Array:
-    """value [b, d] as [b, 1, ..., d], ready to multiply `like` [b, ..., d]."""
-    return jnp.expand_dims(value, tuple(range(1, like.ndim - 1)))
+    """value [b, d ...] as [b, 1, ..., d ...], ready to multiply `like` [b, ..., d ...]."""
+    return jnp.expand_dims(value, tuple(range(1, 1 + like.ndim - value.ndim)))
 
 
 class TimeEmbed(nn.Module):

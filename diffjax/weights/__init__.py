@@ -8,9 +8,9 @@ import flax.linen as nn
 import numpy as np
 
 from diffjax.errors import UserError
-from diffjax.weights import dis, dit, udit
+from diffjax.weights import diffit, dis, dit, udit
 
-FAMILIES: dict[str, ModuleType] = {"dit": dit, "dis": dis, "udit": udit}
+FAMILIES: dict[str, ModuleType] = {"dit": dit, "dis": dis, "udit": udit, "diffit": diffit}
 
 
 def from_reference(family: str, state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Module, dict[str, Any]]:

@@ -39,9 +39,15 @@ class Case:
 
     @cached_property
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The reference's weights: stored, or redrawn from the recipe and checked against its sums."""
+        """The reference's weights: stored, here or beside, or redrawn from the recipe and checked against its sums."""
+        inside = {
+            key.removeprefix(prefix): value
+            for prefix in ("param/", "buffer/")
+            for key, value in self.arrays.items()
+            if key.startswith(prefix)
+        }
         stored = self.path.with_suffix(".safetensors")
-        return load_file(stored) if stored.exists() else recipe_weights(self.info)
+        return inside or (load_file(stored) if stored.exists() else recipe_weights(self.info))
 
 
 def cases(family: str, having: str | None = None) -> list:

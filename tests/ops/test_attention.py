@@ -18,6 +18,41 @@ def test_matches_the_formula_in_float64():
     np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
+def test_a_bias_and_its_gradient_match_the_formula_in_float64():
+    """The gradient of the bias is the sum over the batch of those of the logits, w (dw - sum w dw)."""
+    q, k, v, g = (np.random.default_rng(i).normal(size=(2, n, 3, 8)) for i, n in enumerate((5, 7, 7, 5)))
+    bias = np.random.default_rng(4).normal(size=(3, 5, 7))
+    logits = np.einsum("bnhk,bmhk->bhnm", q, k) / np.sqrt(8) + bias
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    back = np.einsum("bnhk,bmhk->bhnm", g, v)
+    expected = (weights * (back - (weights * back).sum(-1, keepdims=True))).sum(0)
+    q, k, v, g, bias = (jnp.asarray(a, jnp.float32) for a in (q, k, v, g, bias))
+    with jax.default_matmul_precision("highest"):
+        out, pull = jax.vjp(lambda bias: attention(q, k, v, bias=bias), bias)
+        (grad,) = pull(g)
+    np.testing.assert_allclose(out, np.einsum("bhnm,bmhk->bnhk", weights, v), atol=2e-6)
+    np.testing.assert_allclose(grad, expected, atol=5e-6)
+
+
+def test_cudnn_gets_the_bias_in_the_type_of_the_queries(monkeypatch):
+    """What cuDNN makes of it needs a GPU; here, that it is handed over as jax wants it."""
+    seen = {}
+
+    def record(q, k, v, bias, **options):
+        seen.update(options, bias=bias)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    x, bias = jnp.zeros((1, 2, 3, 8), jnp.bfloat16), jnp.ones((3, 2, 2))
+    attention(x, x, x, bias=bias, implementation="cudnn")
+    assert seen["bias"].shape == (1, 3, 2, 2)
+    assert (seen["bias"].dtype, seen["implementation"]) == (jnp.bfloat16, "cudnn")
+    attention(x, x, x, implementation="cudnn")
+    assert seen["bias"] is None
+    with pytest.raises(UserError, match="needs even numbers of tokens, not 3 and 3; use 'xla'"):
+        attention(x, x, x, bias=jnp.ones((3, 3, 3)), implementation="cudnn")
+
+
 def test_softmax_is_float32_for_bfloat16_inputs():
     q = jnp.full((1, 300, 1, 4), 3.0, jnp.bfloat16)
     out = attention(q, q, jnp.ones_like(q))

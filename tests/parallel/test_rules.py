@@ -20,7 +20,7 @@ from tests.programs import tiny_config
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "shardings"
 MESHES = {"dp": {"data": 8}, "fsdp": {"fsdp": 8}, "fsdp_tp": {"data": 2, "fsdp": 2, "tensor": 2}}
-LARGE = ("dit-xl-2", "dis-h-2")
+LARGE = ("dit-xl-2", "dis-h-2", "diffit-xl-2")
 
 
 def abstract_params(name, **kwargs):
@@ -48,10 +48,12 @@ def test_shardings_are_the_stored_ones(name, strategy):
 
 @pytest.mark.parametrize("name", LARGE)
 def test_fsdp_leaves_nothing_large_whole(name):
+    """But DiffiT's tables of relative bias: 961 rows cannot be divided, and 1.7 of 2244 MB need not be."""
     model, params = abstract_params(name)
     tree = shardings(params, make_mesh({"fsdp": 8}), "fsdp", model.logical_axes, 2**20)
-    per_device = sum(np.prod(s.shard_shape(p.shape)) for s, p in zip(jax.tree.leaves(tree), jax.tree.leaves(params)))
-    total = sum(p.size for p in jax.tree.leaves(params))
+    pairs = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(tree))
+    sizes = [(p.size, np.prod(s.shard_shape(p.shape))) for (path, p), s in pairs if "relative_bias" not in str(path)]
+    total, per_device = np.sum(sizes, axis=0)
     assert per_device < total / 8 * 1.01
 
 

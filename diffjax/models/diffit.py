@@ -1,0 +1,274 @@
+"""DiffiT: a vision transformer whose attention depends on time (arXiv 2312.02139). This is its latent model.
+
+    x = patches(x) + positions,  c = time(t) + label(y)
+    x = x + TMSA(LN(x), c);  x = x + Mlp(LN(x))                                            (per block, eq. 7-8)
+    out = Linear(SiLU(LN(x)))
+
+TMSA, time-dependent multi-head self-attention (eq. 3-6), adds a linear map of the one vector c of an example to the
+queries, keys and values of all its tokens, and to the logits a learned bias B of the offset between two tokens:
+
+    q = x Wq + c Wqt,  k = x Wk + c Wkt,  v = x Wv + c Wvt,   softmax(q k^T / sqrt(k) + B) v
+
+There is no modulation of norms and no gate: c enters nowhere else, and nothing but the last linear map starts at zero.
+What c adds to the keys changes no output, as it adds the same to all logits of a query; the published weights have it.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffjax.errors import UserError
+from diffjax.models.layers import (
+    DTYPES,
+    REMAT_POLICIES,
+    LabelEmbed,
+    TimeEmbed,
+    check_counts,
+    normal,
+    patchify,
+    per_example,
+    sincos_positions,
+    sinusoidal_time,
+    unpatchify,
+    xavier,
+    zeros,
+)
+from diffjax.ops import windows
+from diffjax.ops.attention import IMPLEMENTATIONS, attention
+from diffjax.parallel.rules import LogicalAxes, constrain
+
+# Depth, width, heads. The paper writes depth 30, which agrees with neither its 561 M parameters nor the release: 28.
+SIZES = {"XL": (28, 1152, 16)}
+
+TIME_IN = ("attention", "values", "mlp")
+
+BLOCK_AXES: LogicalAxes = (
+    (r"attention/qkv(_time)?/kernel", ("embed", "heads", None, "kv")),
+    (r"attention/qkv(_time)?/bias", ("heads", None, "kv")),
+    (r"attention/v_time/kernel", ("embed", "heads", "kv")),
+    (r"attention/v_time/bias", ("heads", "kv")),
+    (r"attention/relative_bias", (None, "heads")),
+    (r"attention/out/kernel", ("heads", "kv", "embed")),
+    (r"mlp/fc1(_time)?/kernel", ("embed", "mlp")),
+    (r"mlp/fc1(_time)?/bias", ("mlp",)),
+    (r"mlp/fc2/kernel", ("mlp", "embed")),
+)
+LOGICAL_AXES: LogicalAxes = (
+    *BLOCK_AXES,
+    (r"patch_embed/kernel", ("patch", "embed")),
+    (r"time_embed/fc\d/kernel", (None, "embed")),
+    (r"label_embed/embedding", ("vocab", "embed")),
+    (r"final/kernel", ("embed", "patch")),
+    (r"bias", (None,)),
+)
+
+
+def norm(affine: bool, dtype: Any, name: str | None) -> nn.LayerNorm:
+    """LayerNorm with epsilon 1e-6 and statistics in float32."""
+    return nn.LayerNorm(
+        epsilon=1e-6, use_scale=affine, use_bias=affine, use_fast_variance=False, dtype=dtype, name=name
+    )
+
+
+class TMSA(nn.Module):
+    """Attention inside windows of tokens, with the time: x [b, ..., n, d], c [b, d_t] -> [b, ..., n, d].
+
+    The n tokens are those of a square window, row by row; the axes between b and n number the windows, which exchange
+    nothing. The projections' outputs are ordered (heads, qkv, k), so that splitting heads over devices splits the
+    kernels. The time is projected once per example, and the bias gathered once for all.
+
+    Attributes:
+        time_in: "attention", as above; "values" = added to the values alone, which is what a separate attention to the
+            one time token would give; "mlp" = not here.
+    """
+
+    heads: int
+    dtype: Any
+    implementation: str = "xla"
+    time_in: str = "attention"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        n, d = x.shape[-2:]
+        features = (self.heads, 3, d // self.heads)
+        qkv = constrain(self._linear(features, "qkv")(x), "batch", *(None,) * (x.ndim - 2), "heads")
+        if self.time_in == "attention":
+            time = self._linear(features, "qkv_time")(c)
+            qkv = qkv + per_example(constrain(time, "batch", "heads"), qkv)
+        q, k, v = (qkv[..., i, :] for i in range(3))
+        if self.time_in == "values":
+            time = self._linear(v.shape[-2:], "v_time")(c)
+            v = v + per_example(constrain(time, "batch", "heads"), v)
+        q, k, v = (part.reshape(-1, n, *part.shape[-2:]) for part in (q, k, v))
+        attended = attention(q, k, v, bias=self._bias(n), implementation=self.implementation)
+        return self._linear(d, "out", axis=(-2, -1))(attended.reshape(*x.shape[:-1], *v.shape[-2:]))
+
+    def _linear(self, features: Any, name: str, axis: Any = -1) -> nn.DenseGeneral:
+        return nn.DenseGeneral(features, axis=axis, kernel_init=xavier, dtype=self.dtype, name=name)
+
+    def _bias(self, n: int) -> jax.Array:
+        """B of the n tokens of a window, float32 [heads, n, n], out of the table of this module."""
+        side = math.isqrt(n)
+        rows = (2 * side - 1) ** 2
+        if self.has_variable("params", "relative_bias"):
+            made: int = self.get_variable("params", "relative_bias").shape[0]
+            if made != rows:
+                made_side = (math.isqrt(made) + 1) // 2
+                raise UserError(
+                    f"this DiffiT has a bias for windows of {made_side} x {made_side} tokens, not of {side} x {side}"
+                )
+        # The reference cuts the normal values at two, a hundred standard deviations: never.
+        table = self.param("relative_bias", normal(0.02), (rows, self.heads))
+        return constrain(windows.relative_bias(table, side), "heads")
+
+
+class FeedForward(nn.Module):
+    """Linear -> GELU (tanh form) -> dropout -> Linear; x [b, ..., n, d], c [b, d_t] -> [b, ..., n, d].
+
+    With `time` a linear map of c is added before the GELU. Keys [b], one per example, draw what `dropout` drops;
+    without keys nothing is.
+    """
+
+    hidden: int
+    dtype: Any
+    time: bool = False
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        hidden = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
+        hidden = constrain(hidden, "batch", *(None,) * (x.ndim - 2), "mlp")
+        if self.time:
+            time = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="fc1_time")(c)
+            hidden = hidden + per_example(constrain(time, "batch", "mlp"), hidden)
+        hidden = nn.gelu(hidden, approximate=True)
+        if keys is not None and self.dropout:
+            hidden = drop(hidden, self.dropout, keys)
+        return nn.Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="fc2")(hidden)
+
+
+def drop(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
+    """x [b, ...] with its values zeroed with probability `rate`, else divided by 1 - rate; one key [b] per example."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+class DiffiTBlock(nn.Module):
+    """The transformer block, of the latent and of the image-space model; norms with parameters if `affine`."""
+
+    heads: int
+    hidden: int
+    dtype: Any
+    attention: str
+    time_in: str = "attention"
+    affine: bool = False
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array, keys: jax.Array | None = None) -> tuple[jax.Array, None]:
+        """x [b, ..., n, d], c [b, d_t], keys [b] in training with dropout -> (x, None), the carry of `nn.scan`."""
+        x = constrain(x, "batch", *(None,) * (x.ndim - 2), "embed")
+        attend = TMSA(self.heads, self.dtype, self.attention, self.time_in, name="attention")
+        x = x + attend(norm(self.affine, self.dtype, "norm_1")(x), c)
+        x = constrain(x, "batch", *(None,) * (x.ndim - 2), "embed")
+        mlp = FeedForward(self.hidden, self.dtype, self.time_in == "mlp", self.dropout, name="mlp")
+        x = x + mlp(norm(self.affine, self.dtype, "norm_2")(x), c, keys)
+        return constrain(x, "batch", *(None,) * (x.ndim - 2), "embed"), None
+
+
+class DiffiT(nn.Module):
+    """The latent model; see the module docstring. It is made for one image size, `patch * window`.
+
+    Attributes:
+        patch: side of a patch in (latent) pixels.
+        window: tokens along a side of the image, all of which attend to each other: the size of the tables of B.
+        channels: of the input; the output has twice as many with `learn_sigma`.
+        num_classes: 0 for an unconditional model.
+        null_class: one more label, index `num_classes`, for classifier-free guidance.
+        time_in: where c enters (tables 6 and 7 of the paper): "attention"; "values" alone, as by a separate attention
+            to the time token; "mlp" = before the GELU of the feed-forward networks instead.
+        dtype: compute dtype, "float32" or "bfloat16".
+        remat: what a block keeps for its backward pass: "none" = everything, "dots" = matrix products without batch
+            dimensions, "full" = nothing but its input.
+        attention: implementation of `diffjax.ops.attention`.
+    """
+
+    patch: int
+    depth: int
+    width: int
+    heads: int
+    window: int
+    mlp_ratio: float = 4.0
+    channels: int = 4
+    num_classes: int = 1000
+    null_class: bool = True
+    learn_sigma: bool = True
+    time_in: str = "attention"
+    dtype: str = "float32"
+    remat: str = "dots"
+    attention: str = "xla"
+
+    logical_axes = LOGICAL_AXES
+
+    def validate(self) -> None:
+        """Raise UserError for options that exclude each other, before anything is traced."""
+        choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": IMPLEMENTATIONS, "time_in": TIME_IN}
+        for option, valid in choices.items():
+            if getattr(self, option) not in valid:
+                raise UserError(f"DiffiT: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
+        check_counts(self, ("patch", "depth", "width", "heads", "window", "channels"))
+        if self.width % self.heads:
+            raise UserError(f"DiffiT: width = {self.width} is not divisible by heads = {self.heads}")
+        if self.width % 4:
+            raise UserError(f"DiffiT: width = {self.width} is not divisible by 4, as its sine-cosine positions need")
+
+    def check_input(self, height: int, width: int) -> None:
+        """Raise UserError unless an image of this size is what the tables of B are made for."""
+        side = self.patch * self.window
+        if (height, width) != (side, side):
+            raise UserError(
+                f"image size {height} x {width}: this DiffiT takes {side} x {side}, its patch = {self.patch} times "
+                f"its window = {self.window}"
+            )
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False, keys: jax.Array | None = None
+    ) -> jax.Array:
+        """x [b, h, h, c], t [b] in 0..999, y [b] int32 or None -> float32 [b, h, h, c or 2c].
+
+        `train` and `keys` change nothing here: there is no dropout but that of labels, which happens before.
+        """
+        del train, keys
+        dtype, side = DTYPES[self.dtype], self.window
+        self.check_input(*x.shape[1:3])
+        x = nn.Dense(self.width, kernel_init=xavier, dtype=dtype, name="patch_embed")(patchify(x, self.patch))
+        x = x + sincos_positions(side, side, self.width).astype(dtype)
+        c = TimeEmbed(self.width, self.width, name="time_embed")(sinusoidal_time(t))
+        if self.num_classes:
+            if y is None:
+                raise UserError(f"this DiffiT has {self.num_classes} classes: it needs labels y, not None")
+            c = c + LabelEmbed(self.num_classes + self.null_class, self.width, name="label_embed")(y)
+        x, _ = self._blocks()(x, constrain(c, "batch", "embed"))
+        x = nn.silu(norm(affine=False, dtype=dtype, name=None)(x))
+        features = self.patch**2 * self.channels * (1 + self.learn_sigma)
+        x = nn.Dense(features, kernel_init=zeros, dtype=dtype, name="final")(x)
+        return unpatchify(x, self.patch, side, side).astype(jnp.float32)
+
+    def _blocks(self) -> nn.Module:
+        """All blocks as one scanned module: parameters [depth, ...], compiled once."""
+        block: Any = DiffiTBlock
+        if self.remat != "none":
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+        )
+        hidden = int(self.width * self.mlp_ratio)
+        return stack(self.heads, hidden, DTYPES[self.dtype], self.attention, self.time_in, name="blocks")

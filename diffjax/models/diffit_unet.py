@@ -1,0 +1,291 @@
+"""The image-space DiffiT: a U of convolutions and transformer blocks inside windows (arXiv 2312.02139).
+
+    x1 = stage(conv(x)),  x2 = stage(down(x1)),  ...                                       encoder, to the lowest map
+    x = stage([up(x), x_i]) for every map but the lowest, from low to high                 decoder
+    out = conv(Swish(GN(x)))                                                               starts at zero
+
+A stage is a row of residual blocks (eq. 9-10), whose transformer block, that of `diffit.py` with norms that have
+parameters, has two residuals of its own:
+
+    h = conv(Swish(GN(x)));  out = block(windows of h, c) + x
+
+with a 1x1 convolution of the last x where the width changes. The one vector c of an example is a map of its time, which
+here is that of EDM, ln(sigma) / 4 (arXiv 2206.00364), of its augmentation, and of its label if there are classes.
+
+The paper gives the U, the widths, the windows, the width of c and the block; two of its pages contradict each other on
+the number of blocks (table S.2: 4 at every resolution; appendix I.1: 1 or 2), whence the two sizes. What it leaves open
+(heads of width 32, GroupNorm of 32 groups, strided convolutions down, nearest neighbours and a convolution up, skips of
+the last map of a stage, joined once) are choices: no published code or count could tell.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from diffjax import rng
+from diffjax.errors import UserError
+from diffjax.models import layers
+from diffjax.models.diffit import BLOCK_AXES, TIME_IN, DiffiTBlock
+from diffjax.models.layers import DTYPES, LabelEmbed, TimeEmbed, check_counts, xavier, zeros
+from diffjax.ops import windows
+from diffjax.ops.attention import IMPLEMENTATIONS
+from diffjax.parallel.rules import LogicalAxes, constrain
+
+# Widths and blocks of the stages, window, dropout: table S.2 (all but `_l2`), appendix I.1 (`_l2`); EDM's dropout.
+# Of CIFAR-10 the first width is open; that "only the first transition changes channels" says 128.
+SIZES = {
+    "CIFAR10": ((128, 256, 256), (4, 4, 4), 4, 0.13),
+    "CIFAR10_l2": ((128, 256, 256), (2, 2, 2), 4, 0.13),
+    "CIFAR10_w256": ((256, 256, 256), (4, 4, 4), 4, 0.13),
+    "FFHQ64": ((128, 256, 256, 256), (4, 4, 4, 4), 8, 0.05),
+    "FFHQ64_l2": ((128, 256, 256, 256), (1, 2, 2, 2), 8, 0.05),
+}
+
+# "dots" keeps the convolutions too, which are no matrix products to JAX.
+REMAT_POLICIES = layers.REMAT_POLICIES | {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        layers.REMAT_POLICIES["dots"], jax.checkpoint_policies.save_only_these_names("conv")
+    )
+}
+
+CHOICES = {
+    "time_in": TIME_IN,
+    "time_features": ("positional", "fourier"),
+    "dtype": tuple(DTYPES),
+    "remat": tuple(REMAT_POLICIES),
+    "attention": IMPLEMENTATIONS,
+}
+
+LOGICAL_AXES: LogicalAxes = (
+    *((rf"block/{pattern}", axes) for pattern, axes in BLOCK_AXES),
+    (r"image_embed/kernel", (None, None, None, "embed")),
+    (r"augment_embed/kernel", (None, "embed")),
+    (r"time_embed/fc\d/kernel", (None, "embed")),
+    (r"label_embed/embedding", ("vocab", "embed")),
+    (r"(conv|down_\d|up_\d)/kernel", (None, None, "embed", None)),
+    (r"shortcut/kernel", ("embed", None)),
+    (r"final/kernel", (None, None, "embed", "patch")),
+    (r"(scale|bias)", (None,)),
+)
+
+
+def conv3(features: int, dtype: Any, name: str, stride: int = 1, init: Any = xavier) -> nn.Conv:
+    """3x3 with one zero around the map, also where the stride is 2."""
+    return nn.Conv(features, (3, 3), stride, padding=1, kernel_init=init, dtype=dtype, name=name)
+
+
+def group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
+    """GroupNorm with epsilon 1e-6 and statistics in float32."""
+    return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def positional_time(t: jax.Array, d: int = 128) -> jax.Array:
+    """[sin(t f), cos(t f)], f_i = 10000^(-i/(d/2 - 1)), as EDM feeds its DDPM++; t [b] -> float32 [b, d]."""
+    frequencies = 10000.0 ** (-np.arange(d // 2) / (d // 2 - 1))
+    angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def fourier_time(t: jax.Array, d: int = 128) -> jax.Array:
+    """[cos(2 pi t f), sin(2 pi t f)] with normal frequencies f of deviation 16, the same ones in every model.
+
+    As EDM feeds its NCSN++; t [b] -> float32 [b, d].
+    """
+    frequencies = 32 * np.pi * np.random.RandomState(0).standard_normal(d // 2)
+    angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class ResBlock(nn.Module):
+    """Convolution, then the transformer block inside windows, around them the residual; of a map.
+
+    Attributes:
+        features: channels of the result.
+        window: largest side of the windows; a smaller map is one window.
+        groups: of the GroupNorm.
+        block: arguments of DiffiTBlock.
+    """
+
+    features: int
+    window: int
+    groups: int
+    block: dict[str, Any]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array, keys: jax.Array | None = None) -> tuple[jax.Array, None]:
+        """x [b, h, w, a], c [b, d_t], keys [b] in training with dropout -> ([b, h, w, features], None)."""
+        height, width, channels = x.shape[1:]
+        x = constrain(x, "batch", None, None, "embed")
+        h = nn.silu(group_norm(self.groups, self.dtype, "norm")(x))
+        h = checkpoint_name(conv3(self.features, self.dtype, "conv")(h), "conv")
+        tokens = windows.partition(constrain(h, "batch", None, None, "embed"), min(self.window, height, width))
+        tokens, _ = DiffiTBlock(**self.block, dtype=self.dtype, affine=True, name="block")(tokens, c, keys)
+        if channels != self.features:
+            x = nn.Dense(self.features, kernel_init=xavier, dtype=self.dtype, name="shortcut")(x)
+        return constrain(x + windows.merge(tokens, height, width), "batch", None, None, "embed"), None
+
+
+class DiffiTUNet(nn.Module):
+    """The image-space model; see the module docstring.
+
+    Attributes:
+        widths: channels of the stages, from the largest map to the smallest. depth: their blocks.
+        window: largest side of the windows of attention.
+        head_width: channels of a head.
+        time_width: of c.
+        groups: of every GroupNorm.
+        channels: of the images; the output has twice as many with `learn_sigma`.
+        num_classes: 0 for an unconditional model.
+        null_class: one more label, index `num_classes`, for classifier-free guidance.
+        augment_labels: numbers per example that say how it was augmented; 0: a model that is not told.
+        dropout: rate at which hidden values of the feed-forward networks are dropped in training.
+        time_in: where c enters, see `DiffiT` (tables 6 and 7). time_features: "positional" or "fourier" (table 8).
+        dtype: compute dtype, "float32" or "bfloat16".
+        remat: what a block keeps for its backward pass: "none" = everything, "dots" = results of linear maps and
+            convolutions, "full" = nothing but its input.
+        attention: implementation of `diffjax.ops.attention`.
+    """
+
+    widths: tuple[int, ...]
+    depth: tuple[int, ...]
+    window: int
+    head_width: int = 32
+    mlp_ratio: float = 4.0
+    time_width: int = 512
+    groups: int = 32
+    channels: int = 3
+    num_classes: int = 0
+    null_class: bool = True
+    learn_sigma: bool = False
+    augment_labels: int = 9
+    dropout: float = 0.0
+    time_in: str = "attention"
+    time_features: str = "positional"
+    dtype: str = "float32"
+    remat: str = "dots"
+    attention: str = "xla"
+
+    logical_axes = LOGICAL_AXES
+
+    def validate(self) -> None:
+        """Raise UserError for options that exclude each other, before anything is traced."""
+        for option, valid in CHOICES.items():
+            if getattr(self, option) not in valid:
+                raise UserError(f"DiffiT: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
+        check_counts(self, ("window", "head_width", "time_width", "groups", "channels"))
+        for option in ("widths", "depth"):
+            values = getattr(self, option)
+            if len(values) != len(self.widths) or not values or min(values) < 1:
+                raise UserError(f"DiffiT: {option} = {tuple(values)}; valid: a positive integer per stage")
+        for width in self.widths:
+            for option in ("head_width", "groups"):
+                if width % getattr(self, option):
+                    raise UserError(
+                        f"DiffiT: a width of {width} is not divisible by {option} = {getattr(self, option)}"
+                    )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"DiffiT: dropout = {self.dropout}; valid: 0 to below 1")
+        if not isinstance(self.augment_labels, int) or self.augment_labels < 0:
+            raise UserError(f"DiffiT: augment_labels = {self.augment_labels!r}; valid: 0 (none) or a positive integer")
+
+    def check_input(self, height: int, width: int) -> None:
+        """Raise UserError unless the map of every stage can be cut into windows, or is one."""
+        for stage in range(len(self.widths)):
+            scale = 2**stage
+            side = min(self.window, height // scale, width // scale)
+            if side == 0 or height % (scale * side) or width % (scale * side):
+                raise UserError(
+                    f"image size {height} x {width}: its map at 1/{scale} cannot be cut into windows of side "
+                    f"{self.window}; valid: for example {2 ** (len(self.widths) - 1) * self.window} and its multiples"
+                )
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array | None,
+        train: bool = False,
+        keys: jax.Array | None = None,
+        augment: jax.Array | None = None,
+    ) -> jax.Array:
+        """x [b, h, w, c], t [b] = ln(sigma) / 4, y [b] int32 or None -> float32 [b, h, w, c or 2c].
+
+        With `train` and `dropout` the typed keys [b], one per example, say what is dropped. augment [b, augment_labels]
+        says how each image was augmented; None: not at all, which is zeros.
+        """
+        self.check_input(*x.shape[1:3])
+        if train and self.dropout and keys is None:
+            raise UserError("DiffiT: training with dropout above 0 needs keys, one per example")
+        keys = rng.fold_name(keys, "dropout") if keys is not None and train and self.dropout else None
+        dtype, c, skips = DTYPES[self.dtype], self._condition(t, y, augment), []
+        lowest = len(self.widths) - 1
+        x = conv3(self.widths[0], dtype, "image_embed")(x)
+        for i in range(lowest):
+            x = self._stage(f"encoder_{i}", i, x, c, keys)
+            skips.append(x)
+            x = conv3(self.widths[i], dtype, f"down_{i}", stride=2)(x)
+        x = self._stage(f"encoder_{lowest}", lowest, x, c, keys)
+        for i in reversed(range(lowest)):
+            x = conv3(self.widths[i + 1], dtype, f"up_{i}")(x.repeat(2, axis=1).repeat(2, axis=2))
+            x = self._stage(f"decoder_{i}", i, jnp.concatenate([x, skips[i]], axis=-1), c, keys)
+        x = nn.silu(group_norm(self.groups, dtype, "norm")(x))
+        return conv3(self.channels * (1 + self.learn_sigma), dtype, "final", init=zeros)(x).astype(jnp.float32)
+
+    def _condition(self, t: jax.Array, y: jax.Array | None, augment: jax.Array | None) -> jax.Array:
+        """c, float32 [b, time_width], of time, augmentation and label."""
+        features = {"positional": positional_time, "fourier": fourier_time}[self.time_features](t)
+        if self.augment_labels:
+            augment = jnp.zeros((len(t), self.augment_labels)) if augment is None else augment
+            embed = nn.Dense(features.shape[-1], use_bias=False, kernel_init=xavier, name="augment_embed")
+            features = features + embed(augment)
+        elif augment is not None:
+            raise UserError("this DiffiT has augment_labels = 0: it takes none")
+        c = TimeEmbed(self.time_width, self.time_width, xavier, name="time_embed")(features)
+        if self.num_classes:
+            if y is None:
+                raise UserError(f"this DiffiT has {self.num_classes} classes: it needs labels y, not None")
+            c = c + LabelEmbed(self.num_classes + self.null_class, self.time_width, name="label_embed")(y)
+        return constrain(c, "batch", "embed")
+
+    def _stage(self, name: str, stage: int, x: jax.Array, c: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """The blocks of a stage. All but the first, whose input may be wider, are one scanned module, compiled once."""
+        width, depth = self.widths[stage], self.depth[stage]
+        block = {
+            "heads": width // self.head_width,
+            "hidden": int(width * self.mlp_ratio),
+            "attention": self.attention,
+            "time_in": self.time_in,
+            "dropout": self.dropout,
+        }
+        fields = (width, self.window, self.groups, block, DTYPES[self.dtype])
+        first, rest = self._keys(keys, name, depth)
+        x, _ = self._block(prevent_cse=True)(*fields, name=f"{name}_first")(x, c, first)
+        if depth > 1:
+            stack = nn.scan(
+                self._block(prevent_cse=False),
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0),
+                length=depth - 1,
+            )
+            x, _ = stack(*fields, name=f"{name}_rest")(x, c, rest)
+        return x
+
+    def _keys(self, keys: jax.Array | None, stage: str, depth: int) -> tuple[jax.Array | None, jax.Array | None]:
+        """For dropout: the keys of the first block [b] and of the others [depth - 1, b], from (stage, block)."""
+        if keys is None:
+            return None, None
+        base = rng.fold_name(keys, stage)
+        blocks = jax.vmap(lambda j: rng.fold(base, j))(jnp.arange(depth))
+        return blocks[0], blocks[1:]
+
+    def _block(self, prevent_cse: bool) -> Any:
+        if self.remat == "none":
+            return ResBlock
+        return nn.remat(ResBlock, policy=REMAT_POLICIES[self.remat], prevent_cse=prevent_cse)
