@@ -158,7 +158,7 @@ def test_stochastic_samplers(case, name):
         case.info["sde"]["num_steps"] - 1,
         diffusion=form.lower().replace("-", "_"),
         last_step=last_step.lower(),
-        last_step_size=case.info["sde"]["last_step_size"],
+        last_step_size=None if last_step == "None" else case.info["sde"]["last_step_size"],
     )
     with float64():
         denoise = trajectories.exact(known, settings["mu"], settings["s"])
