@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from diffjax.diffusion.edm import sigmas
 from diffjax.diffusion.gaussian import GaussianDiffusion, respaced_steps
 from diffjax.diffusion.paths import Conversion, Point, noise_level
 from diffjax.diffusion.process import Grid, Process, unchanged
@@ -190,7 +191,7 @@ def noise_levels(
     low = sigma_min if sigma_min is not None else lowest if lowest > 0 else 0.002
     if not 0 < low < high:
         raise UserError(f"noise levels from {high:g} to {low:g}: valid: falling and above 0")
-    return np.linspace(high ** (1 / rho), low ** (1 / rho), steps) ** rho
+    return sigmas(steps, low, high, rho)[:-1]
 
 
 def at_levels(process: AnyProcess, levels: np.ndarray) -> Grid:

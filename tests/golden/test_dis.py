@@ -97,6 +97,7 @@ def test_intermediates(case):
         np.testing.assert_allclose(value, stored, rtol=0, atol=ATOL_STORED_TIME, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases("dis", "grad:"))
 def test_gradients(case):
     assert case is not None, "no stored cases"

@@ -64,6 +64,7 @@ def test_null_label(case):
     np.testing.assert_allclose(out, arrays["out_null_unfused"], rtol=0, atol=ATOL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases("udit", "out_rect_unfused"))
 def test_an_image_that_is_not_square(case):
     """As published, where a row of tokens counts as floor(sqrt(tokens)); the true width gives something else."""
@@ -169,6 +170,7 @@ def test_intermediates(case):
         np.testing.assert_allclose(value, stored, rtol=0, atol=bound, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases("udit", "grad/"))
 def test_gradients(case):
     assert case is not None, "no stored cases"

@@ -73,6 +73,7 @@ def tmsa(shape, time_width=20, heads=3, **kwargs):
     return module, tree.unflatten([0.3 * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves)]), x, c
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 16, 24), (2, 3, 9, 24)])
 def test_concatenated_form(shape):
     """Tokens and time side by side in one vector, projected by the stacked weights: equations 3 to 5."""
@@ -127,6 +128,7 @@ def test_time_in_the_mlp_alone():
     assert shapes["mlp"]["fc1_time"]["kernel"].shape == (2, 48, 192)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("time_in", ["attention", "values", "mlp"])
 def test_gradients_are_finite_and_reach_every_parameter(time_in):
     _, grads = value_and_gradients(time_in=time_in)

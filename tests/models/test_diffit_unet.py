@@ -99,6 +99,7 @@ def count_products(model, size):
     return total
 
 
+@pytest.mark.slow
 def test_a_fresh_model_returns_zeros_of_the_input_s_shape():
     model, (x, t, _) = tiny(widths=(16,), depth=(1,)), inputs()
     params = jax.jit(model.init)(jax.random.key(0), x, t, None)["params"]
@@ -110,6 +111,7 @@ def test_a_fresh_model_returns_zeros_of_the_input_s_shape():
             assert not leaf.any(), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [{}, {"num_classes": 5, "time_in": "mlp", "time_features": "fourier"}], ids=str)
 def test_gradients_are_finite_and_reach_every_parameter(kwargs):
     model, (x, t, y) = tiny(**kwargs), inputs()

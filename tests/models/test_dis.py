@@ -170,6 +170,7 @@ def test_rates_of_drop_path():
     assert not np.array_equal(kept[-1] == 0, kept[-2] == 0), "every addition draws anew"
 
 
+@pytest.mark.slow
 def test_drop_path_depends_on_the_key_of_the_example_alone():
     model = tiny(drop_path=0.9)
     params, (x, t, y) = some_params(model), inputs()
@@ -181,6 +182,7 @@ def test_drop_path_depends_on_the_key_of_the_example_alone():
     assert not np.allclose(run(x, t, y, keys[order]), out, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_drop_path_drops_the_input_of_a_block():
     """With all of it dropped but rate 0's, what is left is the tokens and the first block's output."""
     model = tiny(depth=2, drop_path=0.999)
@@ -258,6 +260,7 @@ def value_and_gradients(remat):
     return jax.jit(jax.value_and_grad(lambda p: jnp.mean(model.apply({"params": p}, x, t, y) ** 2)))(params)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_and_reach_every_parameter():
     for path, leaf in jax.tree_util.tree_leaves_with_path(value_and_gradients("dots")[1]):
         assert np.isfinite(leaf).all(), path

@@ -78,6 +78,7 @@ def reference():
     return model, params, run(model, params, *inputs())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_counts_of_both_forms_are_those_of_the_table(name):
     row, model = models.MODELS[name], models.create(name)
@@ -103,6 +104,7 @@ def test_gmacs_at_512_pixels(name):
     assert counted(models.create(name).fused(), 64)[1] == pytest.approx(AT_512_PIXELS[name], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_fresh_model_returns_zeros():
     model = tiny(width=64)
     params = fresh(model)
@@ -145,6 +147,7 @@ def test_gradients_are_finite_and_reach_every_parameter():
         assert np.abs(leaf).max() > 0, path
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_where_queries_and_keys_are_zero():
     """As for a black image in a fresh model."""
     x = jnp.zeros((1, 4, 4, 16))
@@ -153,6 +156,7 @@ def test_gradients_are_finite_where_queries_and_keys_are_zero():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow
 def test_fused_parameters_compute_the_same():
     model, params, out = reference()
     before = jax.tree.map(np.array, params)
@@ -169,6 +173,7 @@ def test_fused_parameters_compute_the_same():
     assert distance(run(model.fused(), fused, *inputs()), out) > 1e-2
 
 
+@pytest.mark.slow
 def test_fused_parameters_in_bfloat16():
     model, params, out = reference()
     half = run(model.clone(dtype="bfloat16"), params, *inputs())
@@ -187,6 +192,7 @@ def test_fuse_leaves_other_forms_alone(ffn):
     jax.tree.map(np.testing.assert_array_equal, fuse(params), params)
 
 
+@pytest.mark.slow
 def test_gradients_pass_through_the_fused_form():
     """In the reference's there are none to the parameters of the feed-forward networks."""
     x = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
@@ -262,6 +268,7 @@ def test_sub_images_are_interleaved_and_apart():
     np.testing.assert_array_equal(np.asarray(moved) == 0, ~expected)
 
 
+@pytest.mark.slow
 def test_positions_of_maps_that_are_not_square():
     """Published: rows of floor(sqrt(tokens)); "width" gives the true coordinates. Square maps are the same."""
     true, published = (rope_angles(2, 8, 8, rows).reshape(2, 8, 2, 2) for rows in ("width", "sqrt"))
@@ -274,6 +281,7 @@ def test_positions_of_maps_that_are_not_square():
     assert distance(run(model.clone(rope_rows="width"), params, *wide), run(model, params, *wide)) > 1e-2
 
 
+@pytest.mark.slow
 def test_no_gradient_above_the_clamp_of_the_logits():
     """Nor does log 100 do for the published bound of 4.6052, though the difference is small."""
     attend = ATTEND
@@ -311,6 +319,7 @@ def test_levels_drop_labels_on_their_own_and_by_the_example():
         assert not (labels_seen(other, y, keys) == 10).any()
 
 
+@pytest.mark.slow
 def test_labels_drop_in_training_alone():
     model, params, out = reference()
     keys = rng.per_example(jax.random.key(0), jnp.arange(3))
