@@ -190,9 +190,8 @@ class SubImageAttention(nn.Module):
     """Multi-head self-attention inside each of the interleaved sub-images; [b, h, w, d] -> the same.
 
     The sub-images are taken before the projection. On a TPU v5e (compiler's estimate, bfloat16, [32, 32, 32, 96], 4
-    heads; forward / with gradients) that needs 0.69 / 2.7 million cycles; taken from the projected q, k and v 1.5 /
-    5.6; as batch axes of the products, nothing moved, 12 / 38. On a CPU, a quarter of that batch in float32: 52 / 140,
-    60 / 169 and 93 / 195 ms.
+    heads; forward / with gradients) that needed 0.69 / 2.7 million cycles; taken from the projected q, k and v 1.5 /
+    5.6; as batch axes of the products, nothing moved, 12 / 38.
     """
 
     heads: int

@@ -37,7 +37,8 @@ def depthwise_conv(
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"depthwise = {implementation!r} is unknown; valid: {', '.join(IMPLEMENTATIONS)}")
     if implementation == "shifts":
-        # The shortcut as a kernel: x from elsewhere would be computed again within the sum, 56 against 33 ms as below.
+        # The shortcut as a kernel: x from elsewhere would be computed again within the sum, 44 against 15 ms for a
+        # feed-forward network of U-DiT at [8, 32, 32, 192], forward.
         return _shifts(x, add_kernels([*kernels, *([jnp.ones_like(kernels[0][:1, :1])] if shortcut else [])]))
     parts = kernels if implementation == "separate" else [add_kernels(kernels)]
     return sum((_grouped(x, kernel) for kernel in parts), start=x if shortcut else jnp.zeros((), x.dtype))
@@ -96,8 +97,8 @@ def _shifts_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tup
 
 def _pad(x: jax.Array, size: int) -> jax.Array:
     margin = (size // 2, size // 2)
-    # A barrier, since XLA would compute what x comes from anew for every shift: 37 against 13 ms for a whole
-    # feed-forward network of U-DiT at [8, 32, 32, 192].
+    # A barrier, since XLA would compute what x comes from anew: 37 against 13 ms for Linear, GELU, this and Linear at
+    # [8, 32, 32, 192] with 384 hidden channels, forward.
     return jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), margin, margin, (0, 0))))
 
 
