@@ -14,11 +14,9 @@ def get_config(arg: str | None = None):
     c = common.base()
     c.total_steps = 400_000
     c.batch_size = 256
-    c.model.update(common.DIT, name=options.model)
+    common.backbone(c, options.model)
 
-    c.data.name, c.data.dataset = "tfds", "cifar10"
-    c.data.dir = "data/tfds"
-    c.data.size, c.data.channels, c.data.num_classes = 32, 3, 10
+    common.tfds_images(c, "cifar10", 32, num_classes=10)
     c.data.crop = "none"
     c.data.flip = True
 
@@ -32,9 +30,5 @@ def get_config(arg: str | None = None):
     c.evals.samples.every_steps, c.evals.samples.num = 10_000, 100
 
     if options.runlocal:
-        c.total_steps, c.batch_size = 2, 8
-        c.model.name = "DiT-S/8"
-        c.sampling.steps = 2
-        c.evals.samples.num = 10
-        c.checkpoint.every_steps = c.evals.samples.every_steps = c.log.every_steps = 1
+        common.run_local(c)
     return c

@@ -23,7 +23,16 @@ UDIT = {
     "label_drop_per_level": True,
     "depthwise": "",  # "" lets the backend choose
 }
-FAMILIES = {"dit": (DIT, "DiT-S/8"), "dis": (DIS, "DiS-S/8"), "udit": (UDIT, "U-DiT-T")}  # with their smallest model
+DIFFIT = {"time_in": "attention", "attention": "xla"}  # time_in: attention, values, mlp
+DIFFIT_UNET = DIFFIT | {"augment_labels": 9, "time_features": "positional"}  # time_features: positional, fourier
+# How names start, the leaves of the family, and a model of it that is small enough for two steps on a laptop.
+FAMILIES = {
+    "dit": (DIT, {"name": "DiT-S/8"}),
+    "dis": (DIS, {"name": "DiS-S/8"}),
+    "udit": (UDIT, {"name": "U-DiT-T"}),
+    "diffitxl": (DIFFIT, {"depth": 2, "width": 96, "heads": 4}),
+    "diffit": (DIFFIT_UNET, {"widths": (16, 32), "depth": (1, 1), "groups": 8, "head_width": 16}),
+}
 
 
 def parse(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -150,6 +159,12 @@ def imagenet_latents(c: ConfigDict, pixels: int) -> None:
     c.evals.samples.every_steps = 0
 
 
+def tfds_images(c: ConfigDict, dataset: str, size: int, num_classes: int) -> None:
+    """Colour images of a data set that tensorflow-datasets has prepared; those of another size are cropped."""
+    c.data.name, c.data.dataset, c.data.dir = "tfds", dataset, "data/tfds"
+    c.data.size, c.data.channels, c.data.num_classes = size, 3, num_classes
+
+
 def dit_recipe(c: ConfigDict) -> None:
     """What DiT, and U-DiT after it, train ImageNet latents with: 400K steps at a constant rate, flipped images."""
     c.total_steps, c.batch_size = 400_000, 256
@@ -165,13 +180,15 @@ def dit_recipe(c: ConfigDict) -> None:
 
 
 def run_local(c: ConfigDict) -> None:
-    """Two steps of the family's smallest model on a laptop: does the recipe run on this data?"""
+    """Two steps of a small model of the family on a laptop: does the recipe run on this data?"""
     c.total_steps, c.batch_size = 2, 8
-    _, c.model.name = FAMILIES[_family(c.model.name)]
-    c.model.dtype, c.model.remat = "float32", "none"
+    _, small = FAMILIES[_family(c.model.name)]
+    c.model.update(small, dtype="float32", remat="none")
     c.data.workers = 0
     c.sampling.steps = 2
     c.checkpoint.every_steps = c.log.every_steps = 1
+    if c.evals.samples.every_steps:
+        c.evals.samples.every_steps, c.evals.samples.num = 1, 8
 
 
 def dis_recipe(c: ConfigDict, examples: int) -> None:
@@ -192,3 +209,17 @@ def dis_recipe(c: ConfigDict, examples: int) -> None:
     else:
         c.diffusion.label_drop = 0.0
     c.checkpoint.every_steps, c.checkpoint.keep_every_steps = 10_000, 100_000
+
+
+def edm_recipe(c: ConfigDict, batch_size: int, lr: float, augment: float) -> None:
+    """What EDM (arXiv 2206.00364, table 7) trains unconditional pixels with: 200M augmented images in float32."""
+    c.batch_size = batch_size
+    c.total_steps = 200_000_000 // batch_size
+    c.optim.lr, c.optim.warmup_steps = lr, 10_000_000 // batch_size
+    c.ema.kind, c.ema.halflife_images, c.ema.rampup = "halflife", 500_000.0, 0.05
+    c.data.augment = augment
+    c.data.workers, c.data.threads = 4, 4
+    c.diffusion.process, c.diffusion.label_drop = "edm", 0.0
+    c.sampling.sampler, c.sampling.clip = "edm", False
+    c.checkpoint.every_steps, c.checkpoint.keep_every_steps = 10_000, 50_000
+    c.evals.samples.every_steps, c.evals.samples.num = 10_000, 64

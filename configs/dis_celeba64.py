@@ -15,19 +15,12 @@ def get_config(arg: str | None = None):
     c = common.base()
     common.backbone(c, options.model)
 
-    c.data.name, c.data.dataset = "tfds", "celeb_a"
-    c.data.dir = "data/tfds"
-    c.data.size, c.data.channels, c.data.num_classes = 64, 3, 0
+    common.tfds_images(c, "celeb_a", 64, num_classes=0)
     c.data.workers, c.data.threads = 4, 4
 
     common.dis_recipe(c, examples=162_770)
     c.evals.samples.every_steps, c.evals.samples.num = 10_000, 64
 
     if options.runlocal:
-        c.total_steps, c.batch_size = 2, 8
-        c.model.name = "DiS-S/8"
-        c.data.workers = 0
-        c.sampling.steps = 2
-        c.evals.samples.num = 8
-        c.checkpoint.every_steps = c.evals.samples.every_steps = c.log.every_steps = 1
+        common.run_local(c)
     return c

@@ -16,18 +16,12 @@ def get_config(arg: str | None = None):
     c = common.base()
     common.backbone(c, options.model)
 
-    c.data.name, c.data.dataset = "tfds", "cifar10"
-    c.data.dir = "data/tfds"
-    c.data.size, c.data.channels, c.data.num_classes = 32, 3, 10 if options.labels else 0
+    common.tfds_images(c, "cifar10", 32, num_classes=10 if options.labels else 0)
     c.data.crop = "none"
 
     common.dis_recipe(c, examples=50_000)
     c.evals.samples.every_steps, c.evals.samples.num = 10_000, 100
 
     if options.runlocal:
-        c.total_steps, c.batch_size = 2, 8
-        c.model.name = "DiS-S/8"
-        c.sampling.steps = 2
-        c.evals.samples.num = 10
-        c.checkpoint.every_steps = c.evals.samples.every_steps = c.log.every_steps = 1
+        common.run_local(c)
     return c

@@ -12,9 +12,20 @@ MODELS = {
     "dit": {"name": "DiT", "patch": 2, "depth": 4, "width": 96, "heads": 3} | common.DIT,
     "dis": {"name": "DiS", "patch": 2, "depth": 4, "width": 64, "d_state": 8} | common.DIS | {"drop_path": 0.0},
     "udit": {"name": "U-DiT", "width": 24, "heads": 2, "depth": (1, 1, 1, 1, 1)} | common.UDIT,
+    "diffit": {"name": "DiffiT-UNet", "widths": (32, 64), "depth": (1, 2), "window": 4}
+    | {"head_width": 16, "groups": 8, "time_width": 128}
+    | common.DIFFIT_UNET
+    | {"dropout": 0.0, "augment_labels": 0},
+    "diffit-latent": {"name": "DiffiT", "patch": 2, "depth": 4, "width": 96, "heads": 3, "window": 4} | common.DIFFIT,
 }
 # steps, batch size, learning rate. The label reaches DiS's patches by way of the scan alone: that takes more steps.
-TRAINING = {"dit": (1500, 128, 4e-3), "dis": (2400, 64, 3e-3), "udit": (1500, 64, 2e-3)}
+TRAINING = {
+    "dit": (1500, 128, 4e-3),
+    "dis": (2400, 64, 3e-3),
+    "udit": (1500, 64, 2e-3),
+    "diffit": (1500, 64, 2e-3),
+    "diffit-latent": (1500, 128, 2e-3),
+}
 
 PROCESSES = {"gaussian": "", "edm": "sigma_data=0.75", "flow_linear": ""}  # the digits in [-1, 1] vary by 0.752
 SAMPLERS = {"gaussian": ("ddim", 50, True), "edm": ("edm", 18, True), "flow_linear": ("heun", 16, False)}
@@ -23,15 +34,18 @@ LOCAL = {
     "dit": {"depth": 2, "width": 48, "heads": 3},
     "dis": {"depth": 2, "width": 32},
     "udit": {"width": 16, "heads": 2},
+    "diffit": {"widths": (16, 32), "depth": (1, 2)},
+    "diffit-latent": {"depth": 2, "width": 48, "heads": 3},
 }
 
 
 def get_config(arg: str | None = None):
-    options = common.parse(arg, model="dit", process="gaussian", runlocal=False)
+    options = common.parse(arg, model="dit", process="", runlocal=False)
     if options.model not in MODELS:
         raise ValueError(f"config argument model={options.model!r} is unknown; valid: {', '.join(MODELS)}")
-    if options.process not in PROCESSES:
-        raise ValueError(f"config argument process={options.process!r} is unknown; valid: {', '.join(PROCESSES)}")
+    process = options.process or ("edm" if options.model == "diffit" else "gaussian")
+    if process not in PROCESSES:
+        raise ValueError(f"config argument process={process!r} is unknown; valid: {', '.join(PROCESSES)}")
     c = common.base()
     c.total_steps, c.batch_size, c.optim.lr = TRAINING[options.model]
     c.model.update(MODELS[options.model])
@@ -41,8 +55,8 @@ def get_config(arg: str | None = None):
     c.data.crop = "none"
     c.data.threads = 1
 
-    c.diffusion.process, c.diffusion.options = options.process, PROCESSES[options.process]
-    c.sampling.sampler, c.sampling.steps, c.sampling.clip = SAMPLERS[options.process]
+    c.diffusion.process, c.diffusion.options = process, PROCESSES[process]
+    c.sampling.sampler, c.sampling.steps, c.sampling.clip = SAMPLERS[process]
     c.sampling.guidance = 1.5
 
     c.optim.warmup_steps, c.optim.schedule = 100, "cosine"

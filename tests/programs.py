@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from diffjax.training import config as configs
 
 ROOT = Path(__file__).parent.parent
-BACKBONES = ("dit", "dis", "udit")  # rows of the quickstart
+BACKBONES = ("dit", "dis", "udit", "diffit", "diffit-latent")  # rows of the quickstart
 TINY = "configs/quickstart.py:model=dit,runlocal"
 QUIET = ("evals.samples.every_steps=0", "log.tensorboard=false")
 

@@ -13,21 +13,25 @@ from diffjax.training.setup import build
 from tests.programs import BACKBONES, tiny_config
 
 STEPS = 20
-# Leaves are sharded whatever their size; width 64, 4 heads and 128 channels divide.
-SHAPES = ("parallel.replicate_below=0", f"total_steps={STEPS}", "optim.clip=1.0", "model.width=64")
+# Leaves are sharded whatever their size; the widths and 4 heads divide.
+SHAPES = ("parallel.replicate_below=0", f"total_steps={STEPS}", "optim.clip=1.0")
 OWN_SHAPES = {
-    "dit": ("model.heads=4",),
-    "dis": ("model.drop_path=0.3",),
+    "dit": ("model.width=64", "model.heads=4"),
+    "dis": ("model.width=64", "model.drop_path=0.3"),
     "udit": ("model.width=32", "model.heads=4"),
+    "diffit": ("model.widths=(16,32)", "model.head_width=8", "model.dropout=0.1"),
+    "diffit-latent": ("model.width=64", "model.heads=4"),
 }
-# A parameter, and its part on a device of every layout.
+# A parameter, and its part on a device of the layouts that are tried: all with the smallest two, else all axes at once.
 SHARDED = {
     "dit": (("blocks", "mlp", "fc1", "kernel"), {"dp8": (64, 256), "fsdp8": (8, 256), "2x2x2": (32, 128)}),
     "dis": (
         ("out_blocks", "mixer", "out_proj", "kernel"),
         {"dp8": (128, 64), "fsdp8": (16, 64), "2x2x2": (64, 32)},
     ),
-    "udit": (("latent", "mlp", "in_1", "kernel"), {"dp8": (128, 256), "fsdp8": (16, 256), "2x2x2": (64, 128)}),
+    "udit": (("latent", "mlp", "in_1", "kernel"), {"2x2x2": (64, 128)}),
+    "diffit": (("encoder_1_rest", "block", "attention", "relative_bias"), {"2x2x2": (49, 2)}),
+    "diffit-latent": (("blocks", "attention", "relative_bias"), {"2x2x2": (49, 2)}),
 }
 LAYOUTS = {
     "dp8": ("parallel.mesh.data=8",),
@@ -60,22 +64,31 @@ def run(setup, state, first, last):
     return np.array(losses), state
 
 
-ONE = [BACKBONES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES[1:])]
+def slow_but_dit(*values):
+    """A pytest parameter that starts with the name of a backbone."""
+    return pytest.param(*values, id="-".join(values), marks=[pytest.mark.slow] if values[0] != "dit" else [])
 
 
-@pytest.fixture(scope="module", params=ONE)
+@pytest.fixture(scope="module", params=[slow_but_dit(model) for model in BACKBONES])
 def one(request):
     """Setup, losses and final state of a backbone on one device, and the backbone."""
-    setup = setup_of("one", request.param)
+    return one_device(request.param)
+
+
+@functools.cache
+def one_device(model):
+    setup = setup_of("one", model)
     with jax.set_mesh(setup.mesh):
         state = setup.init()
     losses, state = run(setup, state, 0, STEPS)
-    return setup, losses, state, request.param
+    return setup, losses, state, model
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_and_initial_values_equal_those_of_one_device(one, layout, tmp_path):
-    model = one[3]
+@pytest.mark.parametrize(
+    "model, layout", [slow_but_dit(model, layout) for model in BACKBONES for layout in SHARDED[model][1]]
+)
+def test_losses_and_initial_values_equal_those_of_one_device(model, layout, tmp_path):
+    one = one_device(model)
     setup = setup_of(layout, model)
     with jax.set_mesh(setup.mesh):
         state = setup.init()
@@ -130,7 +143,7 @@ def test_image_i_depends_neither_on_the_batch_nor_on_the_devices(one):
     assert together.std() > 0.1
     np.testing.assert_allclose(images(setup, state.ema, 5), together, atol=1e-4)
     np.testing.assert_allclose(images(setup, state.ema, 3, first=4, labels=labels[4:7]), together[4:7], atol=1e-4)
-    eight = setup_of("dp8", model)
+    eight = setup_of("dp8", model)  # the sampler alone is compiled for it
     params = jax.device_put(jax.device_get(state.ema), jax.tree.map(lambda leaf: leaf.sharding, eight.abstract.ema))
     np.testing.assert_allclose(images(eight, params, 12), together, atol=1e-4)
     assert not np.allclose(together[0], together[10])  # the same label, another image

@@ -51,8 +51,17 @@ def cut():
         ("dit", ("optim.accumulate=2", "optim.clip=1.0", "data.flip=true", "diffusion.label_drop=0.5")),
         pytest.param("dis", ("model.drop_path=0.3", "optim.accumulate=2"), marks=pytest.mark.slow),
         pytest.param("udit", ("diffusion.label_drop=0.5",), marks=pytest.mark.slow),
+        pytest.param("diffit", ("model.dropout=0.3",), marks=pytest.mark.slow),
+        pytest.param("diffit-latent", (), marks=pytest.mark.slow),
     ],
-    ids=["dit", "dit-accumulate-flip-label-drop", "dis-drop-path-accumulate", "udit-label-drop-per-level"],
+    ids=[
+        "dit",
+        "dit-accumulate-flip-label-drop",
+        "dis-drop-path-accumulate",
+        "udit-label-drop-per-level",
+        "diffit-dropout",
+        "diffit-latent",
+    ],
 )
 def test_a_stopped_or_cut_run_ends_as_one_left_alone(tmp_path, monkeypatch, capsys, model, options):
     assert main(train_arguments(tmp_path / "straight", *RUN, *options, model=model)) == 0
