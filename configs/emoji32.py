@@ -11,11 +11,17 @@ MODELS = {
     "dit": {"name": "DiT", "patch": 4, "depth": 8, "width": 256, "heads": 8} | common.DIT,
     "dis": {"name": "DiS", "patch": 4, "depth": 8, "width": 256} | common.DIS,
     "udit": {"name": "U-DiT", "width": 64, "heads": 4, "depth": (2, 2, 2, 2, 2)} | common.UDIT,
+    "diffit": {"name": "DiffiT-UNet", "widths": (32, 64, 64), "depth": (1, 2, 2), "window": 4}
+    | {"head_width": 16, "groups": 8, "time_width": 256, "dropout": 0.05}
+    | common.DIFFIT_UNET,
+    "diffit-latent": {"name": "DiffiT", "patch": 4, "depth": 8, "width": 256, "heads": 8, "window": 8} | common.DIFFIT,
 }
 LOCAL = {
     "dit": {"depth": 2, "width": 48, "heads": 3},
     "dis": {"depth": 2, "width": 32},
     "udit": {"width": 16, "heads": 2, "depth": (1, 1, 1, 1, 1)},
+    "diffit": {"widths": (16, 32), "depth": (1, 1)},
+    "diffit-latent": {"depth": 2, "width": 48, "heads": 3},
 }
 
 
@@ -39,6 +45,12 @@ def get_config(arg: str | None = None):
     c.optim.lr, c.optim.warmup_steps, c.optim.schedule = 5e-4, 500, "cosine"
     c.ema.decay = 0.999
     c.checkpoint.every_steps = 2000
+    if options.model == "diffit":
+        c.total_steps, c.batch_size = 6000, 32
+        c.optim.lr = 2e-3
+        c.data.augment = 0.12
+        c.diffusion.process, c.diffusion.options = "edm", "sigma_data=0.6"
+        c.sampling.sampler, c.sampling.steps, c.sampling.clip = "edm", 18, False
     c.evals.samples.every_steps, c.evals.samples.num = 1000, 90
 
     if options.runlocal:

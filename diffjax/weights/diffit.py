@@ -13,28 +13,15 @@ from diffjax.models import create
 from diffjax.models.layers import sincos_positions
 from diffjax.ops.windows import relative_positions
 from diffjax.weights import mapping
+from diffjax.weights.dit import ARGUMENTS, EMBEDDINGS, TRANSFORMER, arguments, axes
 
-# d width, h heads, k per-head width, f mlp width, m offsets between tokens, c channels, o output channels, p patch,
-# v label rows, w time features
+# The axes of DiT's rows, and m offsets between tokens.
 TABLE: mapping.Table = (
-    ("x_embedder.proj.weight", "patch_embed/kernel", "d c p1 p2 -> (p1 p2 c) d"),
-    ("x_embedder.proj.bias", "patch_embed/bias", "d -> d"),
-    ("t_embedder.mlp.0.weight", "time_embed/fc1/kernel", "d w -> w d"),
-    ("t_embedder.mlp.0.bias", "time_embed/fc1/bias", "d -> d"),
-    ("t_embedder.mlp.2.weight", "time_embed/fc2/kernel", "d2 d -> d d2"),
-    ("t_embedder.mlp.2.bias", "time_embed/fc2/bias", "d -> d"),
-    ("y_embedder.embedding_table.weight", "label_embed/embedding", "v d -> v d"),
+    *EMBEDDINGS,
+    *TRANSFORMER,
     ("blocks.{l}.attn.relative_position_bias_table", "blocks/attention/relative_bias", "m h -> m h"),
-    ("blocks.{l}.attn.qkv.weight", "blocks/attention/qkv/kernel", "(three h k) d -> d h three k"),
-    ("blocks.{l}.attn.qkv.bias", "blocks/attention/qkv/bias", "(three h k) -> h three k"),
     ("blocks.{l}.attn.qkv_temb.weight", "blocks/attention/qkv_time/kernel", "(three h k) d -> d h three k"),
     ("blocks.{l}.attn.qkv_temb.bias", "blocks/attention/qkv_time/bias", "(three h k) -> h three k"),
-    ("blocks.{l}.attn.proj.weight", "blocks/attention/out/kernel", "d (h k) -> h k d"),
-    ("blocks.{l}.attn.proj.bias", "blocks/attention/out/bias", "d -> d"),
-    ("blocks.{l}.mlp.fc1.weight", "blocks/mlp/fc1/kernel", "f d -> d f"),
-    ("blocks.{l}.mlp.fc1.bias", "blocks/mlp/fc1/bias", "f -> f"),
-    ("blocks.{l}.mlp.fc2.weight", "blocks/mlp/fc2/kernel", "d f -> f d"),
-    ("blocks.{l}.mlp.fc2.bias", "blocks/mlp/fc2/bias", "d -> d"),
     ("final_layer.linear.weight", "final/kernel", "(p1 p2 o) d -> d (p1 p2 o)"),
     ("final_layer.linear.bias", "final/bias", "(p1 p2 o) -> (p1 p2 o)"),
 )
@@ -43,20 +30,6 @@ CONSTANTS = {"three": 3, "w": 256}
 # what the files hold beside the parameters, and we compute
 POSITIONS = "pos_embed"
 INDEX = "blocks.{}.attn.relative_position_index"
-
-# the reference's constructor arguments
-ARGUMENTS = (
-    "input_size",
-    "patch_size",
-    "in_channels",
-    "hidden_size",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "class_dropout_prob",
-    "num_classes",
-    "learn_sigma",
-)
 
 
 def from_reference(state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -89,45 +62,13 @@ def _computed(module: Any) -> dict[str, np.ndarray]:
 
 def _sizes(module: Any) -> dict[str, int]:
     """The sizes of the table's axes for a module of ours."""
-    return CONSTANTS | {
-        "l": module.depth,
-        "d": module.width,
-        "h": module.heads,
-        "k": module.width // module.heads,
-        "m": (2 * module.window - 1) ** 2,
-        "f": int(module.width * module.mlp_ratio),
-        "p": module.patch,
-        "c": module.channels,
-        "o": module.channels * (1 + module.learn_sigma),
-        "v": module.num_classes + module.null_class,
-    }
+    return CONSTANTS | axes(module) | {"m": (2 * module.window - 1) ** 2}
 
 
 def _arguments(sizes: mapping.Sizes, config: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments of our module out of the sizes; what `config` gives must agree with them."""
-    depth, width, heads, hidden, rows = (sizes[axis] for axis in "ldhfv")
-    window = _window(sizes["m"])
-    told: dict[str, Any] = {"patch_size": sizes["p"], "in_channels": sizes["c"], "hidden_size": width, "depth": depth}
-    told |= {"input_size": sizes["p"] * window, "num_heads": heads, "learn_sigma": sizes["o"] == 2 * sizes["c"]}
-    told["num_classes"] = rows - mapping.has_null(rows, config)
-    if not (ratio := config.get("mlp_ratio")) or int(width * ratio) != hidden:
-        ratio = hidden / width
-        told["mlp_ratio"] = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-    mapping.check_agreement("diffit", told, config)
-    if told["num_classes"] < 1:
-        raise UserError(f"diffit: a label table of {rows} rows has no class beside the null class")
-    return {
-        "patch": sizes["p"],
-        "depth": depth,
-        "width": width,
-        "heads": heads,
-        "window": window,
-        "mlp_ratio": told.get("mlp_ratio", ratio),
-        "channels": sizes["c"],
-        "num_classes": told["num_classes"],
-        "null_class": mapping.has_null(rows, config),
-        "learn_sigma": told["learn_sigma"],
-    }
+    window, heads = _window(sizes["m"]), sizes["h"]
+    told = {"input_size": sizes["p"] * window, "num_heads": heads}
+    return arguments("diffit", sizes, config, told) | {"heads": heads, "window": window}
 
 
 def _window(offsets: int) -> int:

@@ -14,7 +14,7 @@ from diffjax.models.layers import sincos_positions
 from diffjax.weights import mapping
 
 # d width, h heads, k per-head width, f mlp width, c channels, o output channels, p patch, v label rows, w time features
-TABLE: mapping.Table = (
+EMBEDDINGS: mapping.Table = (
     ("x_embedder.proj.weight", "patch_embed/kernel", "d c p1 p2 -> (p1 p2 c) d"),
     ("x_embedder.proj.bias", "patch_embed/bias", "d -> d"),
     ("t_embedder.mlp.0.weight", "time_embed/fc1/kernel", "d w -> w d"),
@@ -22,8 +22,8 @@ TABLE: mapping.Table = (
     ("t_embedder.mlp.2.weight", "time_embed/fc2/kernel", "d2 d -> d d2"),
     ("t_embedder.mlp.2.bias", "time_embed/fc2/bias", "d -> d"),
     ("y_embedder.embedding_table.weight", "label_embed/embedding", "v d -> v d"),
-    ("blocks.{l}.adaLN_modulation.1.weight", "blocks/modulation/kernel", "(six d2) d -> d (six d2)"),
-    ("blocks.{l}.adaLN_modulation.1.bias", "blocks/modulation/bias", "(six d) -> (six d)"),
+)
+TRANSFORMER: mapping.Table = (
     ("blocks.{l}.attn.qkv.weight", "blocks/attention/qkv/kernel", "(three h k) d -> d h three k"),
     ("blocks.{l}.attn.qkv.bias", "blocks/attention/qkv/bias", "(three h k) -> h three k"),
     ("blocks.{l}.attn.proj.weight", "blocks/attention/out/kernel", "d (h k) -> h k d"),
@@ -32,6 +32,12 @@ TABLE: mapping.Table = (
     ("blocks.{l}.mlp.fc1.bias", "blocks/mlp/fc1/bias", "f -> f"),
     ("blocks.{l}.mlp.fc2.weight", "blocks/mlp/fc2/kernel", "d f -> f d"),
     ("blocks.{l}.mlp.fc2.bias", "blocks/mlp/fc2/bias", "d -> d"),
+)
+TABLE: mapping.Table = (
+    *EMBEDDINGS,
+    *TRANSFORMER,
+    ("blocks.{l}.adaLN_modulation.1.weight", "blocks/modulation/kernel", "(six d2) d -> d (six d2)"),
+    ("blocks.{l}.adaLN_modulation.1.bias", "blocks/modulation/bias", "(six d) -> (six d)"),
     ("final_layer.adaLN_modulation.1.weight", "final/modulation/kernel", "(two d2) d -> d (two d2)"),
     ("final_layer.adaLN_modulation.1.bias", "final/modulation/bias", "(two d) -> (two d)"),
     ("final_layer.linear.weight", "final/linear/kernel", "(p1 p2 o) d -> d (p1 p2 o)"),
@@ -77,7 +83,12 @@ def to_reference(module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.n
 
 def _sizes(module: Any) -> dict[str, int]:
     """The sizes of the table's axes for a module of ours."""
-    return CONSTANTS | {
+    return CONSTANTS | axes(module)
+
+
+def axes(module: Any) -> dict[str, int]:
+    """The sizes of the axes of EMBEDDINGS, TRANSFORMER and the last linear map for a module of ours."""
+    return {
         "l": module.depth,
         "d": module.width,
         "h": module.heads,
@@ -91,26 +102,32 @@ def _sizes(module: Any) -> dict[str, int]:
 
 
 def _arguments(sizes: mapping.Sizes, config: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments of our module out of the sizes; what `config` gives must agree with them."""
+    return arguments("dit", sizes, config, {}) | {"heads": _heads(sizes["l"], sizes["d"], config)}
+
+
+def arguments(family: str, sizes: mapping.Sizes, config: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments of our module, all but the heads, out of the sizes; `config` must agree with them.
+
+    told: what the sizes tell of the reference's arguments besides.
+    """
     depth, width, hidden, rows = (sizes[axis] for axis in "ldfv")
-    told: dict[str, Any] = {"patch_size": sizes["p"], "in_channels": sizes["c"], "hidden_size": width, "depth": depth}
-    told["learn_sigma"] = sizes["o"] == 2 * sizes["c"]
-    told["num_classes"] = rows - mapping.has_null(rows, config)
+    null = mapping.has_null(rows, config)
+    shape = {"patch_size": sizes["p"], "in_channels": sizes["c"], "hidden_size": width, "depth": depth}
+    told = told | shape | {"learn_sigma": sizes["o"] == 2 * sizes["c"], "num_classes": rows - null}
     if not (ratio := config.get("mlp_ratio")) or int(width * ratio) != hidden:
         ratio = hidden / width
-        told["mlp_ratio"] = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-    mapping.check_agreement("dit", told, config)
-    if told["num_classes"] < 1:
-        raise UserError(f"dit: a label table of {rows} rows has no class beside the null class")
+        told["mlp_ratio"] = ratio = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+    mapping.check_agreement(family, told, config)
+    if rows == null:
+        raise UserError(f"{family}: a label table of {rows} rows has no class beside the null class")
     return {
         "patch": sizes["p"],
         "depth": depth,
         "width": width,
-        "heads": _heads(depth, width, config),
-        "mlp_ratio": told.get("mlp_ratio", ratio),
+        "mlp_ratio": ratio,
         "channels": sizes["c"],
-        "num_classes": told["num_classes"],
-        "null_class": mapping.has_null(rows, config),
+        "num_classes": rows - null,
+        "null_class": null,
         "learn_sigma": told["learn_sigma"],
     }
 
