@@ -86,7 +86,7 @@ def test_draws_have_their_distributions():
 def test_an_image_depends_on_its_key_alone():
     """Not on its place, on the images beside it, or on the number of devices, which exchange nothing; one program."""
     x, k = images(16, 16, 16), keys(16)
-    augmented = jax.jit(augment.augment)
+    augmented = jax.jit(lambda *args: augment.augment(*args))  # not the program of another test
     found, told = augmented(x, k, 0.8)
     assert float(jnp.abs(found - x).max(axis=(1, 2, 3)).min()) > 0.1  # each changed, at this probability and root key
     order = np.random.default_rng(0).permutation(16)
