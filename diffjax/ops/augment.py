@@ -15,7 +15,7 @@ origin at the centre and y downwards; R is a rotation, D a diagonal matrix:
 To map without aliasing, the image is mirrored at its edges (size - 1 pixels to every side), made twice as large with
 the orthonormal low-pass filter `FILTER` (sym6), read by (1) bilinearly, with zeros outside, at twice the resolution and
 with 6 more pixels to every side, and made half as large with the same filter. The public code mirrors no more pixels
-than the strongest map of a batch needs, on which its result depends by up to 2e-5; here nothing depends on the batch.
+than the strongest map of a batch needs, on which its result depends by up to 1.5e-5; here nothing depends on the batch.
 
 The network gets 9 numbers, all zero for an image that is as it was, which is what it is asked for when it samples:
 
@@ -160,8 +160,8 @@ def enlarged(images: jax.Array) -> jax.Array:
 def sample(image: jax.Array, matrices: jax.Array, height: int, width: int) -> jax.Array:
     """What `enlarged` gave, read bilinearly at the places of the finer grid: [b, 2h + 12, 2w + 12, c].
 
-    Four look-ups of all channels at one index: 17 ms on a CPU for 64 images of 32 x 32 with all the rest, against 94 for
-    products with rows of weights, which need no look-up, 29 for one look-up of 2 x 2 pixels and 37 for one of four
+    Four look-ups of all channels at one index: 17 ms on a CPU for 64 images of 32 x 32, with all the rest, against 94
+    for products with rows of weights, which need no look-up, 29 for one look-up of 2 x 2 pixels and 37 for one of four
     pixels packed beforehand; on a TPU the last two take 50 and 7 times the memory.
 
     As the filter has an even number of values, both grids lie half a pixel, of the finer grid, off the centre of their
