@@ -80,6 +80,7 @@ def base() -> ConfigDict:
     c.data.crop = "adm"  # how folder and tfds images reach `size`: adm, none
     c.data.scale = 0.18215  # latents only: what the model sees is the autoencoder output times this
     c.data.flip = False  # horizontal, probability 0.5
+    c.data.augment = 0.0  # probability of EDM's augmentations of pixels, of which the model is told; 0: none
     c.data.workers = 0  # processes; 0 reads in threads of this one
     c.data.threads = 4
 

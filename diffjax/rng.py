@@ -41,9 +41,9 @@ def normal(keys: jax.Array, shape: Sequence[int]) -> jax.Array:
     return jax.vmap(lambda k: jax.random.normal(k, tuple(shape), jnp.float32))(keys)
 
 
-def uniform(keys: jax.Array) -> jax.Array:
-    """One uniform value in [0, 1) per key, float32 [b]."""
-    return jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(keys)
+def uniform(keys: jax.Array, shape: Sequence[int] = ()) -> jax.Array:
+    """Uniform values in [0, 1), float32 [b, *shape], one key [b] per example."""
+    return jax.vmap(lambda k: jax.random.uniform(k, tuple(shape), jnp.float32))(keys)
 
 
 def integers(keys: jax.Array, high: int) -> jax.Array:

@@ -3,8 +3,9 @@
     loss(apply, params, batch, key) -> (scalar, metrics)          batch: image [b,h,w,c], label [b], index [b]
     sample(apply, params, labels, keys) -> images [b,h,w,c]       one key per image
 
-`apply(params, x, t, y, train=False, keys=None)` is the backbone; in training it gets one key per example. The training
-loop knows nothing else of the method.
+`apply(params, x, t, y, train=False, keys=None, augment=None)` is the backbone; in training it gets one key per example
+and, where the config asks for augmented images, how each of them was. The training loop knows nothing else of the
+method.
 """
 
 import inspect
@@ -23,6 +24,7 @@ from diffjax.diffusion.gaussian import GaussianDiffusion
 from diffjax.diffusion.samplers import AdaptivePlan, Plan
 from diffjax.diffusion.tables import AnyProcess
 from diffjax.errors import UserError
+from diffjax.ops import augment
 from diffjax.training.step import Batch, Metrics
 
 Apply = Callable[..., jax.Array]
@@ -88,6 +90,7 @@ def build_objective(config: ConfigDict, *, autoguided: bool = False) -> Objectiv
         raise UserError(
             "sampling.guidance_calls = 'one': a guide is another network with a call of its own; valid: two"
         )
+    _check_augment(config)
     process = build_process(config)
     plan = sampling_plan(config, process)
     if sampling.clip and not samplers.can_clip(plan):
@@ -96,6 +99,26 @@ def build_objective(config: ConfigDict, *, autoguided: bool = False) -> Objectiv
             f"sampling.sampler of {', '.join(samplers.THROUGH_X0)}"
         )
     return Objective(_training_loss(config, process), _sampler(config, plan), plan)
+
+
+def _check_augment(config: ConfigDict) -> None:
+    """Raise UserError unless the images can be augmented as asked, and the backbone be told."""
+    data = config.data
+    given = f"data.augment = {data.augment}"
+    if not 0 <= data.augment <= 1:
+        raise UserError(f"{given}: valid: 0 (none) or a probability up to 1")
+    if not data.augment:
+        return
+    if data.name == "latents":
+        raise UserError(f"{given} is for pixels, and data.name = 'latents' has none; valid: 0")
+    if data.flip:
+        raise UserError(f"{given} mirrors half of the images by itself, and tells the model; valid: data.flip=false")
+    if getattr(build_model(config), "augment_labels", 0) != augment.LABELS:
+        told = [name for name, row in models.MODELS.items() if hasattr(models.FAMILIES[row.family], "augment_labels")]
+        raise UserError(
+            f"{given} needs a model that is told how an image was augmented, which {config.model.name} is not; "
+            f"valid: 0, or {', '.join(told)} with augment_labels = {augment.LABELS}"
+        )
 
 
 def build_process(config: ConfigDict) -> AnyProcess:
@@ -157,7 +180,7 @@ def _number_or_word(text: str) -> int | float | str:
 
 
 def bind(model: nn.Module) -> Apply:
-    """`apply(params, x, t, y, train=False, keys=None)` of a model."""
+    """`apply(params, x, t, y, train=False, keys=None, augment=None)` of a model; most take no `augment`."""
 
     def apply(
         params: Any,
@@ -166,8 +189,10 @@ def bind(model: nn.Module) -> Apply:
         y: jax.Array | None,
         train: bool = False,
         keys: jax.Array | None = None,
+        augment: jax.Array | None = None,
     ) -> Any:
-        return model.apply({"params": params}, x, t, y, train=train, keys=keys)
+        told: dict[str, Any] = {} if augment is None else {"augment": augment}
+        return model.apply({"params": params}, x, t, y, train=train, keys=keys, **told)
 
     return apply
 
@@ -189,20 +214,22 @@ def _log_variance(process: Any, params: Any, t: jax.Array) -> Mapping[str, jax.A
 
 def _training_loss(config: ConfigDict, process: Any) -> Callable:
     drop = 0.0 if drops_labels(build_model(config)) else config.diffusion.label_drop
-    null = config.data.num_classes
+    null, probability = config.data.num_classes, config.data.augment
 
     def loss(apply: Apply, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         def keys(stream: str) -> jax.Array:
             return rng.per_example(rng.fold_name(key, stream), batch["index"])
 
-        x0 = batch["image"]
+        x0, told = batch["image"], {}
+        if probability:
+            x0, told["augment"] = augment.augment(x0, keys("augment"), probability)
         t = process.sample_times(keys("time"))
         eps = rng.normal(keys("noise"), x0.shape[1:])
         dropped = rng.uniform(keys("label_drop")) < drop
         y = jnp.where(dropped, null, batch["label"]) if null else None
         xt = process.q_sample(x0, t, eps)
         scale = process.input_scale(t).reshape(-1, 1, 1, 1)
-        output = apply(params, scale * xt, process.model_time(t), y, train=True, keys=keys("dropout"))
+        output = apply(params, scale * xt, process.model_time(t), y, train=True, keys=keys("dropout"), **told)
         losses = process.losses(output, x0, xt, t, eps, **_log_variance(process, params, t))
         terms = {name: jnp.mean(value) for name, value in losses.items()}
         return terms.pop("loss"), terms

@@ -10,8 +10,10 @@ from configs import common
 from diffjax import models, rng
 from diffjax.diffusion import PROCESSES, create_process, samplers, weighting
 from diffjax.errors import UserError
+from diffjax.ops import augment
 from diffjax.training.loop import open_batches
 from diffjax.training.objective import (
+    bind,
     build_model,
     build_objective,
     build_process,
@@ -133,6 +135,115 @@ def test_uncertainty_is_learned_beside_the_network():
         kernel = params["uncertainty"]["kernel"]
         assert kernel.shape == weighting.init_uncertainty()["kernel"].shape
         assert float(jnp.abs(kernel).max()) > 0
+
+
+# Augmentation
+
+
+def pixels(**model):
+    """A backbone that is told how its images were augmented."""
+    sizes = {"widths": (8,), "depth": (1,), "window": 4, "head_width": 4, "groups": 4, "time_width": 8}
+    c = config()
+    c.model = ConfigDict({"name": "DiffiT-UNet", **sizes, **model})
+    c.data.channels, c.data.num_classes, c.data.augment = 3, 0, 0.5
+    c.diffusion.process, c.diffusion.label_drop, c.sampling.sampler = "edm", 0.0, "edm"
+    return c
+
+
+def image_batch(n=12):
+    image = jax.random.uniform(jax.random.key(3), (n, 8, 8, 3), minval=-1)
+    return {"image": image, "label": jnp.zeros(n, jnp.int32), "index": jnp.arange(n)}
+
+
+def seen_by_the_network(c, batch):
+    objective = build_objective(c)
+
+    def see(batch, key):
+        seen = {}
+
+        def apply(params, x, t, y, train=False, keys=None, **told):
+            seen.update(x=x, t=t, **told)
+            return jnp.zeros_like(x)
+
+        objective.loss(apply, None, batch, key)
+        return seen
+
+    return jax.jit(see)(batch, jax.random.key(0))
+
+
+def test_the_network_sees_augmented_images_and_is_told_how():
+    c, batch = pixels(), image_batch()
+    process, seen = build_process(c), seen_by_the_network(c, batch)
+    keys = lambda stream: rng.per_example(rng.fold_name(jax.random.key(0), stream), batch["index"])  # noqa: E731
+    images, labels = jax.jit(augment.augment)(batch["image"], keys("augment"), 0.5)
+    assert labels.any(axis=0).all()  # of each kind, some
+    np.testing.assert_allclose(seen["augment"], labels, atol=1e-6)
+    xt = process.q_sample(images, process.sample_times(keys("time")), rng.normal(keys("noise"), (8, 8, 3)))
+    scale = process.input_scale(process.sample_times(keys("time")))[:, None, None, None]
+    np.testing.assert_allclose(seen["x"], scale * xt, atol=1e-5)
+
+    order = np.random.default_rng(0).permutation(12)
+    shuffled = seen_by_the_network(c, {name: array[order] for name, array in batch.items()})
+    np.testing.assert_array_equal(shuffled["augment"], seen["augment"][order])
+    np.testing.assert_allclose(shuffled["x"], seen["x"][order], atol=1e-5)
+
+
+def test_without_augmentation_nothing_is_told():
+    c = pixels()
+    c.data.augment = 0.0
+    assert set(seen_by_the_network(c, image_batch())) == {"x", "t"}
+
+
+@pytest.mark.slow
+def test_what_the_network_is_told_is_learned_from_and_dropout_gets_its_keys():
+    """The parameters are drawn, since the last layer of a fresh model lets no gradient through."""
+    c, batch = pixels(dropout=0.5), image_batch(4)
+    shapes = jax.eval_shape(lambda key: init_params(build_model(c), c, key), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = tree.unflatten([0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves)])
+
+    def loss(c):
+        objective, apply = build_objective(c), bind(build_model(c))
+        return lambda params: objective.loss(apply, params, batch, jax.random.key(0))[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss(c)))(params)
+    kernel, labels = gradient["augment_embed"]["kernel"], seen_by_the_network(c, batch)["augment"]
+    assert jnp.isfinite(kernel).all()
+    np.testing.assert_array_equal(kernel.any(axis=1), labels.any(axis=0))
+    assert labels.any()
+    assert not np.isclose(jax.jit(loss(pixels(dropout=0.0)))(params), value, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["DiffiT-CIFAR10", "DiffiT-FFHQ64"])
+def test_a_fresh_model_has_the_parameters_for_it_all_of_the_published_count(name):
+    c = pixels()
+    c.model, c.data.size = ConfigDict({"name": name}), 64 if "64" in name else 32
+    shapes = jax.eval_shape(lambda key: init_params(build_model(c), c, key), jax.random.key(0))
+    assert shapes["augment_embed"]["kernel"].shape == (augment.LABELS, 128)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == models.MODELS[name].params
+
+
+NOT_AUGMENTED = {
+    "range": ({"augment": 1.5}, {}, "data.augment = 1.5: valid: 0 (none) or a probability up to 1"),
+    "negative": ({"augment": -0.1}, {}, "data.augment = -0.1: valid"),
+    "nan": ({"augment": float("nan")}, {}, "data.augment = nan: valid"),
+    "latents": ({"name": "latents"}, {}, "is for pixels, and data.name = 'latents' has none"),
+    "flip": ({"flip": True}, {}, "mirrors half of the images by itself, and tells the model; valid: data.flip=false"),
+    "untold": ({}, {"name": "DiT-S/8"}, "which DiT-S/8 is not; valid: 0, or DiffiT-CIFAR10,"),
+    "other-labels": ({}, {"name": "DiffiT-CIFAR10", "augment_labels": 3}, "with augment_labels = 9"),
+}
+
+
+@pytest.mark.parametrize("data, model, reason", NOT_AUGMENTED.values(), ids=NOT_AUGMENTED)
+def test_what_cannot_be_augmented_is_refused(data, model, reason):
+    c = pixels()
+    c.data.update(data)
+    c.model = ConfigDict(model) if model else c.model
+    with pytest.raises(UserError) as raised:
+        build_objective(c)
+    assert reason in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 # Samplers

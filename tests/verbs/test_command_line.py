@@ -363,12 +363,13 @@ def test_a_config_json_that_is_none(tmp_path, capsys):
     assert "not the config of a run" in capsys.readouterr().err
 
 
-def test_a_config_json_of_an_earlier_version(world, tmp_path, capsys):
+@pytest.mark.parametrize("section, leaf", [("diffusion", "weighting"), ("data", "augment")])
+def test_a_config_json_of_an_earlier_version(world, tmp_path, capsys, section, leaf):
     stored = json.loads((world / "run" / "config.json").read_text())
-    del stored["diffusion"]["weighting"]
+    del stored[section][leaf]
     (tmp_path / "config.json").write_text(json.dumps(stored))
     assert main(["sample", f"--workdir={tmp_path}", "--num=1", f"--out={tmp_path / 's.npz'}"]) == 2
-    assert "earlier version, which had no diffusion.weighting" in capsys.readouterr().err
+    assert f"earlier version, which had no {section}.{leaf};" in capsys.readouterr().err
 
 
 def test_results_do_not_go_where_a_folder_is(world, tmp_path, capsys):
