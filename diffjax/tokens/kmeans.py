@@ -8,9 +8,9 @@ and (2); after each, an empty cluster takes half of another one (`split_empty`).
 Mersenne Twister; Douze et al., arXiv 2401.08281), so a seed gives its rows and, to rounding, its centroids.
 
 Every device goes through its points in blocks, against blocks of centroids: no points x K matrix exists. The sums of
-(2) are sums of integers: a coordinate is rounded to 2^-26 of its largest magnitude and written in three digits of
-base 512, and int32 holds the sums of 2^23 digits exactly. So they do not depend on the order, and a fit gives the same
-centroids on one device and on many; all that devices exchange is these sums and the counts.
+(2) are sums of integers: a coordinate is rounded to 2^-25 of its largest magnitude and written in three digits of
+base 512, and int32 holds the sum of 2^23 digits exactly. So they do not depend on the order, and a fit gives the same
+centroids on one device and on many; all that devices exchange is these sums, the counts and the objective.
 """
 
 import functools
@@ -37,7 +37,7 @@ from diffjax.parallel.rules import mesh_axes, per_device
 POINTS_PER_CENTROID = 256  # a fit uses at most so many
 BLOCK = 1024  # points, and centroids, whose scores are in memory at a time
 DIGIT, DIGITS = 9, 3  # bits of a digit, digits of a coordinate
-MAX_CENTROIDS = 2 ** (32 - DIGIT) // POINTS_PER_CENTROID  # for more, the sum of a digit could leave int32
+MAX_POINTS = 2 ** (32 - DIGIT)  # of more the sum of a digit could leave int32
 SPLIT_SEED = 1234
 INITS = ("random", "k-means++")
 
@@ -54,7 +54,7 @@ class Points:
 
     blocks: jax.Array  # float32 [blocks, BLOCK, d], the blocks split over the devices
     valid: jax.Array  # bool [blocks, BLOCK]
-    scale: np.ndarray  # float32 [d], powers of two: |x scale| <= 2^26
+    scale: np.ndarray  # float32 [d], powers of two: |x scale| < 2^25
     count: int
     mesh: Mesh | None
 
@@ -216,7 +216,7 @@ def _words(stream: np.random.RandomState, count: int) -> np.ndarray:
 
 
 def place(points: np.ndarray, mesh: Mesh | None = None) -> Points:
-    """Points [n, d] on the devices; `UserError` names the first row that is not finite."""
+    """Points float32 [n, d] on the devices; `UserError` names the first row that is not finite."""
     n, d = points.shape
     largest = np.zeros(d, np.float32)
     for first in range(0, n, BLOCK):
@@ -225,7 +225,12 @@ def place(points: np.ndarray, mesh: Mesh | None = None) -> Points:
             row = first + int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
             raise UserError(f"row {row} of the {n} points holds a value that is not finite; k-means needs finite ones")
         largest = np.maximum(largest, block.max(axis=0))
-    bits = DIGIT * DIGITS - 1
+    with np.errstate(over="ignore"):
+        if not np.isfinite(4 * np.square(largest).sum()):
+            raise UserError(
+                f"points hold values up to {largest.max():g}; their squared distances leave float32's range"
+            )
+    bits = DIGIT * DIGITS - 2  # so that the highest digit stays in -128 .. 128
     scale = np.ldexp(np.float32(1), np.minimum(bits - np.frexp(largest)[1], 127)).astype(np.float32)
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     number = -(-n // (BLOCK * shards)) * shards
@@ -260,7 +265,7 @@ def _placed(shape: tuple[int, ...], sharding: Any, part: Callable) -> jax.Array:
 class _Codebook(NamedTuple):
     """Centroids in blocks; the last is filled up with centroids at infinite distance."""
 
-    centroids: jax.Array  # float32 [blocks, block, d]
+    minus_twice: jax.Array  # float32 [blocks, block, d], -2 times the centroids
     norms: jax.Array  # float32 [blocks, block], their squared lengths
 
 
@@ -270,12 +275,12 @@ def _codebook(centroids: jax.Array) -> _Codebook:
     number = -(-k // block)
     centroids = jnp.pad(centroids.astype(jnp.float32), ((0, number * block - k), (0, 0)))
     norms = jnp.where(jnp.arange(number * block) < k, jnp.sum(jnp.square(centroids), axis=1), jnp.inf)
-    return _Codebook(centroids.reshape(number, block, d), norms.reshape(number, block))
+    return _Codebook((-2 * centroids).reshape(number, block, d), norms.reshape(number, block))
 
 
 def _balanced(n: int) -> int:
     """The length of equal blocks of at most BLOCK that cover n."""
-    return -(-n // max(-(-n // BLOCK), 1))
+    return -(-n // max(-(-n // BLOCK), 1)) or 1
 
 
 def _nearest(points: jax.Array, codebook: _Codebook) -> tuple[jax.Array, jax.Array]:
@@ -288,9 +293,9 @@ def _nearest(points: jax.Array, codebook: _Codebook) -> tuple[jax.Array, jax.Arr
     place = jnp.arange(block, dtype=jnp.int32)[:, None]
 
     def step(best: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, _Codebook]) -> tuple[tuple, None]:
-        first, (centroids, norms) = xs
-        products = jnp.dot(centroids, points.T, precision=jax.lax.Precision.HIGHEST)
-        scores = norms[:, None] - 2 * products
+        first, (minus_twice, norms) = xs
+        products = jnp.dot(minus_twice, points.T, precision=jax.lax.Precision.HIGHEST)
+        scores = jax.lax.optimization_barrier(norms[:, None] + products)  # computed once, or == could miss the minimum
         lowest = jnp.min(scores, axis=0)
         index = first + jnp.min(jnp.where(scores == lowest, place, block), axis=0)
         better = lowest < best[0]
@@ -340,14 +345,11 @@ def plus_plus(points: Points, k: int, seed: int) -> np.ndarray:
     """k of the points, float32 [k, d]: each drawn with a probability in proportion to the squared distance to the
     nearest one drawn before (k-means++, Arthur and Vassilvitskii 2007).
 
-    A draw takes the largest log(weight) + Gumbel noise, whose noise has its own key for every draw and block of
-    points: the same on any mesh.
+    A draw takes a block of points, then one of its points. Every weight has its own key: the same on any mesh.
     """
-    first = jnp.arange(len(points.valid), dtype=jnp.int32)
-    if points.mesh is not None:
-        first = jax.device_put(np.asarray(first), batch_sharding(points.mesh))
+    number = np.arange(len(points.valid), dtype=np.int32)
     key = jax.random.key_data(rng.stream(seed, "k-means++"))
-    return np.asarray(_draw(points.mesh, k)(points.blocks, points.valid, first, key))
+    return np.asarray(_draw(points.mesh, k)(points.blocks, points.valid, number, key))
 
 
 @functools.cache
@@ -356,27 +358,30 @@ def _draw(mesh: Mesh | None, k: int) -> Callable:
 
     def local(blocks: jax.Array, valid: jax.Array, number: jax.Array, key: jax.Array) -> jax.Array:
         def contest(weights: jax.Array, key: jax.Array) -> jax.Array:
-            def best(xs: tuple) -> tuple[jax.Array, jax.Array]:
-                weight, valid, number = xs
-                noise = jax.random.gumbel(jax.random.fold_in(key, number), weight.shape, mode="high")
-                value = jnp.where(valid, jnp.log(weight) + noise, -jnp.inf)
-                return jnp.max(value), jnp.argmax(value)
-
-            values, places = jax.lax.map(best, (weights, valid, number))
+            of_blocks, of_points = (rng.fold_name(key, name) for name in ("blocks", "points"))
+            values = _race(jnp.sum(weights, axis=1), rng.per_example(of_blocks, number))
             block = jnp.argmax(values)
-            return _winner(values[block], number[block], blocks[block, places[block]], mesh)
+            places = jax.random.split(rng.fold(of_points, number[block]), weights.shape[1])
+            place = jnp.argmax(_race(weights[block], places))
+            return _winner(values[block], number[block], blocks[block, place], mesh)
 
         def draw(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             chosen, weights = carry
             point = contest(weights, jax.random.fold_in(jax.random.wrap_key_data(key), i))
             distances = jnp.sum(jnp.square(blocks - point), axis=2)
             weights = jnp.where(i == 0, distances, jnp.minimum(weights, distances))
-            return chosen.at[i].set(point), weights
+            return chosen.at[i].set(point), jnp.where(valid, weights, 0)
 
         chosen = jnp.zeros((k, blocks.shape[-1]), jnp.float32)
-        return jax.lax.fori_loop(0, k, draw, (chosen, jnp.ones(valid.shape, jnp.float32)))[0]
+        return jax.lax.fori_loop(0, k, draw, (chosen, valid.astype(jnp.float32)))[0]
 
     return _on_devices(local, mesh, split=3, whole=1)
+
+
+def _race(weights: jax.Array, keys: jax.Array) -> jax.Array:
+    """log(weight) + Gumbel noise, [b]: the largest is that of i with a probability in proportion to weights [b]."""
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (), jnp.float32, mode="high"))(keys)
+    return jnp.log(weights) + noise
 
 
 def _winner(value: jax.Array, number: jax.Array, point: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -404,7 +409,7 @@ def read_codebook(path: Path) -> np.ndarray:
         codebook = np.load(path, allow_pickle=False)
     except OSError as error:
         raise UserError(f"{path}: no codebook can be read ({error.strerror or error}); valid: a .npy file") from error
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise UserError(f"{path}: not an array of numbers ({error}); valid: a .npy file, float32 [k, d]") from error
     if not isinstance(codebook, np.ndarray) or codebook.ndim != 2 or codebook.dtype.kind != "f" or not codebook.size:
         found = f"{codebook.dtype} {codebook.shape}" if isinstance(codebook, np.ndarray) else "an archive of arrays"
@@ -418,10 +423,12 @@ def read_codebook(path: Path) -> np.ndarray:
 def _check(points: np.ndarray, k: int, iterations: int, seed: int, init: str) -> None:
     if points.ndim != 2 or not points.shape[1] or points.dtype.kind not in "fiu":
         raise UserError(f"k-means takes real points [n, d]; found {points.dtype} {points.shape}")
-    if not 1 <= k <= MAX_CENTROIDS:
-        raise UserError(f"k = {k} centroids; valid: 1 to {MAX_CENTROIDS}")
+    if k < 1:
+        raise UserError(f"k = {k} centroids; valid: 1 or more")
     if len(points) < k:
         raise UserError(f"{len(points)} points cannot have k = {k} centroids; give at least {k} points, or a smaller k")
+    if (used := min(len(points), POINTS_PER_CENTROID * k)) > MAX_POINTS:
+        raise UserError(f"k = {k} takes {used} points; valid: up to {MAX_POINTS}, so give fewer or a smaller k")
     if iterations < 1:
         raise UserError(f"iterations = {iterations}; valid: 1 or more")
     if not 0 <= seed < 2**32 - 1:
@@ -449,9 +456,7 @@ def _read_state(path: Path, origin: dict[str, Any], iterations: int) -> Fit | No
             stored = json.loads(str(arrays["origin"]))
             done = Fit(arrays["centroids"], arrays["objectives"], int(arrays["iteration"]))
     except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is not the state of a k-means fit ({error}); remove it or name another file"
-        ) from error
+        raise UserError(f"{path} holds no state of a k-means fit ({error}); remove it or name another file") from error
     differing = [name for name in sorted(origin | stored) if stored.get(name) != origin.get(name)]
     if differing:
         listed = ", ".join(f"{name} {stored.get(name)} there, {origin.get(name)} here" for name in differing)
