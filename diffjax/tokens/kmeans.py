@@ -154,8 +154,8 @@ def lloyd_step(points: Points, centroids: np.ndarray) -> tuple[np.ndarray, float
     """
     program = _accumulate(points.mesh)
     sums, counts, objective = jax.device_get(program(points.blocks, points.valid, centroids, points.scale))
-    digits = sums.astype(np.int64)
-    totals = sum(digits[:, i] << DIGIT * i for i in range(DIGITS))
+    digits = np.split(sums.astype(np.int64), DIGITS, axis=1)
+    totals = sum(digit << DIGIT * i for i, digit in enumerate(digits))
     means = totals / points.scale.astype(np.float64) / np.maximum(counts, 1)[:, None]
     return split_empty(means.astype(np.float32), counts, points.count), float(objective), counts
 
@@ -308,7 +308,7 @@ def _nearest(points: jax.Array, codebook: _Codebook) -> tuple[jax.Array, jax.Arr
 
 @functools.cache
 def _accumulate(mesh: Mesh | None) -> Callable:
-    """Compiled (blocks, valid, centroids, scale) -> digit sums int32 [k, DIGITS, d], counts int32 [k], objective."""
+    """Compiled (blocks, valid, centroids, scale) -> digit sums int32 [k, DIGITS d], counts int32 [k], objective."""
 
     def local(blocks: jax.Array, valid: jax.Array, centroids: jax.Array, scale: jax.Array) -> Any:
         codebook, k = _codebook(centroids), len(centroids)
@@ -323,8 +323,7 @@ def _accumulate(mesh: Mesh | None) -> Callable:
             counts = counts.at[code].add(1, mode="drop")
             return (sums, counts, objective + jnp.sum(jnp.where(valid, distance, 0))), None
 
-        d = blocks.shape[-1]
-        zeros = jnp.zeros((k, DIGITS, d), jnp.int32), jnp.zeros(k, jnp.int32), jnp.float32(0)
+        zeros = jnp.zeros((k, DIGITS * blocks.shape[-1]), jnp.int32), jnp.zeros(k, jnp.int32), jnp.float32(0)
         totals = jax.lax.scan(step, zeros, (blocks, valid))[0]
         return totals if mesh is None else jax.lax.psum(totals, BATCH_AXES)
 
@@ -332,13 +331,13 @@ def _accumulate(mesh: Mesh | None) -> Callable:
 
 
 def _digits(x: jax.Array) -> jax.Array:
-    """x float32 [b, d], rounded, as digits int32 [b, DIGITS, d] of base 512 in -256 .. 255, the lowest first."""
+    """x float32 [b, d], rounded, as digits int32 [b, DIGITS d] of base 512 in -256 .. 255, the lowest first."""
     rest, half = jnp.round(x).astype(jnp.int32), 1 << (DIGIT - 1)
     digits = []
     for _ in range(DIGITS - 1):
         digits.append(((rest + half) & (2 * half - 1)) - half)
         rest = (rest - digits[-1]) >> DIGIT
-    return jnp.stack([*digits, rest], axis=1)
+    return jnp.concatenate([*digits, rest], axis=1)
 
 
 def plus_plus(points: Points, k: int, seed: int) -> np.ndarray:
