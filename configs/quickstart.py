@@ -24,7 +24,7 @@ TRAINING = {
     "dis": (2400, 64, 3e-3),
     "udit": (1500, 64, 2e-3),
     "diffit": (1500, 64, 2e-3),
-    "diffit-latent": (1500, 128, 2e-3),
+    "diffit-latent": (5000, 64, 4e-3),
 }
 
 PROCESSES = {"gaussian": "", "edm": "sigma_data=0.75", "flow_linear": ""}  # the digits in [-1, 1] vary by 0.752
