@@ -111,8 +111,7 @@ def _arguments(sizes: mapping.Sizes, config: dict[str, Any]) -> dict[str, Any]:
     told |= {"input_size": sizes["p"] * window, "num_heads": heads, "learn_sigma": sizes["o"] == 2 * sizes["c"]}
     told["num_classes"] = rows - mapping.has_null(rows, config)
     if not (ratio := config.get("mlp_ratio")) or int(width * ratio) != hidden:
-        ratio = hidden / width
-        told["mlp_ratio"] = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+        told["mlp_ratio"] = mapping.ratio(hidden, width)
     mapping.check_agreement("diffit", told, config)
     if told["num_classes"] < 1:
         raise UserError(f"diffit: a label table of {rows} rows has no class beside the null class")

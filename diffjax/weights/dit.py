@@ -97,8 +97,7 @@ def _arguments(sizes: mapping.Sizes, config: dict[str, Any]) -> dict[str, Any]:
     told["learn_sigma"] = sizes["o"] == 2 * sizes["c"]
     told["num_classes"] = rows - mapping.has_null(rows, config)
     if not (ratio := config.get("mlp_ratio")) or int(width * ratio) != hidden:
-        ratio = hidden / width
-        told["mlp_ratio"] = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+        told["mlp_ratio"] = mapping.ratio(hidden, width)
     mapping.check_agreement("dit", told, config)
     if told["num_classes"] < 1:
         raise UserError(f"dit: a label table of {rows} rows has no class beside the null class")
