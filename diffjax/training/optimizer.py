@@ -12,7 +12,7 @@ from diffjax.errors import UserError
 
 def schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
     """Linear warm-up from `warmup_from` to `lr`, then constant, half a cosine that ends at zero or lr / 100 at
-    `total_steps`, or constant until `decay_after_steps` and falling as 1 / sqrt(step) from there, as in EDM2 (2312.02696).
+    `total_steps`, or constant until `decay_after_steps` and falling as 1 / sqrt(step) from there (EDM2, 2312.02696).
 
     The schedule that fairseq calls inverse_sqrt is the last with `decay_after_steps` = `warmup_steps`.
     """
