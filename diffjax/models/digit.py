@@ -78,6 +78,16 @@ def affine_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
 
 
+def grow(cache: Cache, places: int) -> Cache:
+    """The cache with room for so many more places."""
+
+    def padded(buffer: jax.Array) -> jax.Array:
+        buffer = jnp.pad(buffer, ((0, 0), (0, 0), (0, 0), (0, places), (0, 0)))
+        return constrain(buffer, None, "batch", "heads")
+
+    return cache._replace(keys=padded(cache.keys), values=padded(cache.values))
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention; x [b, n, d] -> ([b, n, d], cache).
 
@@ -373,7 +383,8 @@ class DiGIT(nn.Module):
         """tokens [b, n] at places [n] -> float32 [b, n, d]."""
         # Whole on every device for the look-up, as FSDP gathers any weight: rows of a split table would be exchanged.
         embedding, positions = (constrain(rows, None, None) for rows in (self.token_embed, positions))
-        return math.sqrt(self.width) * jnp.take(embedding, tokens, axis=0) + positions[FIRST_PLACE + places]
+        scaled = math.sqrt(self.width) * jnp.take(embedding, tokens, axis=0)
+        return scaled + jnp.take(positions, FIRST_PLACE + places, axis=0)
 
     def _check_length(self, part: str, length: int) -> None:
         if length > self.length:

@@ -38,8 +38,8 @@ def inputs(model):
 def some_params(model):
     """Parameters that are all drawn, so that no path is dead."""
     leaves, tree = jax.tree.flatten(jax.eval_shape(model.init, jax.random.key(0), *inputs(model))["params"])
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten([0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves)])
+    draw = np.random.default_rng(1).standard_normal
+    return tree.unflatten([np.float32(0.2) * draw(leaf.shape, np.float32) for leaf in leaves])
 
 
 @functools.cache
@@ -182,8 +182,7 @@ def test_codes_out_of_range_are_an_error_where_they_are_known_and_nan_where_not(
         with pytest.raises(UserError, match=f"code {code}; valid: 0 to 10"):
             bind(codes.at[1, 2].set(code), y)
         out = apply(model)(codes.at[1, 2].set(code), y)
-        assert np.isnan(out[1, 3:]).all()
-        assert np.isfinite(out[1, :3]).all()
+        assert np.isnan(out[1]).all()
         assert np.isfinite(out[[0, 2]]).all()
     with pytest.raises(UserError, match="label 4; valid: 0 to 3"):
         bind(codes, y + 3)
@@ -240,14 +239,13 @@ def test_remat_changes_no_gradient():
     codes = jnp.arange(12).reshape(2, 6) % 11
     keys = jax.random.split(jax.random.key(5), 2)
     found = []
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "full"):
         model = tiny(remat=remat)
         run = jax.jit(
             jax.grad(lambda p, m=model: jnp.sum(jnp.square(m.apply({"params": p}, codes, train=True, keys=keys))))
         )
         found.append(run(some_params(tiny())))
-    for other in found[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), found[0], other)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), *found)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found[0]))
     unused = found[0]["positions"][:FIRST_PLACE]
     assert not unused.any()

@@ -9,6 +9,7 @@ import pytest
 
 from diffjax import models
 from diffjax.errors import UserError
+from diffjax.models import digit
 from diffjax.ops.dictionary import END, NO_CODE, SPECIALS
 from diffjax.tokens import decoding
 
@@ -24,17 +25,17 @@ def small_model():
     model = models.create("DiGIT", codes=CODES, depth=2, width=16, heads=2, num_classes=3, null_class=True, length=16)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32))
     leaves, tree = jax.tree.flatten(shapes["params"])
-    draws = jax.random.split(jax.random.key(3), len(leaves))
-    return model, tree.unflatten([0.5 * jax.random.normal(k, leaf.shape) for k, leaf in zip(draws, leaves)])
+    draw = np.random.default_rng(3).standard_normal
+    return model, tree.unflatten([np.float32(0.5) * draw(leaf.shape, np.float32) for leaf in leaves])
 
 
-@functools.partial(jax.jit, static_argnames=("guided", "end_from"))
-def sample(y, keys, how, guided=False, end_from=None):
+@functools.partial(jax.jit, static_argnames=("guided",))
+def sample(y, keys, how, guided=False):
     model, params = small_model()
     y = jnp.stack([y, jnp.full_like(y, model.num_classes)], axis=1).reshape(-1) if guided else y
     logits, cache = model.apply({"params": params}, model.init_cache(len(y), N), y, method="prefill")
     step = functools.partial(model.apply, {"params": params}, method="step")
-    return decoding.generate(step, logits, cache, keys, N, how, end_from)
+    return decoding.generate(step, logits, cache, keys, N, how)
 
 
 def teacher_forced(codes, y):
@@ -69,6 +70,24 @@ def test_a_sample_depends_on_its_own_key_alone():
     np.testing.assert_array_equal(sample(LABELS[::-1], keys()[::-1], how), codes[::-1])
     assert (np.asarray(sample(LABELS, keys(seed=1), how)) != codes).any()
     assert len(np.unique(sample(jnp.zeros(B, jnp.int32), keys(), how), axis=0)) > 1
+
+
+def test_a_growing_cache_gives_the_same_codes(monkeypatch):
+    monkeypatch.setattr(decoding, "SEGMENT", 4)
+    model, params = small_model()
+    how, shapes = decoding.choice(CODES, temperature=0), []
+
+    @jax.jit
+    def run(params):
+        def step(cache, codes):
+            shapes.append(cache.keys.shape[3])
+            return model.apply({"params": params}, cache, codes, method="step")
+
+        logits, cache = model.apply({"params": params}, model.init_cache(B, 4), LABELS, method="prefill")
+        return decoding.generate(step, logits, cache, keys(), N, how, grow=digit.grow)
+
+    np.testing.assert_array_equal(run(params), sample(LABELS, keys(), how))
+    assert sorted(set(shapes)) == [4, 8, 10]
 
 
 def test_the_numbers_of_a_choice_are_no_part_of_the_program():
