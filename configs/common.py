@@ -107,6 +107,7 @@ def base() -> ConfigDict:
     c.sampling.guidance_calls = ""  # one, on a doubled batch, or two, with less memory; "": one, two with a guide
 
     c.optim = ConfigDict()
+    c.optim.name = "adamw"  # adamw; fairseq_adam: its Adam and gradient clipping, which differ in where epsilons stand
     c.optim.lr = 1e-4
     c.optim.b1 = 0.9
     c.optim.b2 = 0.999
@@ -116,6 +117,7 @@ def base() -> ConfigDict:
         "constant"  # constant, cosine (to zero at total_steps), cosine_to_hundredth (of lr), inverse_sqrt
     )
     c.optim.warmup_steps = 0
+    c.optim.warmup_from = 0.0  # rate at step 0 of the warm-up
     c.optim.decay_after_steps = 0  # inverse_sqrt only: constant until then
     c.optim.clip = 0.0  # global gradient norm; 0: none
     c.optim.accumulate = 1  # micro-batches per step

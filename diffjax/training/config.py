@@ -17,7 +17,7 @@ LAYOUT_LEAVES = ("parallel.", "data.workers", "data.threads")
 # What the saved state and data position stand on: these cannot change within a run.
 FIXED_LEAVES = ("seed", "batch_size", "model.", "data.")
 # What configs of earlier versions lack; their other leaves do not say all that this version needs.
-NEWEST_LEAVES = ("diffusion.weighting", "sampling.guidance_weights", "ema.kind", "data.augment")
+NEWEST_LEAVES = ("ema.kind", "data.augment", "optim.name")
 # How a model computes, not what it is.
 COMPUTE_LEAVES = ("model.dtype", "model.remat", "model.attention", "model.scan", "model.depthwise")
 

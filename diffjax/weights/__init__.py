@@ -8,9 +8,15 @@ import flax.linen as nn
 import numpy as np
 
 from diffjax.errors import UserError
-from diffjax.weights import diffit, dis, dit, udit
+from diffjax.weights import diffit, digit, dis, dit, udit
 
-FAMILIES: dict[str, ModuleType] = {"dit": dit, "dis": dis, "udit": udit, "diffit": diffit}
+FAMILIES: dict[str, ModuleType | digit.Family] = {
+    "dit": dit,
+    "dis": dis,
+    "udit": udit,
+    "diffit": diffit,
+    **{family.name: family for family in (digit.STAGE1, digit.STAGE2_AR, digit.STAGE2_NAR)},
+}
 
 
 def from_reference(family: str, state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Module, dict[str, Any]]:
