@@ -5,6 +5,7 @@ uint16 codes [views, streams, n], row by row of an image's grid. The second view
 image. The first stream are the codes of image features; the second, if there is one, those of a decoder to pixels.
 """
 
+import hashlib
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -83,6 +84,11 @@ def decode(record: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, int]
             f"{len(record)} bytes"
         )
     return np.frombuffer(record, "<u2", offset=HEADER.size).astype(np.int32).reshape(shape), label
+
+
+def codebook_sha256(codebook: np.ndarray) -> str:
+    """Of centroids float32 [codes, d]."""
+    return hashlib.sha256(np.ascontiguousarray(codebook, "<f4").tobytes()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from diffjax.parallel.mesh import make_mesh, replicated
 from diffjax.training import config as configs
 from diffjax.training import generate
 from diffjax.training.checkpoint import Checkpoints
-from diffjax.training.objective import build_model, build_objective, build_process
+from diffjax.training.objective import build_model, build_objective
+from diffjax.training.objective.diffusion import build_process
 from diffjax.training.setup import abstract_params
 from diffjax.verbs import local_path
 from diffjax.weights import store
@@ -65,12 +66,9 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError(f"--out={out}: give a file that ends in .npz")
     mesh = make_mesh({"data": -1})
     config, params, origin = _load(values, overrides, mesh)
-    if config.data.channels not in (1, 3) and not values.raw:
-        raise UserError(
-            f"sample: this model makes latents of {config.data.channels} channels, not pictures; "
-            "--raw writes them as they are"
-        )
     model, objective = build_model(config), build_objective(config, autoguided=bool(values.guide))
+    if objective.makes != "pictures" and not values.raw:
+        raise UserError(f"sample: this model makes {objective.makes}, not pictures; --raw writes them as they are")
     guide = load_guide(local_path("guide", values.guide), config, mesh) if values.guide else None
     guided = {"guide": guide[2]} if guide else {}
     labels = _labels(values, config.data.num_classes)
