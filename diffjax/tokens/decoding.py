@@ -75,7 +75,7 @@ def generate(
         keys: typed keys [b]; code i of an example is drawn with fold(key, i).
         end_from: the number of codes from which a sequence may end; None: it has all `length`.
         grow: (cache, n) -> the cache with room for n more codes. A step reads the whole cache, whose size is static;
-            one that grows is half as large on average.
+            one that grows is half as large on average, but its sizes may be held at once.
 
     Returns:
         int32 [b, length]; `NO_CODE` from where a sequence has ended.

@@ -93,7 +93,7 @@ def test_the_published_sizes_need_no_arguments_and_the_files_hold_other_models_t
         ({"decoder_attention_heads": 5}, "width = 24 is not divisible by heads = 5"),
         ({"nspecial": 4}, "nspecial = 4 is not supported; valid: 5"),
         ({"activation": "relu"}, "activation = relu is not supported; valid: gelu.erf."),
-        ({"layers": 2}, "digit_stage1 has no argument layers; valid: K, V"),
+        ({"layers": 2}, "digit_stage1 has no argument layers; valid: K, max_target"),
     ],
 )
 def test_arguments_that_cannot_be(state_dict, config, message):
