@@ -75,7 +75,7 @@ def generate(
         keys: typed keys [b]; code i of an example is drawn with fold(key, i).
         end_from: the number of codes from which a sequence may end; None: it has all `length`.
         grow: (cache, n) -> the cache with room for n more codes. A step reads the whole cache, whose size is static;
-            one that grows is half as large on average.
+            one that grows is half as large on average, but its sizes may be held at once.
 
     Returns:
         int32 [b, length]; `NO_CODE` from where a sequence has ended.
@@ -133,7 +133,10 @@ def truncate(log_p: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     p = jnp.exp(jnp.take_along_axis(log_p, order, axis=-1))
     before = jnp.pad(jnp.cumsum(p, axis=-1)[:, :-1], ((0, 0), (1, 0)))
     kept = ((top_k == 0) | (jnp.arange(p.shape[-1]) < top_k)) & ((top_p >= 1) | (before < top_p))
-    return jnp.where(jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1), log_p, -jnp.inf)
+    # What is kept is the front of this order, and so all that does not come after the last of it.
+    last = jnp.take_along_axis(order, jnp.sum(kept, axis=-1, keepdims=True) - 1, axis=-1)
+    least, entries = jnp.take_along_axis(log_p, last, axis=-1), jnp.arange(log_p.shape[-1])
+    return jnp.where((log_p > least) | ((log_p == least) & (entries <= last)), log_p, -jnp.inf)
 
 
 def draw_entry(log_p: jax.Array, keys: jax.Array, how: Choice) -> jax.Array:

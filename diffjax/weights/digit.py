@@ -75,18 +75,15 @@ ELSEWHERE = (
 )
 ARGUMENTS = (
     "K",
-    "V",
-    "class_conditional",
-    "num_classes",
     "max_target_positions",
     "normalize_before",
-    "target_dict_len",
-    "embed_rows",
     "decoder_layers",
     "decoder_embed_dim",
     "decoder_ffn_embed_dim",
     "decoder_attention_heads",
 )
+OF_STAGE1 = ("class_conditional", "num_classes")
+OF_STAGE2 = ("V", "target_dict_len", "embed_rows")
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,8 @@ class Family:
         they are those of the published size of that depth and width, or must be given as `decoder_attention_heads`.
         With `num_classes` one row of labels more than that is the null class.
         """
-        mapping.check_names(self.name, config, (*ARGUMENTS, *FIXED, *ELSEWHERE))
+        own = OF_STAGE2 if self.source else OF_STAGE1
+        mapping.check_names(self.name, config, (*ARGUMENTS, *own, *FIXED, *ELSEWHERE))
         weights = {key: value for key, value in state_dict.items() if not key.startswith(PASSED_OVER)}
         table = _table(self.source, any(key.startswith("decoder.layer_norm.") for key in weights))
         sizes = mapping.infer(table, weights, {})
@@ -134,13 +132,14 @@ class Family:
             "K": source if self.source else codes,
             "max_target_positions": sizes["p"] - FIRST_PLACE,
             "normalize_before": pre_norm,
-            "target_dict_len": columns,
-            "embed_rows": rows,
             "decoder_layers": depth,
             "decoder_embed_dim": width,
             "decoder_ffn_embed_dim": hidden,
         }
-        told |= {"V": codes} if self.source else {"class_conditional": more > 0, "num_classes": more - null}
+        if self.source:
+            told |= {"V": codes, "target_dict_len": columns, "embed_rows": rows}
+        else:
+            told |= {"class_conditional": more > 0, "num_classes": more - null}
         mapping.check_agreement(self.name, told, config)
         for name, value in FIXED.items():
             if config.get(name, value) != value:

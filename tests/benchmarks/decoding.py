@@ -3,11 +3,11 @@
     JAX_PLATFORMS=cpu python -m tests.benchmarks.decoding [--lengths 64,256,1024] [--batch 16] [--width 128 --depth 2]
 
 A DiGIT with random weights, float32, drawn with top-k. The programs run in turns in one process and the best of the
-turns counts; each generates all its codes in one compiled loop. The floor is what a step has to read: the parameters of
-the blocks and the logits once, and the keys and values of the places seen so far, half of them on average. "whole" has a
-cache of the full length from the start, "growing" one that grows by segments. "again" is
-the forward pass of the whole sequence, of fixed length since it is compiled once, for every code; as prefixes grow from
-nothing, no program can do with less than about half of that.
+turns counts; each generates all its codes in one compiled loop. "whole" has a cache of the full length from the start,
+"growing" one that grows by segments. The floor is what a step has to read: the parameters of the blocks and the logits
+once, and the keys and values of the places seen so far, half of them on average. "again" is the forward pass of the
+whole sequence for every code, of fixed length since it is compiled once; as prefixes grow from nothing, no program
+without a cache can do with less than about half of that.
 """
 
 import argparse
