@@ -95,6 +95,11 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return leaves(json.loads(json.dumps(config.to_dict())))
 
 
+def trained_for(config: ConfigDict) -> dict[str, Any]:
+    """The section that says what the parameters of a run mean: its process, or its codes."""
+    return (config.tokens if "tokens" in config else config.diffusion).to_dict()
+
+
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """The leaves that differ, as "name: old -> new"."""
     a, b = flatten(old), flatten(new)

@@ -145,7 +145,7 @@ def load_guide(folder: Path, config: ConfigDict, mesh: Any) -> tuple[nn.Module, 
     """A network, its parameters, replicated over the mesh, and their origin, that can guide the model of `config`."""
     if (folder / "config.json").is_file():
         other, params, origin = load_run(folder, [], mesh)
-        check_process("guide", folder, other.diffusion.to_dict(), config)
+        check_process("guide", folder, configs.trained_for(other), config)
         model: Any = build_model(other)
     else:
         model, arrays, made = store.load(folder)
@@ -165,8 +165,10 @@ def check_process(flag: str, folder: Path, process: dict[str, Any] | None, confi
 
     process: the `diffusion` section it was trained with; None where nobody recorded it, as with public checkpoints.
     """
-    if process is None:
+    if process is None or process == configs.trained_for(config):
         return
+    if "tokens" in config or "process" not in process:
+        raise UserError(f"--{flag}={folder} was trained for something else: {process}")
     other = ConfigDict({"diffusion": process})
     plans = [jax.tree.leaves(samplers.plan(build_process(each), "edm", 4)) for each in (config, other)]
     if not all(np.array_equal(*pair) for pair in zip(*plans)):
@@ -207,7 +209,7 @@ def describe(
         "data": config.data.name,
         "origin": origin,
         **({"guide": guide} if guide else {}),
-        "process": config.diffusion.to_dict(),
+        "process": configs.trained_for(config),
         "sampling": config.sampling.to_dict() | guided,
         **settings,
         "rounding": samples.ROUNDING,

@@ -286,7 +286,7 @@ def test_every_sampler_is_named_above():
 
 def test_options_reach_the_sampler():
     for sampler, options in (("ddim", "eta=1"), ("edm", "churn=40,churn_min=0.05"), ("sde_heun", "last_step=tweedie")):
-        with_, without = (build_objective(small("flow_linear", sampler, options=o)).plan for o in (options, ""))
+        with_, without = (build_objective(small("flow_linear", sampler, options=o)).plan() for o in (options, ""))
         pairs = zip(jax.tree.leaves(with_), jax.tree.leaves(without))
         assert any(a.shape != b.shape or (a != b).any() for a, b in pairs), sampler
 
