@@ -26,7 +26,7 @@ TRAINING = {
     "udit": (1500, 64, 2e-3),
     "diffit": (1500, 64, 2e-3),
     "diffit-latent": (5000, 64, 4e-3),
-    "digit": (2000, 128, 2e-3),
+    "digit": (1000, 128, 2e-3),
 }
 
 PROCESSES = {"gaussian": "", "edm": "sigma_data=0.75", "flow_linear": ""}  # the digits in [-1, 1] vary by 0.752

@@ -233,6 +233,14 @@ class DiGIT(nn.Module):
         if self.null_class and not self.num_classes:
             raise UserError("DiGIT: null_class = True needs num_classes above 0")
 
+    def check_input(self, height: int, width: int) -> None:
+        """Raise UserError unless there are places for an image of so many codes, its start and its source."""
+        if height * width >= self.length:
+            raise UserError(
+                f"DiGIT: {height} x {width} codes and their start need {height * width + 1} places; length = "
+                f"{self.length}"
+            )
+
     def setup(self) -> None:
         d, vocabulary = self.width, SPECIALS + self.codes
         more = SPECIALS + self.source_codes if self.source_codes else self.num_classes + self.null_class

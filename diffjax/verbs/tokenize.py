@@ -3,11 +3,12 @@
 python -m diffjax tokenize --config=configs/quickstart.py:model=digit --out=runs/quickstart-digit/tokens
 python -m diffjax tokenize --config=configs/digit_stage1.py --codebook=km_8k.npy --out=data/imagenet256-tokens
 
-The config's section `images` says which images, `data.encoder` what makes features of them, `tokens` with which options.
-Without --codebook one is fitted to them by k-means; started again after an interruption, that fit goes on.
+The config's section `images` says which images, `data.encoder` what makes features of them, `tokens` with which
+options. Without --codebook one is fitted to them by k-means; started again after an interruption, that fit goes on.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,10 +57,8 @@ def tokenize(config: ConfigDict, out: Path, given: Path | None = None, batch_siz
     mesh = make_mesh({"data": -1})
     batch_size = -(-batch_size // mesh.size) * mesh.size
     with jax.set_mesh(mesh):
-        if given:
-            codebook = kmeans.read_codebook(given)
-        else:
-            codebook = _fit(config, source, encoder, batch_size, mesh, out / FIT)
+        fit = partial(_fit, config, source, encoder, batch_size, mesh, out / FIT)
+        codebook = kmeans.read_codebook(given) if given else fit()
         if len(codebook) != config.data.codes:
             raise UserError(f"{given} holds {len(codebook)} centroids, but data.codes = {config.data.codes}")
         np.save(out / tokens.CODEBOOK, codebook)
@@ -68,8 +67,8 @@ def tokenize(config: ConfigDict, out: Path, given: Path | None = None, batch_siz
         examples = _codes(config, source, encoder, codebook, batch_size, mesh)
         manifest = tokens.write_tokens(out, tqdm(examples, "codes", len(source.examples), disable=None), origin)
     (out / FIT).unlink(missing_ok=True)
-    grid = config.data.size
-    print(f"wrote {grid} x {grid} codes of {manifest['count']} images, {len(codebook)} clusters of {config.data.encoder}")
+    kinds = f"{len(codebook)} clusters of {config.data.encoder}"
+    print(f"wrote {config.data.size} x {config.data.size} codes of {manifest['count']} images, {kinds}, to {out}")
 
 
 def _images(config: ConfigDict) -> sources.Source:

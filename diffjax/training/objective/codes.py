@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 from diffjax import models, rng
 from diffjax.data import tokens as records
 from diffjax.errors import UserError
-from diffjax.models.digit import grow
 from diffjax.ops.dictionary import NO_CODE
 from diffjax.tokens import decoding, losses, pixels
 from diffjax.tokens.kmeans import read_codebook
@@ -149,11 +148,10 @@ def _sampler(config: ConfigDict, model: Any) -> Callable:
         rows = len(keys)
         if sampling.guidance != 1.0:  # every example twice, with its label and with none
             rows, y = 2 * rows, jnp.stack([y, jnp.full_like(y, data.num_classes)], axis=1).reshape(-1)
-        places = min(decoding.SEGMENT, length)
-        cache = apply(params, rows, places, length if source is not None else 0, method="init_cache")
+        cache = apply(params, rows, length, length if has_source(config) else 0, method="init_cache")
         logits, cache = apply(params, cache, y, source, method="prefill")
         step = Partial(apply, params, method="step")
-        return decoding.generate(step, logits, cache, keys, length, how, grow=grow)
+        return decoding.generate(step, logits, cache, keys, length, how)
 
     def in_rounds(apply: Apply, params: Any, y: Any, source: Any, keys: jax.Array, how: decoding.Choice) -> jax.Array:
         predict = lambda codes: apply(params, codes, y, source)  # noqa: E731
