@@ -94,6 +94,16 @@ def to_state_dict(table: Table, sizes: Sizes, params: Mapping[str, Any]) -> dict
     return state_dict
 
 
+def part(state_dict: Mapping[str, Any], prefix: str, others: tuple[str, ...]) -> dict[str, Any]:
+    """The weights of one network: those under `prefix`, without it, where there are any, else all.
+
+    others: what keys of the other networks start with, in a file that has the prefix.
+    """
+    if not any(key.startswith(prefix) for key in state_dict):
+        return dict(state_dict)
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if not key.startswith(others)}
+
+
 def check_names(family: str, config: Mapping[str, Any], valid: Sequence[str]) -> None:
     """Raise UserError for constructor arguments that the reference does not have."""
     if unknown := sorted(set(config) - set(valid)):
