@@ -48,8 +48,8 @@ def features(module: "DINOv2", params: Mapping[str, Any], images: jax.Array, lay
 
     Args:
         images: float [b, h, w, 3], RGB in [0, 1]; 224 x 224, or 256 x 256, which is shrunk after normalisation.
-        layer: which block, counted from the end. Under jit the parameters of the blocks before are copied in every
-            call, about 1 ms per GB on an accelerator; `cut` beforehand and layer = 1 spare that and their memory.
+        layer: which block's output, counted from the end. The parameters of later blocks are passed in vain, and a CPU
+            copies those of the others in every call: `cut` the network once and ask for layer 1 to spare both.
 
     Raises:
         UserError: images of another size or of integers; no such layer.
@@ -196,7 +196,8 @@ class DINOv2(nn.Module):
         """Normalised pixels [b, h, w, 3] -> the last norm of all tokens, float32 [b, 1 + registers + n, width]."""
         if pixels.shape[1] % self.patch or pixels.shape[2] % self.patch:
             raise UserError(
-                f"DINOv2: images of {pixels.shape[1]} x {pixels.shape[2]} pixels are not divisible by {self.patch}"
+                f"DINOv2: images of {pixels.shape[1]} x {pixels.shape[2]} pixels; valid: sides divisible by the patch, "
+                f"{self.patch}"
             )
         blocks = nn.scan(
             DINOv2Block,

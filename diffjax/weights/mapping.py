@@ -90,7 +90,8 @@ def to_state_dict(table: Table, sizes: Sizes, params: Mapping[str, Any]) -> dict
         array = np.asarray(flat[path], np.float32)
         layers = array if _placeholders(template) else [array]
         for key, layer in zip(_keys(template, sizes), layers):
-            state_dict[key] = rearrange(layer, f"{ours} -> {theirs}", **_lengths(pattern, sizes))
+            layer = rearrange(layer, f"{ours} -> {theirs}", **_lengths(pattern, sizes))
+            state_dict[key] = np.asarray(layer, order="C")  # safetensors writes the memory as it lies
     return state_dict
 
 

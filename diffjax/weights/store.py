@@ -107,6 +107,7 @@ def read_model(out: Path) -> dict[str, Any]:
         )
     try:
         model = json.loads(path.read_text())
-        return {"name": model["name"], "kwargs": dict(model["kwargs"]), **model}
-    except (ValueError, TypeError, KeyError) as error:
+        kwargs = {name: tuple(value) if isinstance(value, list) else value for name, value in model["kwargs"].items()}
+        return {**model, "name": model["name"], "kwargs": kwargs}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
