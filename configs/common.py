@@ -23,8 +23,10 @@ UDIT = {
     "label_drop_per_level": True,
     "depthwise": "",  # "" lets the backend choose
 }
+DIGIT = {"dropout": 0.1, "attention": "xla"}
 DIFFIT = {"time_in": "attention", "attention": "xla"}  # time_in: attention, values, mlp
 DIFFIT_UNET = DIFFIT | {"augment_labels": 9, "time_features": "positional"}  # time_features: positional, fourier
+IMAGE_LEAVES = ("name", "dir", "dataset", "split", "size", "channels", "num_classes", "crop")
 # How names start, the leaves of the family, and a model of it that is small enough for two steps on a laptop.
 FAMILIES = {
     "dit": (DIT, {"name": "DiT-S/8"}),
@@ -107,6 +109,7 @@ def base() -> ConfigDict:
     c.sampling.guidance_calls = ""  # one, on a doubled batch, or two, with less memory; "": one, two with a guide
 
     c.optim = ConfigDict()
+    c.optim.name = "adamw"  # adamw; fairseq_adam: its Adam and gradient clipping, which differ in where epsilons stand
     c.optim.lr = 1e-4
     c.optim.b1 = 0.9
     c.optim.b2 = 0.999
@@ -116,6 +119,7 @@ def base() -> ConfigDict:
         "constant"  # constant, cosine (to zero at total_steps), cosine_to_hundredth (of lr), inverse_sqrt
     )
     c.optim.warmup_steps = 0
+    c.optim.warmup_from = 0.0  # rate at step 0 of the warm-up
     c.optim.decay_after_steps = 0  # inverse_sqrt only: constant until then
     c.optim.clip = 0.0  # global gradient norm; 0: none
     c.optim.accumulate = 1  # micro-batches per step
@@ -224,3 +228,28 @@ def edm_recipe(c: ConfigDict, batch_size: int, lr: float, augment: float) -> Non
     c.sampling.sampler, c.sampling.clip = "edm", False
     c.checkpoint.every_steps, c.checkpoint.keep_every_steps = 10_000, 50_000
     c.evals.samples.every_steps, c.evals.samples.num = 10_000, 64
+
+
+def codes(c: ConfigDict, encoder: str, count: int, grid: int) -> None:
+    """A model of codes instead of a diffusion backbone: `data` becomes codes, made by `tokenize` of `images`."""
+    del c.diffusion
+    c.images = ConfigDict({leaf: c.data[leaf] for leaf in IMAGE_LEAVES})
+    c.data.name = "tokens"
+    c.data.encoder, c.data.codes, c.data.decoder_codes = encoder, count, 0
+    c.data.size, c.data.channels = grid, 1  # codes along a side; 2 with those of a decoder besides
+
+    c.tokens = ConfigDict()
+    c.tokens.patch = 0  # encoder pixels only: side of a patch
+    c.tokens.mirrored = False  # codes of the mirrored images, too, for data.flip
+    c.tokens.fit_images = 0  # on so many the codebook is fitted; 0: all
+    c.tokens.init, c.tokens.iterations, c.tokens.seed = "random", 20, 1234  # of k-means: random, k-means++
+    c.tokens.label_drop = 0.0  # probability of the null class in training; 0: no null class
+    c.tokens.smoothing = 0.0  # of labels
+
+    c.sampling = ConfigDict()
+    c.sampling.temperature = 1.0  # 0: the most probable code
+    c.sampling.top_k = 0  # 0: all
+    c.sampling.top_p = 1.0
+    c.sampling.guidance = 1.0  # weight of classifier-free guidance; 1: none
+    c.sampling.rounds = 0  # masked models only
+    c.sampling.choice_temperature = 4.5  # masked models only: of the noise on which codes to keep

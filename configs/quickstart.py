@@ -17,6 +17,7 @@ MODELS = {
     | common.DIFFIT_UNET
     | {"dropout": 0.0, "augment_labels": 0},
     "diffit-latent": {"name": "DiffiT", "patch": 2, "depth": 4, "width": 96, "heads": 3, "window": 4} | common.DIFFIT,
+    "digit": {"name": "DiGIT", "depth": 4, "width": 96, "heads": 4, "length": 32} | common.DIGIT,
 }
 # steps, batch size, learning rate. The label reaches DiS's patches by way of the scan alone: that takes more steps.
 TRAINING = {
@@ -24,7 +25,8 @@ TRAINING = {
     "dis": (2400, 64, 3e-3),
     "udit": (1500, 64, 2e-3),
     "diffit": (1500, 64, 2e-3),
-    "diffit-latent": (1500, 128, 2e-3),
+    "diffit-latent": (5000, 64, 4e-3),
+    "digit": (1000, 128, 2e-3),
 }
 
 PROCESSES = {"gaussian": "", "edm": "sigma_data=0.75", "flow_linear": ""}  # the digits in [-1, 1] vary by 0.752
@@ -36,6 +38,7 @@ LOCAL = {
     "udit": {"width": 16, "heads": 2},
     "diffit": {"widths": (16, 32), "depth": (1, 2)},
     "diffit-latent": {"depth": 2, "width": 48, "heads": 3},
+    "digit": {"depth": 2, "width": 48, "heads": 3},
 }
 
 
@@ -55,8 +58,13 @@ def get_config(arg: str | None = None):
     c.data.crop = "none"
     c.data.threads = 1
 
-    c.diffusion.process, c.diffusion.options = process, PROCESSES[process]
-    c.sampling.sampler, c.sampling.steps, c.sampling.clip = SAMPLERS[process]
+    if options.model == "digit":
+        common.codes(c, encoder="pixels", count=128, grid=4)
+        c.data.dir = "runs/quickstart-digit/tokens"
+        c.tokens.patch, c.tokens.label_drop = 2, 0.1
+    else:
+        c.diffusion.process, c.diffusion.options = process, PROCESSES[process]
+        c.sampling.sampler, c.sampling.steps, c.sampling.clip = SAMPLERS[process]
     c.sampling.guidance = 1.5
 
     c.optim.warmup_steps, c.optim.schedule = 100, "cosine"
@@ -69,6 +77,7 @@ def get_config(arg: str | None = None):
     if options.runlocal:
         c.total_steps, c.batch_size = 4, 16
         c.model.update(LOCAL[options.model])
-        c.sampling.steps = 4
+        if options.model != "digit":
+            c.sampling.steps = 4
         c.checkpoint.every_steps = c.evals.samples.every_steps = c.log.every_steps = 2
     return c

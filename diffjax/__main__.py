@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": "score a samples file, or compare two result files",
     "sweep": "score a grid of samplers, steps and guidance on runs: a table and a plot",
     "ema": "an average of any length from the snapshots of a run",
+    "tokenize": "images -> codes of their features, for models of codes",
     "convert": "public weights -> diffjax parameters",
     "inspect": "steps, sizes and sha256 of a run's parameters, average and optimizer state, as json",
     "bench": "steps/s, images/s and MFU of a config, and what the loop adds to the bare step",

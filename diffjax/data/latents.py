@@ -7,19 +7,15 @@ scale, and `{i}.npy` int64 [1], its label. Such a set gets std 0 and `scale_appl
 """
 
 import argparse
-import hashlib
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 
-from diffjax.data import draws, records
+from diffjax.data import draws, records, shards
 from diffjax.errors import UserError
 
 MANIFEST = "latents.json"
@@ -46,31 +42,19 @@ def write_latents(out: Path, examples: Iterable[tuple[np.ndarray, int]], origin:
 
     Views: 1, or 2 with the encoding of the mirrored image, the same for all. See records.py for the numbers.
     """
-    if (out / MANIFEST).exists():
-        raise UserError(f"{out} already holds latents; remove it or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    shards: list[str] = []
+    shards.make_folder(out, MANIFEST)
     shape: tuple[int, ...] = ()
-    count = 0
-    for shard, members in groupby(enumerate(examples), lambda numbered: numbered[0] // SHARD_SIZE):
-        shards.append(f"latents-{shard:05d}.array_record")
-        writer = ArrayRecordWriter(str(out / shards[-1]), "group_size:1")
-        for _, (moments, label) in members:
+
+    def encoded() -> Iterator[bytes]:
+        nonlocal shape
+        for moments, label in examples:
             shape = shape or moments.shape
             _check(moments, label, shape, origin)
-            record = records.encode(moments, label)
-            digest.update(record)
-            writer.write(record)
-            count += 1
-        writer.close()
-    if not count:
-        raise UserError(f"no latents to write to {out}")
+            yield records.encode(moments, label)
+
+    contents = shards.write(out, "latents", encoded(), SHARD_SIZE)
     layout = {"version": records.VERSION, "views": shape[0], "shape": shape[2:], "dtype": "float16"}
-    contents = {"count": count, "shards": shards, "records_sha256": digest.hexdigest()}
-    manifest = json.loads(json.dumps(layout | contents | asdict(origin)))
-    (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    return manifest
+    return shards.write_manifest(out / MANIFEST, layout | contents | asdict(origin))
 
 
 def _check(moments: np.ndarray, label: int, shape: tuple[int, ...], origin: Origin) -> None:
@@ -84,10 +68,7 @@ def _check(moments: np.ndarray, label: int, shape: tuple[int, ...], origin: Orig
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the latents in `folder`. `UserError` with the command that makes them when there are none."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise UserError(f"no latents in {str(folder)!r}: {MANIFEST} is missing; make them with: {COMMAND}{folder}")
-    return json.loads(path.read_text())
+    return shards.read_manifest(folder / MANIFEST, "latents", COMMAND)
 
 
 @dataclass(frozen=True)

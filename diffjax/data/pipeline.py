@@ -34,8 +34,9 @@ from diffjax.trees import leaves
 class Batches:
     """An iterator of host-local batches, resumable at any batch number.
 
-    Each batch: `image` float32 [b, h, w, c] (pixels in [-1, 1]), `label` int32 [b], `index` int32 [b], the place of the
-    example within the global batch, so that (batch number, index) names it whatever the number of hosts.
+    Each batch: `image` float32 [b, h, w, c] (pixels in [-1, 1]; of codes int32 [b, streams, n]), `label` int32 [b],
+    `index` int32 [b], the place of the example within the global batch, so that (batch number, index) names it whatever
+    the number of hosts.
 
     batch_size  examples of all hosts together; divisible by `process_count`
     flip        mirror left-right with probability 1/2

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffjax.data import draws, embedded
+from diffjax.data import draws, embedded, shards
 from diffjax.data.images import SUFFIXES, FolderExamples, PreparedExamples, class_names, list_images
 from diffjax.data.latents import LatentExamples, Sample, read_manifest
+from diffjax.data.tokens import TokenExamples, choose_view
+from diffjax.data.tokens import read_manifest as read_token_manifest
 from diffjax.errors import UserError
 
 
@@ -45,7 +46,8 @@ class Source:
     channels: int
     num_classes: int  # 0: unlabelled, every label is 0
     fingerprint: dict[str, Any]  # json-able identity: another data set, split or file list has another one
-    # (stored [b, ...], mirrored bool [b], stream positions int64 [b], seed) -> float32 [b, h, w, c] for training
+    # (stored [b, ...], mirrored bool [b], stream positions int64 [b], seed) -> what training sees: float32
+    # [b, h, w, c], or of codes int32 [b, streams, n]
     draw: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray] = pixels
 
 
@@ -69,7 +71,7 @@ def load(data: ConfigDict) -> Source:
 def arrays(source: Source, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The first `limit` (None: all) examples in stored order: images uint8 [n, h, w, c], labels int32 [n]."""
     if source.draw is not pixels:
-        raise UserError(f"data source {source.name} holds latents, not pixels; evaluation needs an image source")
+        raise UserError(f"data source {source.name} holds no pixels; evaluation needs an image source")
     count = len(source.examples) if limit is None else min(limit, len(source.examples))
     examples = [source.examples[i] for i in range(count)]
     return np.stack([example["image"] for example in examples]), np.array(
@@ -246,9 +248,7 @@ def latents(data: ConfigDict) -> Source:
         raise UserError(f"data.scale={data.scale}, but the latents in {root} have scale={manifest['scale']}")
     if data.flip and manifest["views"] == 1:
         raise UserError(f"data.flip=True, but the latents in {root} hold no mirror images; set data.flip=False")
-    records = grain.sources.ArrayRecordDataSource([str(root / shard) for shard in manifest["shards"]])
-    if len(records) != manifest["count"]:
-        raise UserError(f"{root} holds {len(records)} latents, its manifest says {manifest['count']}")
+    records = shards.open_records(root, manifest)
     height, width, channels = manifest["shape"]
     num_classes = manifest["num_classes"] if data.num_classes else 0
     examples = LatentExamples(records, (height, width, channels), num_classes > 0)
@@ -258,10 +258,40 @@ def latents(data: ConfigDict) -> Source:
     return Source("latents", examples, height, channels, num_classes, identity, draw)
 
 
+def tokens(data: ConfigDict) -> Source:
+    """Codes of images in `data.dir`, made by `tokenize`.
+
+    `data.encoder` and `data.codes` must be those of the first stream in the manifest, `data.size` its grid; with
+    `data.channels` 2 the codes of a decoder, `data.decoder_codes`, are read besides. `data.flip` needs codes of the
+    mirrored images. With `data.num_classes` 0 the labels are not read.
+    """
+    root = Path(data.dir)
+    manifest = read_token_manifest(root)
+    streams = manifest["streams"]
+    if data.channels > len(streams):
+        raise UserError(f"data.channels={data.channels}, but the codes in {root} are of {len(streams)} kind(s) alone")
+    found = {"encoder": streams[0]["encoder"]["name"], "codes": streams[0]["codes"]}
+    if data.channels == 2:
+        found["decoder_codes"] = streams[1]["codes"]
+    if wrong := [f"data.{leaf}={data[leaf]}, not {value}" for leaf, value in found.items() if data[leaf] != value]:
+        raise UserError(f"the codes in {root} are others than the config says: {'; '.join(wrong)}")
+    if data.flip and manifest["views"] == 1:
+        raise UserError(f"data.flip=True, but {root} holds no codes of mirrored images; set data.flip=False")
+    grid, views = streams[0]["grid"], manifest["views"]
+    num_classes = manifest["num_classes"] if data.num_classes else 0
+    records = shards.open_records(root, manifest)
+    examples = TokenExamples(records, (views, len(streams), grid**2), data.channels, num_classes > 0)
+    kinds = dict(zip(("features", "decoder"), streams[: data.channels]))
+    identity = {"name": "tokens", "classes": num_classes, "codes": kinds}
+    identity |= {key: manifest[key] for key in ("images", "count", "records_sha256")}
+    return Source("tokens", examples, grid, data.channels, num_classes, identity, choose_view)
+
+
 SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
     "digits": digits,
     "emoji32": emoji32,
     "folder": folder,
     "tfds": tfds,
     "latents": latents,
+    "tokens": tokens,
 }

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from diffjax.errors import UserError
-from diffjax.models import diffit, diffit_unet, dis, dit, udit
+from diffjax.models import diffit, diffit_unet, digit, dis, dit, udit
 
 FAMILIES: dict[str, type[nn.Module]] = {
     "DiT": dit.DiT,
@@ -14,6 +14,7 @@ FAMILIES: dict[str, type[nn.Module]] = {
     "U-DiT": udit.UDiT,
     "DiffiT": diffit.DiffiT,
     "DiffiT-UNet": diffit_unet.DiffiTUNet,
+    "DiGIT": digit.DiGIT,
 }
 
 
@@ -22,7 +23,7 @@ class PublishedModel:
     """A published size: constructor arguments and what is known of it, for 32 x 32 x 4 latents and 1000 classes.
 
     DiffiT-XL/2-512 is for latents of 64 x 64 x 4, DiffiT-CIFAR10 and -FFHQ64 for images of 32 x 32 x 3 and 64 x 64 x 3
-    without classes.
+    without classes. DiGIT is for sequences of 256 codes (256 more of the source in stage 2), without classes.
 
     Attributes:
         params: trainable parameters (DiT's frozen position table not counted).
@@ -72,6 +73,17 @@ def _diffit_unet(size: str, params: int, gmacs: float) -> PublishedModel:
     return PublishedModel("DiffiT-UNet", params, gmacs, "arXiv 2312.02139", kwargs)
 
 
+def _digit(size: str, params: int, gmacs: float, **kwargs: Any) -> PublishedModel:
+    depth, width, heads, codes = digit.SIZES[size]
+    sizes = {"codes": codes, "depth": depth, "width": width, "heads": heads, "norm": "post"}
+    return PublishedModel("DiGIT", params, gmacs, "arXiv 2410.12490", sizes | kwargs)
+
+
+def _digit_stage2(size: str, causal: bool, params: int, gmacs: float) -> PublishedModel:
+    source = {"codes": digit.VQGAN_CODES, "source_codes": digit.SIZES[size][-1]}
+    return _digit(size, params, gmacs, **source, norm="pre", causal=causal)
+
+
 MODELS: dict[str, PublishedModel] = {
     "DiT-S/2": _dit("S", 2, 32_865_056, 6.06),
     "DiT-S/4": _dit("S", 4, 32_920_448, 1.41),
@@ -111,6 +123,13 @@ MODELS: dict[str, PublishedModel] = {
     "DiffiT-CIFAR10_w256": _diffit_unet("CIFAR10_w256", 39_642_659, 16.42),
     "DiffiT-FFHQ64": _diffit_unet("FFHQ64", 44_835_779, 32.21),
     "DiffiT-FFHQ64_l2": _diffit_unet("FFHQ64_l2", 23_810_395, 15.95),
+    "DiGIT-B": _digit("B", 219_377_664, 56.06),
+    "DiGIT-L": _digit("L", 731_879_424, 185.96),
+    "DiGIT-B-stage2-AR": _digit_stage2("B", True, 214_144_000, 112.17),
+    "DiGIT-B-stage2-NAR": _digit_stage2("B", False, 214_144_000, 112.17),
+    "DiGIT-L-stage2-AR": _digit_stage2("L", True, 711_446_016, 368.38),
+    "DiGIT-L-stage2-NAR": _digit_stage2("L", False, 711_446_016, 368.38),
+    "DiGIT-B-VQ": _digit("B", 204_699_648, 54.18, codes=digit.VQGAN_CODES, norm="pre"),
 }
 
 

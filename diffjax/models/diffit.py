@@ -27,6 +27,7 @@ from diffjax.models.layers import (
     LabelEmbed,
     TimeEmbed,
     check_counts,
+    drop,
     normal,
     patchify,
     per_example,
@@ -148,12 +149,6 @@ class FeedForward(nn.Module):
         if keys is not None and self.dropout:
             hidden = drop(hidden, self.dropout, keys)
         return nn.Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="fc2")(hidden)
-
-
-def drop(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
-    """x [b, ...] with its values zeroed with probability `rate`, else divided by 1 - rate; one key [b] per example."""
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(kept, x / (1 - rate), 0)
 
 
 class DiffiTBlock(nn.Module):

@@ -36,6 +36,7 @@ from diffjax.models.layers import (
     modulate,
     patchify,
     sinusoidal_time,
+    uniform,
     unpatchify,
     zeros,
 )
@@ -69,11 +70,6 @@ LOGICAL_AXES: LogicalAxes = (
 # "dots" keeps what is costly, products and scans; convolutions, step sizes and elementwise functions come anew.
 KEPT = ("skip", "in_proj", "x_proj", "mixed", "selective_scan")
 REMAT_POLICIES = layers.REMAT_POLICIES | {"dots": jax.checkpoint_policies.save_only_these_names(*KEPT)}
-
-
-def uniform(bound: float) -> nn.initializers.Initializer:
-    """U(-bound, bound)."""
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def fan_in(gain: float = 1.0) -> nn.initializers.Initializer:

@@ -31,6 +31,11 @@ normal = nn.initializers.normal
 zeros = nn.initializers.zeros_init()
 
 
+def uniform(bound: float) -> nn.initializers.Initializer:
+    """U(-bound, bound)."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def check_counts(module: nn.Module, options: Sequence[str]) -> None:
     """Raise UserError unless these options are positive integers, and `num_classes` is one or 0."""
     for option, least in {**dict.fromkeys(options, 1), "num_classes": 0}.items():
@@ -89,6 +94,12 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 def per_example(value: jax.Array, like: jax.Array) -> jax.Array:
     """value [b, d ...] as [b, 1, ..., d ...], ready to multiply `like` [b, ..., d ...]."""
     return jnp.expand_dims(value, tuple(range(1, 1 + like.ndim - value.ndim)))
+
+
+def drop(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
+    """x [b, ...] with its values zeroed with probability `rate`, else divided by 1 - rate; one key [b] per example."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), 0)
 
 
 class TimeEmbed(nn.Module):

@@ -118,7 +118,7 @@ def fit(
     points = np.asanyarray(points)
     _check(points, k, iterations, seed, init)
     if len(points) > POINTS_PER_CENTROID * k:
-        points = points[perm(len(points), seed, POINTS_PER_CENTROID * k)]
+        points = points[sample(len(points), k, seed)]
     points = np.ascontiguousarray(points, np.float32)
     placed = place(points, mesh)
     origin = {"k": k, "seed": seed, "init": init, "shape": list(points.shape)}
@@ -135,6 +135,11 @@ def fit(
         if progress is not None:
             progress(done.iteration, float(done.objectives[-1]))
     return done
+
+
+def sample(n: int, k: int, seed: int) -> np.ndarray:
+    """The rows, of n, that a fit of k centroids uses, in its order: all, or 256 per centroid; int64."""
+    return perm(n, seed, POINTS_PER_CENTROID * k) if n > POINTS_PER_CENTROID * k else np.arange(n)
 
 
 def _advance(points: Points, done: Fit, iterations: int) -> Fit:

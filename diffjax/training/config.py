@@ -17,7 +17,7 @@ LAYOUT_LEAVES = ("parallel.", "data.workers", "data.threads")
 # What the saved state and data position stand on: these cannot change within a run.
 FIXED_LEAVES = ("seed", "batch_size", "model.", "data.")
 # What configs of earlier versions lack; their other leaves do not say all that this version needs.
-NEWEST_LEAVES = ("diffusion.weighting", "sampling.guidance_weights", "ema.kind", "data.augment")
+NEWEST_LEAVES = ("ema.kind", "data.augment", "optim.name")
 # How a model computes, not what it is.
 COMPUTE_LEAVES = ("model.dtype", "model.remat", "model.attention", "model.scan", "model.depthwise")
 
@@ -93,6 +93,11 @@ def _module(path: Path) -> Any:
 def flatten(config: ConfigDict) -> dict[str, Any]:
     """{"optim.lr": 1e-4, ...} with the values that json gives back."""
     return leaves(json.loads(json.dumps(config.to_dict())))
+
+
+def trained_for(config: ConfigDict) -> dict[str, Any]:
+    """The section that says what the parameters of a run mean: its process, or its codes."""
+    return (config.tokens if "tokens" in config else config.diffusion).to_dict()
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

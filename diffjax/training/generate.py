@@ -47,7 +47,7 @@ def compile_sampler(
 
     jitted = jax.jit(sample, out_shardings=batch_sharding(mesh))
     return functools.partial(
-        jitted, plan=objective.plan, seed=np.uint32(seed), guide_params=guide[1] if guide else None
+        jitted, plan=objective.plan(), seed=np.uint32(seed), guide_params=guide[1] if guide else None
     )
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from clu import parameter_overview
@@ -37,6 +36,7 @@ from diffjax.training import ema, generate
 from diffjax.training.checkpoint import Checkpoints, Snapshots, latest_step
 from diffjax.training.interrupt import StopRequest
 from diffjax.training.metrics import NonFiniteError, Reporter
+from diffjax.training.objective import example
 from diffjax.training.setup import Setup, build
 from diffjax.training.state import TrainState
 
@@ -225,10 +225,12 @@ class SampleGrid:
         self._setup, self._folder = setup, workdir / "samples"
         config = setup.config
         self._num = config.evals.samples.num if config.evals.samples.every_steps else 0
-        if self._num and config.data.channels not in (1, 3):
+        if not self._num:
+            return
+        if setup.objective.makes != "pictures":
             raise UserError(
-                f"evals.samples draws pictures, but data.channels = {config.data.channels}; "
-                "set evals.samples.every_steps=0 for latents"
+                f"evals.samples draws pictures, and this model makes {setup.objective.makes}; "
+                "set evals.samples.every_steps=0"
             )
         self._sampler = generate.compile_sampler(setup.objective, setup.model, setup.mesh, config.seed)
 
@@ -271,11 +273,7 @@ def open_batches(config: ConfigDict, start: int = 0) -> pipeline.Batches:
 
 def step_flops(setup: Setup) -> float:
     """Model FLOPs of one training step: 3 x the forward pass, 2 per multiply-accumulate, no recomputation."""
-    data = setup.config.data
-    x = jax.ShapeDtypeStruct((1, data.size, data.size, data.channels), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.float32)
-    y = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return 6.0 * setup.config.batch_size * count_macs(setup.apply, setup.abstract.params, x, t, y)
+    return 6.0 * setup.config.batch_size * count_macs(setup.apply, setup.abstract.params, *example(setup.config))
 
 
 def _initial_or_restored(setup: Setup, checkpoints: Checkpoints, batches: pipeline.Batches) -> tuple[TrainState, int]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -20,7 +19,16 @@ from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import batch_sharding, check_batch, check_processes, make_mesh, replicated
 from diffjax.training import ema
-from diffjax.training.objective import EXTRA_AXES, Apply, Objective, bind, build_model, build_objective, init_extra
+from diffjax.training.objective import (
+    EXTRA_AXES,
+    Apply,
+    Objective,
+    bind,
+    build_model,
+    build_objective,
+    example,
+    init_extra,
+)
 from diffjax.training.optimizer import optimizer
 from diffjax.training.state import TrainState, initial_state, state_shardings, with_shardings
 from diffjax.training.step import train_step
@@ -101,10 +109,7 @@ def build(config: ConfigDict, devices: Any = None) -> Setup:
 
 def init_params(model: nn.Module, config: ConfigDict, key: jax.Array) -> Any:
     """Fresh parameters of the backbone, traced on one blank example, and of the loss."""
-    data = config.data
-    x = jnp.zeros((1, data.size, data.size, data.channels))
-    y = jnp.zeros((1,), jnp.int32) if data.num_classes else None
-    return {**model.init(key, x, jnp.zeros((1,)), y)["params"], **init_extra(config)}
+    return {**model.init(key, *example(config))["params"], **init_extra(config)}
 
 
 def abstract_params(config: ConfigDict, mesh: Mesh) -> Any:

@@ -79,7 +79,7 @@ def reconstruct(workdir: Path, sigma_rel: float, out: Path, step: int | None = N
         )
     params = jax.tree.map(np.float32, ema.combine(_trees(snapshots, steps, tracks), coefficients))
     origin = {"workdir": str(workdir), "step": step, "sigma_rel": sigma_rel, "snapshots": steps, "tracks": tracks}
-    process = {"process": config.diffusion.to_dict()}  # with which alone the parameters make sense
+    process = {"process": configs.trained_for(config)}  # with which alone the parameters make sense
     return store.save(out, module, params, {**origin, **process, "profile_error": error})
 
 

@@ -30,7 +30,8 @@ from diffjax.parallel.mesh import make_mesh, replicated
 from diffjax.training import config as configs
 from diffjax.training import generate
 from diffjax.training.checkpoint import Checkpoints
-from diffjax.training.objective import build_model, build_objective, build_process
+from diffjax.training.objective import build_model, build_objective
+from diffjax.training.objective.diffusion import build_process
 from diffjax.training.setup import abstract_params
 from diffjax.verbs import local_path
 from diffjax.weights import store
@@ -65,12 +66,9 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError(f"--out={out}: give a file that ends in .npz")
     mesh = make_mesh({"data": -1})
     config, params, origin = _load(values, overrides, mesh)
-    if config.data.channels not in (1, 3) and not values.raw:
-        raise UserError(
-            f"sample: this model makes latents of {config.data.channels} channels, not pictures; "
-            "--raw writes them as they are"
-        )
     model, objective = build_model(config), build_objective(config, autoguided=bool(values.guide))
+    if objective.makes != "pictures" and not values.raw:
+        raise UserError(f"sample: this model makes {objective.makes}, not pictures; --raw writes them as they are")
     guide = load_guide(local_path("guide", values.guide), config, mesh) if values.guide else None
     guided = {"guide": guide[2]} if guide else {}
     labels = _labels(values, config.data.num_classes)
@@ -147,7 +145,7 @@ def load_guide(folder: Path, config: ConfigDict, mesh: Any) -> tuple[nn.Module, 
     """A network, its parameters, replicated over the mesh, and their origin, that can guide the model of `config`."""
     if (folder / "config.json").is_file():
         other, params, origin = load_run(folder, [], mesh)
-        check_process("guide", folder, other.diffusion.to_dict(), config)
+        check_process("guide", folder, configs.trained_for(other), config)
         model: Any = build_model(other)
     else:
         model, arrays, made = store.load(folder)
@@ -167,8 +165,10 @@ def check_process(flag: str, folder: Path, process: dict[str, Any] | None, confi
 
     process: the `diffusion` section it was trained with; None where nobody recorded it, as with public checkpoints.
     """
-    if process is None:
+    if process is None or process == configs.trained_for(config):
         return
+    if "tokens" in config or "process" not in process:
+        raise UserError(f"--{flag}={folder} was trained for something else: {process}")
     other = ConfigDict({"diffusion": process})
     plans = [jax.tree.leaves(samplers.plan(build_process(each), "edm", 4)) for each in (config, other)]
     if not all(np.array_equal(*pair) for pair in zip(*plans)):
@@ -209,7 +209,7 @@ def describe(
         "data": config.data.name,
         "origin": origin,
         **({"guide": guide} if guide else {}),
-        "process": config.diffusion.to_dict(),
+        "process": configs.trained_for(config),
         "sampling": config.sampling.to_dict() | guided,
         **settings,
         "rounding": samples.ROUNDING,

@@ -28,7 +28,8 @@ from diffjax.evaluation import pixels, plot, protocol, samples
 from diffjax.parallel import hosts
 from diffjax.parallel.mesh import make_mesh
 from diffjax.training import generate
-from diffjax.training.objective import build_model, build_objective, build_process, sampling_plan
+from diffjax.training.objective import build_model, build_objective
+from diffjax.training.objective.diffusion import build_process, sampling_plan
 from diffjax.verbs import local_path
 from diffjax.verbs.evaluate import reference_set
 from diffjax.verbs.sample import describe, describe_form, load_run, make_folder

@@ -8,10 +8,17 @@ import flax.linen as nn
 import numpy as np
 
 from diffjax.errors import UserError
-from diffjax.weights import diffit, dinov2, dis, dit, udit, vqgan
+from diffjax.weights import diffit, digit, dinov2, dis, dit, udit, vqgan
 
-FAMILIES: dict[str, ModuleType] = {"dit": dit, "dis": dis, "udit": udit, "diffit": diffit}
-FAMILIES |= {"dinov2": dinov2, "vqgan": vqgan}  # frozen networks
+FAMILIES: dict[str, ModuleType | digit.Family] = {
+    "dit": dit,
+    "dis": dis,
+    "udit": udit,
+    "diffit": diffit,
+    **{family.name: family for family in (digit.STAGE1, digit.STAGE2_AR, digit.STAGE2_NAR)},
+    "dinov2": dinov2,
+    "vqgan": vqgan,
+}
 
 
 def from_reference(family: str, state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Module, dict[str, Any]]:

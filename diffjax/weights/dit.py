@@ -115,8 +115,7 @@ def arguments(family: str, sizes: mapping.Sizes, config: dict[str, Any], told: d
     shape = {"patch_size": sizes["p"], "in_channels": sizes["c"], "hidden_size": width, "depth": depth}
     told = told | shape | {"learn_sigma": sizes["o"] == 2 * sizes["c"], "num_classes": rows - null}
     if not (ratio := config.get("mlp_ratio")) or int(width * ratio) != hidden:
-        ratio = hidden / width
-        told["mlp_ratio"] = ratio = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+        told["mlp_ratio"] = ratio = mapping.ratio(hidden, width)
     mapping.check_agreement(family, told, config)
     if rows == null:
         raise UserError(f"{family}: a label table of {rows} rows has no class beside the null class")

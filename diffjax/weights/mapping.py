@@ -118,6 +118,12 @@ def check_agreement(family: str, told: Mapping[str, Any], config: Mapping[str, A
             raise UserError(f"{family}: {name} = {config[name]} contradicts the weights, whose shapes say {value}")
 
 
+def ratio(hidden: int, width: int) -> float:
+    """A number that makes `hidden` of `width`: int(width * ratio) == hidden."""
+    quotient = hidden / width
+    return quotient if int(width * quotient) == hidden else math.nextafter(quotient, math.inf)
+
+
 def has_null(rows: int, config: Mapping[str, Any]) -> bool:
     """Whether a label table has a row for the null class, which the references of DiT and DiS add when labels are
     dropped in training: their default."""

@@ -310,7 +310,7 @@ def _mlp_ratio(sizes: mapping.Sizes, present: set[str], config: dict[str, Any]) 
     given = config.get("mlp_ratio")
     if given and int(width * given) == hidden:
         return given
-    return hidden / width if int(width * (hidden / width)) == hidden else math.nextafter(hidden / width, math.inf)
+    return mapping.ratio(hidden, width)
 
 
 def _heads(width: int, config: dict[str, Any]) -> int:

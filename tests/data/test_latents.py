@@ -135,7 +135,7 @@ def test_unlabelled_and_fingerprint(stored, tmp_path):
     assert {source.examples[i]["label"] for i in range(COUNT)} == {0}
     write_latents(tmp_path / "other", examples()[::-1], ORIGIN)
     assert sources.load(section(tmp_path / "other")).fingerprint != sources.load(section(stored)).fingerprint
-    with pytest.raises(UserError, match="holds latents, not pixels"):
+    with pytest.raises(UserError, match="holds no pixels"):
         sources.arrays(source)
 
 
@@ -151,12 +151,12 @@ def test_refusals_when_reading(stored, tmp_path):
         sources.load(section(tmp_path / "plain"))
     manifest = read_manifest(stored)
     (stored / "latents.json").write_text(json.dumps(manifest | {"shards": manifest["shards"][:2]}))
-    with pytest.raises(UserError, match="holds 8 latents, its manifest says 10"):
+    with pytest.raises(UserError, match="holds 8 records, its manifest says 10"):
         sources.load(section(stored))
 
 
 def test_refusals_when_writing(stored, tmp_path):
-    with pytest.raises(UserError, match="already holds latents"):
+    with pytest.raises(UserError, match="already holds a latents.json"):
         write_latents(stored, examples(), ORIGIN)
     with pytest.raises(UserError, match="no latents to write"):
         write_latents(tmp_path / "a", [], ORIGIN)

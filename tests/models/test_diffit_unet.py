@@ -9,8 +9,8 @@ import pytest
 
 from diffjax import models, rng
 from diffjax.errors import UserError
-from diffjax.models.diffit import drop
 from diffjax.models.diffit_unet import SIZES, fourier_time, positional_time
+from diffjax.models.layers import drop
 from diffjax.ops.attention import attention
 from diffjax.ops.macs import count_macs
 from diffjax.parallel.mesh import make_mesh

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from diffjax import models
 from diffjax.errors import UserError
+from diffjax.models.digit import DiGIT
 from diffjax.parallel.mesh import make_mesh
 from diffjax.parallel.rules import STRATEGIES, constrain, key_path, shardings
 from diffjax.training.optimizer import optimizer
@@ -20,13 +21,16 @@ from tests.programs import tiny_config
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "shardings"
 MESHES = {"dp": {"data": 8}, "fsdp": {"fsdp": 8}, "fsdp_tp": {"data": 2, "fsdp": 2, "tensor": 2}}
-LARGE = ("dit-xl-2", "dis-h-2", "diffit-xl-2")
+LARGE = ("dit-xl-2", "dis-h-2", "diffit-xl-2", "digit-l", "digit-l-stage2-ar")
 
 
 def abstract_params(name, **kwargs):
     model = models.create(name, **kwargs)
-    x, t, y = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    return model, jax.eval_shape(model.init, jax.random.key(0), x, t, y)["params"]
+    inputs = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    if isinstance(model, DiGIT):
+        codes = jnp.zeros((1, 256), jnp.int32)
+        inputs = codes, None, codes
+    return model, jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
 
 def specs(tree):

@@ -8,7 +8,7 @@ import pytest
 from diffjax import rng
 from diffjax.parallel.mesh import make_mesh
 from diffjax.training import generate
-from diffjax.training.objective import build_process, sampling_plan
+from diffjax.training.objective.diffusion import build_process, sampling_plan
 from diffjax.training.setup import build
 from diffjax.verbs import sample
 from tests.programs import tiny_config

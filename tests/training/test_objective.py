@@ -12,15 +12,8 @@ from diffjax.diffusion import PROCESSES, create_process, samplers, weighting
 from diffjax.errors import UserError
 from diffjax.ops import augment
 from diffjax.training.loop import open_batches
-from diffjax.training.objective import (
-    bind,
-    build_model,
-    build_objective,
-    build_process,
-    init_extra,
-    parse_pairs,
-    sampling_plan,
-)
+from diffjax.training.objective import bind, build_model, build_objective, init_extra
+from diffjax.training.objective.diffusion import build_process, parse_pairs, sampling_plan
 from diffjax.training.setup import build, init_params
 from tests.programs import tiny_config
 
@@ -276,7 +269,7 @@ LABELS, KEYS = jnp.array([0, 3]), rng.per_example(jax.random.key(5), jnp.arange(
 def drawn(c, guide=None, apply=network, **given):
     objective = build_objective(c, autoguided=guide is not None)
     sample = jax.jit(lambda keys, plan: objective.sample(apply, 0.5, LABELS, keys, plan, guide))
-    return np.asarray(sample(KEYS, given.get("plan", objective.plan)))
+    return np.asarray(sample(KEYS, given.get("plan", objective.plan())))
 
 
 @pytest.mark.parametrize("process, sampler", [(p, s) for p in SPANS for s in SPANS[p]])
@@ -293,7 +286,7 @@ def test_every_sampler_is_named_above():
 
 def test_options_reach_the_sampler():
     for sampler, options in (("ddim", "eta=1"), ("edm", "churn=40,churn_min=0.05"), ("sde_heun", "last_step=tweedie")):
-        with_, without = (build_objective(small("flow_linear", sampler, options=o)).plan for o in (options, ""))
+        with_, without = (build_objective(small("flow_linear", sampler, options=o)).plan() for o in (options, ""))
         pairs = zip(jax.tree.leaves(with_), jax.tree.leaves(without))
         assert any(a.shape != b.shape or (a != b).any() for a, b in pairs), sampler
 

@@ -89,13 +89,18 @@ def test_schedules():
     inverse = ("optim.schedule=inverse_sqrt", "optim.decay_after_steps=25")
     lr = schedule(tiny_config("optim.lr=2.0", "optim.warmup_steps=10", *inverse).optim, 110)
     np.testing.assert_allclose([lr(0), lr(5), lr(10), lr(25), lr(100)], [0, 1, 2, 2, 1], atol=1e-6)
+    optim = tiny_config("optim.lr=2.0", "optim.warmup_steps=10", "optim.warmup_from=1.0").optim
+    np.testing.assert_allclose([schedule(optim, 110)(step) for step in (0, 5, 10)], [1, 1.5, 2], atol=1e-6)
+    with pytest.raises(ValueError, match="warmup_from = 1.0 has no effect without optim.warmup_steps"):
+        schedule(tiny_config("optim.warmup_steps=0", "optim.warmup_from=1.0").optim, 110)
 
 
 def test_other_options_keep_the_tree_of_states():
     params = {"w": jnp.zeros(3)}
-    options = ((), ("optim.clip=1.0",), ("optim.clip=0.0", "optim.schedule=constant", "optim.warmup_steps=0"))
+    constant = ("optim.clip=0.0", "optim.schedule=constant", "optim.warmup_steps=0")
+    options = ((), ("optim.clip=1.0",), constant, ("optim.name=fairseq_adam",))
     trees = [jax.tree.structure(optimizer(tiny_config(*o).optim, 10).init(params)) for o in options]
-    assert trees[0] == trees[1] == trees[2]
+    assert all(tree == trees[0] for tree in trees)
 
 
 def test_clipping_bounds_the_gradient_and_unknown_schedules_are_errors():
@@ -108,3 +113,22 @@ def test_clipping_bounds_the_gradient_and_unknown_schedules_are_errors():
     np.testing.assert_allclose(clipped["w"], scaled["w"], rtol=1e-5)
     with pytest.raises(ValueError, match="valid: constant, cosine"):
         optimizer(tiny_config("optim.schedule=step").optim, 10)
+
+
+def test_fairseq_s_adam_and_clipping():
+    """Two steps by hand: epsilons stand beside the norm and beside sqrt(v), and every parameter decays."""
+    lr, b1, b2, eps, decay, limit = 0.1, 0.9, 0.98, 0.05, 0.01, 1.0
+    leaves = (f"lr={lr}", f"b1={b1}", f"b2={b2}", f"eps={eps}", f"weight_decay={decay}", f"clip={limit}")
+    others = ("name=fairseq_adam", "schedule=constant", "warmup_steps=0")
+    optim = optimizer(tiny_config(*(f"optim.{leaf}" for leaf in (*leaves, *others))).optim, 10)
+    w, m, v = np.array([1.0, -2.0]), 0.0, 0.0
+    params, state = {"bias": jnp.asarray(w, jnp.float32)}, optim.init({"bias": jnp.zeros(2)})
+    for t, g in enumerate((np.array([3.0, 4.0]), np.array([1e-7, 0.0])), 1):
+        updates, state = optim.update({"bias": jnp.asarray(g, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+        g = g * min(1.0, limit / (np.linalg.norm(g) + 1e-6))
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        w = w - lr * decay * w - lr * np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + eps)
+        np.testing.assert_allclose(params["bias"], w, rtol=1e-5)
+    with pytest.raises(ValueError, match="optim.name = 'sgd' is unknown; valid: adamw, fairseq_adam"):
+        optimizer(tiny_config("optim.name=sgd").optim, 10)

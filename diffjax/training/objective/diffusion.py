@@ -1,16 +1,11 @@
-"""Objectives: what a run optimises and how it makes images, as pure functions.
+"""The objective of the diffusion backbones: the loss of a process, and its samplers with guidance.
 
-    loss(apply, params, batch, key) -> (scalar, metrics)          batch: image [b,h,w,c], label [b], index [b]
-    sample(apply, params, labels, keys) -> images [b,h,w,c]       one key per image
-
-`apply(params, x, t, y, train=False, keys=None, augment=None)` is the backbone; in training it gets one key per example
-and, where the config asks for augmented images, how each of them was. The training loop knows nothing else of the
-method.
+The backbone is `apply(params, x, t, y, train=False, keys=None, augment=None)`; in training it gets one key per example
+and, where the config asks for augmented images, how each of them was.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -25,26 +20,8 @@ from diffjax.diffusion.samplers import AdaptivePlan, Plan
 from diffjax.diffusion.tables import AnyProcess
 from diffjax.errors import UserError
 from diffjax.ops import augment
+from diffjax.training.objective.base import Apply, Objective
 from diffjax.training.step import Batch, Metrics
-
-Apply = Callable[..., jax.Array]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What `build_objective` makes of a config.
-
-    Attributes:
-        loss: see the module docstring.
-        sample: (apply, params, labels [b], keys [b], plan=None, guide=None) -> images. Another plan of the same process
-            and sampler may take the place of `plan`; whether guidance is in the program at all is the config's word.
-            `guide(x, t, y)` is a worse denoiser, with its parameters bound, for autoguidance.
-        plan: of the config's sampler, to be an argument of a jitted function.
-    """
-
-    loss: Callable[[Apply, Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
-    sample: Callable[..., jax.Array]
-    plan: Plan | AdaptivePlan
 
 
 def build_model(config: ConfigDict) -> nn.Module:
@@ -98,7 +75,8 @@ def build_objective(config: ConfigDict, *, autoguided: bool = False) -> Objectiv
             f"sampling.clip limits x0, which sampler {sampling.sampler!r} does not go through; valid: false, or "
             f"sampling.sampler of {', '.join(samplers.THROUGH_X0)}"
         )
-    return Objective(_training_loss(config, process), _sampler(config, plan), plan)
+    makes = "pictures" if config.data.channels in (1, 3) else f"latents of {config.data.channels} channels"
+    return Objective(_training_loss(config, process), _sampler(config), lambda: plan, makes)
 
 
 def _check_augment(config: ConfigDict) -> None:
@@ -179,22 +157,11 @@ def _number_or_word(text: str) -> int | float | str:
     return text
 
 
-def bind(model: nn.Module) -> Apply:
-    """`apply(params, x, t, y, train=False, keys=None, augment=None)` of a model; most take no `augment`."""
-
-    def apply(
-        params: Any,
-        x: jax.Array,
-        t: jax.Array,
-        y: jax.Array | None,
-        train: bool = False,
-        keys: jax.Array | None = None,
-        augment: jax.Array | None = None,
-    ) -> Any:
-        told: dict[str, Any] = {} if augment is None else {"augment": augment}
-        return model.apply({"params": params}, x, t, y, train=train, keys=keys, **told)
-
-    return apply
+def example(config: ConfigDict) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Blank x, t and y of one example."""
+    data = config.data
+    y = jnp.zeros((1,), jnp.int32) if data.num_classes else None
+    return jnp.zeros((1, data.size, data.size, data.channels)), jnp.zeros((1,)), y
 
 
 def init_extra(config: ConfigDict) -> dict[str, Any]:
@@ -237,7 +204,7 @@ def _training_loss(config: ConfigDict, process: Any) -> Callable:
     return loss
 
 
-def _sampler(config: ConfigDict, own: Plan | AdaptivePlan) -> Callable:
+def _sampler(config: ConfigDict) -> Callable:
     sampling, data = config.sampling, config.data
     shape = (data.size, data.size, data.channels)
     channels = sampling.guidance_channels or None
@@ -248,7 +215,7 @@ def _sampler(config: ConfigDict, own: Plan | AdaptivePlan) -> Callable:
         params: Any,
         labels: jax.Array,
         keys: jax.Array,
-        plan: Plan | AdaptivePlan | None = None,
+        plan: Plan | AdaptivePlan,
         guide: Callable[..., jax.Array] | None = None,
     ) -> jax.Array:
         def network(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
@@ -266,6 +233,6 @@ def _sampler(config: ConfigDict, own: Plan | AdaptivePlan) -> Callable:
                 network, labels, data.num_classes, channels=channels, calls=sampling.guidance_calls or "one", skip=skip
             )
         x, noise = samplers.initial_noise(keys, shape), samplers.step_noise(keys, shape)
-        return samplers.sample(own if plan is None else plan, denoise, x, noise, sampling.clip)
+        return samplers.sample(plan, denoise, x, noise, sampling.clip)
 
     return sample

@@ -1,0 +1,416 @@
+"""DiGIT: a transformer over the codes of an image, one code after the other (arXiv 2410.12490).
+
+    x = sqrt(d) E[token] + P[place]
+    x = LN(x + Attention(x)),   x = LN(x + Mlp(x))                                       (norm "post": stage 1)
+    x = x + Attention(LN(x)),   x = x + Mlp(LN(x)),   and one LN after the last block    (norm "pre": stage 2)
+    logits = W x
+
+Three uses of one module:
+
+    stage 1            [start, s_1 .. s_n]                 causal; start is </s>, or the row of the class
+    stage 2            [r_1 .. r_m | </s>, v_1 .. v_n]     causal; the source r has tables of its own
+    stage 2, masked    [r_1 .. r_m | </s>, v_1 .. v_n]     every place sees every other; some v are hidden
+
+Codes of stage 1 are clusters of image features; stage 2 turns them (r) into codes of a decoder to pixels (v). A causal
+model's output at a place predicts the next one and at the last </s>; a masked model's predicts the code at its place.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from diffjax import rng
+from diffjax.errors import UserError
+from diffjax.models.layers import DTYPES, REMAT_POLICIES, check_counts, drop, normal, uniform
+from diffjax.ops.attention import IMPLEMENTATIONS, attention, cached_attention
+from diffjax.ops.dictionary import END, MASK, NO_CODE, PAD, SPECIALS
+from diffjax.parallel.rules import LogicalAxes, constrain
+
+# Depth, width, heads, codes of stage 1. The heads of L are not published; they change no parameter count.
+SIZES = {"B": (16, 1024, 16, 8192), "L": (24, 1536, 16, 16384)}
+VQGAN_CODES = 1024  # of stage 2
+
+NORMS = ("post", "pre")
+FIRST_PLACE = PAD + 1  # the tables of positions begin with rows that no place has, as fairseq's do
+
+LOGICAL_AXES: LogicalAxes = (
+    (r"token_embed", ("vocab", "embed")),
+    (r"positions", (None, "embed")),
+    (r"attention/(query|key|value)/kernel", ("embed", "heads", "kv")),
+    (r"attention/(query|key|value)/bias", ("heads", "kv")),
+    (r"attention/out/kernel", ("heads", "kv", "embed")),
+    (r"mlp/fc1/kernel", ("embed", "mlp")),
+    (r"mlp/fc1/bias", ("mlp",)),
+    (r"mlp/fc2/kernel", ("mlp", "embed")),
+    (r"output/kernel", ("embed", "vocab")),
+    (r"bias", (None,)),
+    (r"scale", (None,)),
+)
+
+
+class Cache(NamedTuple):
+    """What decoding keeps of the places it has seen.
+
+    Attributes:
+        keys, values: [layers, b, heads, m, k] in the compute dtype, with room for m places.
+        filled: how many of them are there. target: how many of these are of the target, the start included.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    filled: jax.Array
+    target: jax.Array
+
+
+def table(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """N(0, 1/d) for embeddings [rows, d]; zeros for the padding, which no sequence has and no gradient reaches."""
+    return normal(shape[1] ** -0.5)(key, shape).at[PAD].set(0.0)
+
+
+def affine_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm with epsilon 1e-5 and statistics in float32."""
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def grow(cache: Cache, places: int) -> Cache:
+    """The cache with room for so many more places."""
+
+    def padded(buffer: jax.Array) -> jax.Array:
+        buffer = jnp.pad(buffer, ((0, 0), (0, 0), (0, 0), (0, places), (0, 0)))
+        return constrain(buffer, None, "batch", "heads")
+
+    return cache._replace(keys=padded(cache.keys), values=padded(cache.values))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; x [b, n, d] -> ([b, n, d], cache).
+
+    With a cache, x is what follows the places in it: their keys and values are read, those of x are added.
+    """
+
+    heads: int
+    dtype: Any
+    causal: bool
+    implementation: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Cache | None, layer: jax.Array) -> tuple[jax.Array, Cache | None]:
+        d = x.shape[-1]
+        features = (self.heads, d // self.heads)
+        # The reference's range, half the variance of Xavier's, and PyTorch's default for biases.
+        inits: dict[str, Any] = {"kernel_init": uniform(math.sqrt(1.5 / d)), "bias_init": uniform(d**-0.5)}
+        dense = functools.partial(nn.DenseGeneral, features, dtype=self.dtype, **inits)
+        q, k, v = (constrain(dense(name=n)(x), "batch", "length", "heads") for n in ("query", "key", "value"))
+        if cache is None:
+            x = attention(q, k, v, causal=self.causal, implementation=self.implementation)
+        else:
+            cache = _remember(cache, k, v, layer)
+            x = cached_attention(q, cache.keys[layer], cache.values[layer], cache.filled)
+        out = nn.DenseGeneral(d, axis=(-2, -1), kernel_init=uniform(math.sqrt(3 / d)), dtype=self.dtype, name="out")
+        return out(x), cache
+
+
+def _remember(cache: Cache, k: jax.Array, v: jax.Array, layer: jax.Array) -> Cache:
+    """The cache with k, v [b, n, heads, k] of one layer behind what it has; all layers share one buffer, so that
+    nothing else of it is written."""
+
+    def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
+        new = rearrange(new, "b n heads k -> 1 b heads n k").astype(buffer.dtype)
+        buffer = jax.lax.dynamic_update_slice(buffer, new, (layer, 0, 0, cache.filled, 0))
+        return constrain(buffer, None, "batch", "heads")
+
+    return cache._replace(keys=write(cache.keys, k), values=write(cache.values, v))
+
+
+class Mlp(nn.Module):
+    """Linear -> GELU (exact, in float32) -> Linear; [b, n, d] -> [b, n, d]; PyTorch's default initialisation."""
+
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d = x.shape[-1]
+        for features, name in ((self.hidden, "fc1"), (d, "fc2")):
+            init = uniform(x.shape[-1] ** -0.5)
+            x = nn.Dense(features, kernel_init=init, bias_init=init, dtype=self.dtype, name=name)(x)
+            if name == "fc1":
+                x = constrain(x, "batch", "length", "mlp")
+                x = nn.gelu(x.astype(jnp.float32), approximate=False).astype(self.dtype)
+        return x
+
+
+class DiGITBlock(nn.Module):
+    heads: int
+    hidden: int
+    dtype: Any
+    attention: str
+    norm: str
+    causal: bool
+    dropout: float
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, keys: jax.Array | None
+    ) -> tuple[tuple[jax.Array, Cache | None], jax.Array]:
+        """carry = (x [b, n, d], cache), its own number, keys [b] in training with dropout -> (carry, the mean of its
+        input over all places, float32 [b, d])."""
+        x, cache = carry
+        x = constrain(x, "batch", "length", "embed")
+        mean = jnp.mean(x.astype(jnp.float32), axis=1)
+        pre = self.norm == "pre"
+        attention_norm, mlp_norm = affine_norm(self.dtype, "attention_norm"), affine_norm(self.dtype, "mlp_norm")
+        attend = SelfAttention(self.heads, self.dtype, self.causal, self.attention, name="attention")
+        h, cache = attend(attention_norm(x) if pre else x, cache, layer)
+        x = x + self._dropped(h, keys, "attention")
+        x = constrain(x if pre else attention_norm(x), "batch", "length", "embed")
+        h = Mlp(self.hidden, self.dtype, name="mlp")(mlp_norm(x) if pre else x)
+        x = x + self._dropped(h, keys, "mlp")
+        return (constrain(x if pre else mlp_norm(x), "batch", "length", "embed"), cache), mean
+
+    def _dropped(self, h: jax.Array, keys: jax.Array | None, place: str) -> jax.Array:
+        return h if keys is None else drop(h, self.dropout, rng.fold_name(keys, place))
+
+
+class DiGIT(nn.Module):
+    """The backbone; see the module docstring. Codes are 0 .. codes - 1, in and out; a code out of range gives NaN.
+
+    Attributes:
+        codes: how many there are to predict; logits have a column for each, after those of the `SPECIALS`.
+        mlp_ratio: hidden width of the feed-forward network over `width`.
+        source_codes: of a second stage, how many codes its source has; 0: a first stage, without a source.
+        num_classes: of a first stage; 0 for an unconditional model.
+        null_class: one more label, index `num_classes`, for classifier-free guidance, which the paper does not use.
+        length: places that a source, or a target with its start, may have.
+        norm: "post": a LayerNorm after every sum, none at the end; "pre": before every map, and one at the end.
+        causal: each place sees itself and what precedes it; without, all places, for decoding of hidden codes.
+        dropout: rate for the embeddings and for what each block adds, in training.
+        dtype: compute dtype, "float32" or "bfloat16"; logits are float32.
+        remat: what a block keeps for its backward pass: "none" = everything, "dots" = matrix products without batch
+            dimensions, "full" = nothing but its input.
+        attention: implementation of `diffjax.ops.attention`.
+    """
+
+    codes: int
+    depth: int
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    source_codes: int = 0
+    num_classes: int = 0
+    null_class: bool = False
+    length: int = 1024
+    norm: str = "post"
+    causal: bool = True
+    dropout: float = 0.1
+    dtype: str = "float32"
+    remat: str = "dots"
+    attention: str = "xla"
+
+    logical_axes = LOGICAL_AXES
+
+    def validate(self) -> None:
+        """Raise UserError for options that exclude each other, before anything is traced."""
+        choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": IMPLEMENTATIONS, "norm": NORMS}
+        for option, valid in choices.items():
+            if getattr(self, option) not in valid:
+                raise UserError(f"DiGIT: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
+        check_counts(self, ("codes", "depth", "width", "heads", "length"))
+        if not isinstance(self.source_codes, int) or self.source_codes < 0:
+            raise UserError(f"DiGIT: source_codes = {self.source_codes!r}; valid: 0 (no source) or a positive integer")
+        if self.width % self.heads:
+            raise UserError(f"DiGIT: width = {self.width} is not divisible by heads = {self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"DiGIT: dropout = {self.dropout}; valid: 0 to below 1")
+        if self.source_codes and self.num_classes:
+            raise UserError(f"DiGIT: a model with a source takes no labels; num_classes = {self.num_classes}, valid: 0")
+        if self.null_class and not self.num_classes:
+            raise UserError("DiGIT: null_class = True needs num_classes above 0")
+
+    def check_input(self, height: int, width: int) -> None:
+        """Raise UserError unless there are places for an image of so many codes, its start and its source."""
+        if height * width >= self.length:
+            raise UserError(
+                f"DiGIT: {height} x {width} codes and their start need {height * width + 1} places; length = "
+                f"{self.length}"
+            )
+
+    def setup(self) -> None:
+        d, vocabulary = self.width, SPECIALS + self.codes
+        more = SPECIALS + self.source_codes if self.source_codes else self.num_classes + self.null_class
+        self.token_embed = self.param("token_embed", table, (vocabulary + more, d))
+        self.positions = self.param("positions", table, (FIRST_PLACE + self.length, d))
+        if self.source_codes:
+            self.source_positions = self.param("source_positions", table, (FIRST_PLACE + self.length, d))
+        block: Any = DiGITBlock
+        if self.remat != "none":
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        stack = nn.scan(
+            block, variable_axes={"params": 0, "intermediates": 0}, split_rngs={"params": True}, length=self.depth
+        )
+        fields = (int(d * self.mlp_ratio), DTYPES[self.dtype], self.attention, self.norm, self.causal, self.dropout)
+        self.blocks = stack(self.heads, *fields)
+        if self.norm == "pre":
+            self.final_norm = affine_norm(DTYPES[self.dtype])
+        # A float32 sum of products in the compute dtype.
+        self.output = nn.Dense(
+            vocabulary,
+            use_bias=False,
+            kernel_init=normal(d**-0.5),
+            dtype=DTYPES[self.dtype],
+            dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+        )
+
+    def __call__(
+        self,
+        codes: jax.Array,
+        y: jax.Array | None = None,
+        source: jax.Array | None = None,
+        train: bool = False,
+        keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of all predictions.
+
+        Args:
+            codes: int32 [b, n]; of a masked model those that are hidden are `NO_CODE`.
+            y: int32 [b], for a model with classes. source: int32 [b, m], for a second stage.
+            keys: typed keys [b], one per example, which say what each drops; with `train` and dropout.
+
+        Returns:
+            float32 [b, n + 1, SPECIALS + codes], row i for code i and the last for the end; of a masked model
+            [b, n, SPECIALS + codes], row i for code i.
+        """
+        x, _ = self.hidden(codes, y, source, train, keys)
+        return self.logits(x[:, -codes.shape[1] - self.causal :])
+
+    def features(self, codes: jax.Array, y: jax.Array | None = None, source: jax.Array | None = None) -> jax.Array:
+        """What a linear probe sees: the input of each block, averaged over all places; float32 [layers, b, d]."""
+        return self.hidden(codes, y, source)[1]
+
+    def hidden(
+        self,
+        codes: jax.Array,
+        y: jax.Array | None = None,
+        source: jax.Array | None = None,
+        train: bool = False,
+        keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What logits are made of, at all places, source first: [b, m + 1 + n, d]; and the `features`."""
+        x = self.embed(codes, y, source)
+        if not (train and self.dropout):
+            keys = None
+        elif keys is None:
+            raise UserError("DiGIT: training with dropout above 0 needs keys, one per example")
+        else:
+            keys = rng.fold_name(keys, "dropout")
+            x = drop(x, self.dropout, rng.fold_name(keys, "embed"))
+        x, _, means = self._run(x, None, keys)
+        return x, means
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[..., d] -> float32 [..., SPECIALS + codes]."""
+        return self.output(x)
+
+    def embed(self, codes: jax.Array, y: jax.Array | None = None, source: jax.Array | None = None) -> jax.Array:
+        """The sequence of the module docstring, embedded: float32 [b, m + 1 + n, d]."""
+        self._check_length("target", codes.shape[1] + 1)
+        tokens = jnp.concatenate([self._start(codes.shape[0], y), self._tokens(codes)], axis=1)
+        x = self._embed(tokens, jnp.arange(tokens.shape[1]), self.positions)
+        if not self.source_codes:
+            return x
+        if source is None:
+            raise UserError(f"this DiGIT has a source of {self.source_codes} codes: it needs them, not None")
+        self._check_length("source", source.shape[1])
+        check_codes(source, self.source_codes, "source code")
+        first = 2 * SPECIALS + self.codes
+        before = self._embed(
+            _entries(source, self.source_codes, first), jnp.arange(source.shape[1]), self.source_positions
+        )
+        return jnp.concatenate([before, x], axis=1)
+
+    def init_cache(self, batch: int, length: int, source_length: int = 0) -> Cache:
+        """An empty cache with room for a source and for the decoding of `length` codes; needs no parameters."""
+        if not self.causal:
+            raise UserError("DiGIT: a masked model (causal = False) has no order to decode in, and no cache")
+        self._check_length("target", length)
+        self._check_length("source", source_length)
+        shape = (self.depth, batch, self.heads, source_length + length, self.width // self.heads)
+        empty = constrain(jnp.zeros(shape, DTYPES[self.dtype]), None, "batch", "heads")
+        return Cache(empty, empty, jnp.int32(0), jnp.int32(0))
+
+    def prefill(
+        self, cache: Cache, y: jax.Array | None = None, source: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Start a sequence: y [b] or source [b, m] -> float32 logits [b, SPECIALS + codes] of the first code."""
+        none = jnp.zeros((cache.keys.shape[1], 0), jnp.int32)
+        return self._next(self.embed(none, y, source), cache)
+
+    def step(self, cache: Cache, codes: jax.Array) -> tuple[jax.Array, Cache]:
+        """Go on by one code each: int32 [b] -> float32 logits [b, SPECIALS + codes] of the next code.
+
+        The cache must have room, which `init_cache` gave to as many codes as its `length`, the last not being fed back.
+        """
+        return self._next(self._embed(self._tokens(codes[:, None]), cache.target[None], self.positions), cache)
+
+    def _next(self, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        n = x.shape[1]
+        x, full, _ = self._run(x, cache, None)
+        # All that is embedded at once ends with the start of the target, or is one code of it.
+        return self.logits(x[:, -1]), full._replace(filled=full.filled + n, target=full.target + 1)
+
+    def _run(self, x: jax.Array, cache: Any, keys: jax.Array | None) -> tuple[jax.Array, Any, jax.Array]:
+        layers = jnp.arange(self.depth)
+        if keys is not None:
+            base = rng.fold_name(keys, "blocks")
+            keys = jax.vmap(lambda layer: rng.fold(base, layer))(layers)
+        (x, cache), means = self.blocks((x.astype(DTYPES[self.dtype]), cache), layers, keys)
+        return self.final_norm(x) if self.norm == "pre" else x, cache, means
+
+    def _start(self, batch: int, y: jax.Array | None) -> jax.Array:
+        """What every target begins with, [b, 1]: the end of the previous one, or the row of the class."""
+        if not self.num_classes:
+            return jnp.full((batch, 1), END)
+        if y is None:
+            raise UserError(f"this DiGIT has {self.num_classes} classes: it needs labels y, not None")
+        rows = self.num_classes + self.null_class
+        check_codes(y, rows, "label")
+        return _entries(y[:, None], rows, SPECIALS + self.codes)
+
+    def _tokens(self, codes: jax.Array) -> jax.Array:
+        check_codes(codes, self.codes, "code", hidden=not self.causal)
+        tokens = _entries(codes, self.codes, SPECIALS)
+        return tokens if self.causal else jnp.where(codes == NO_CODE, MASK, tokens)
+
+    def _embed(self, tokens: jax.Array, places: jax.Array, positions: jax.Array) -> jax.Array:
+        """tokens [b, n] at places [n] -> float32 [b, n, d]."""
+        # Whole on every device for the look-up, as FSDP gathers any weight: rows of a split table would be exchanged.
+        embedding, positions = (constrain(rows, None, None) for rows in (self.token_embed, positions))
+        scaled = math.sqrt(self.width) * jnp.take(embedding, tokens, axis=0)
+        return scaled + jnp.take(positions, FIRST_PLACE + places, axis=0)
+
+    def _check_length(self, part: str, length: int) -> None:
+        if length > self.length:
+            raise UserError(f"DiGIT: a {part} of {length} places (the start included); valid: up to {self.length}")
+
+
+def _entries(codes: jax.Array, count: int, first: int) -> jax.Array:
+    """Entries of the table for codes 0 .. count - 1; for others a row that no table has, whose look-up gives NaN."""
+    codes = jnp.asarray(codes, jnp.int32)
+    return jnp.where((codes >= 0) & (codes < count), first + codes, np.iinfo(np.int32).max)
+
+
+def check_codes(codes: Any, count: int, what: str, hidden: bool = False) -> None:
+    """Raise UserError for codes outside 0 .. count - 1 (or `NO_CODE`), where their values are known: not in a trace."""
+    if isinstance(codes, jax.core.Tracer):
+        return
+    values = np.asarray(codes)
+    wrong = values[((values < 0) | (values >= count)) & ~(hidden & (values == NO_CODE))]
+    if wrong.size:
+        allowed = f"0 to {count - 1}" + (f", or {NO_CODE} where hidden" if hidden else "")
+        raise UserError(f"DiGIT: {what} {wrong[0]}; valid: {allowed}")

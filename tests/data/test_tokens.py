@@ -1,0 +1,118 @@
+"""Folders of codes: what is written is read, of the view that the draw asks for, and mismatches are refused."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from diffjax.data import sources, tokens
+from diffjax.data.pipeline import Batches
+from diffjax.data.tokens import Origin, Stream, write_tokens
+from diffjax.errors import UserError
+from tests.data import configs
+
+COUNT, GRID = 10, 3
+PIXELS = Stream({"name": "pixels", "patch": 2}, codes=50, codebook_sha256="0" * 64, grid=GRID)
+DECODER = Stream({"name": "vqgan", "weights_sha256": "1" * 64}, codes=1000, codebook_sha256="2" * 64, grid=GRID)
+ORIGIN = Origin((PIXELS, DECODER), {"name": "synthetic"}, num_classes=5)
+
+
+def codes(number: int, views: int = 2) -> np.ndarray:
+    """[views, streams, n]: code = number, + 10 for the mirrored image, + 100 for the decoder."""
+    return np.full((views, 2, GRID**2), number) + 10 * np.arange(views)[:, None, None] + 100 * np.arange(2)[:, None]
+
+
+def section(root, **leaves):
+    common = {"size": GRID, "channels": 1, "num_classes": 5, "dir": str(root), "split": "", "flip": True}
+    return configs.section("tokens", **(common | {"encoder": "pixels", "codes": 50, "decoder_codes": 1000} | leaves))
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "SHARD_SIZE", 4)
+    write_tokens(tmp_path, [(codes(number), number % 5) for number in range(COUNT)], ORIGIN)
+    return tmp_path
+
+
+def test_what_is_written_is_read(stored):
+    assert len(list(stored.glob("*.array_record"))) == 3
+    source = sources.load(section(stored, channels=2))
+    for number in range(COUNT):
+        np.testing.assert_array_equal(source.examples[number]["image"], codes(number))
+        assert source.examples[number]["label"] == number % 5
+    assert source.examples[0]["image"].dtype == np.int32
+
+
+def test_a_batch_has_the_view_that_was_drawn_and_the_streams_asked_for(stored):
+    batches = Batches(sources.load(section(stored)), batch_size=8, seed=0, flip=True)
+    batch = next(batches)
+    batches.close()
+    assert batch["image"].shape == (8, 1, GRID**2)
+    values = batch["image"][:, 0, 0]
+    np.testing.assert_array_equal(values % 10 % 5, batch["label"])
+    assert 0 < np.sum(values >= 10) < 8
+
+
+@pytest.mark.parametrize(
+    "leaves, match",
+    [
+        ({"encoder": "dinov2"}, "data.encoder=dinov2, not pixels"),
+        ({"codes": 64}, "data.codes=64, not 50"),
+        ({"channels": 2, "decoder_codes": 1024}, "data.decoder_codes=1024, not 1000"),
+        ({"channels": 3}, "of 2 kind"),
+        ({"size": 4}, "data.size=4, but tokens has size=3"),
+        ({"num_classes": 4}, "data.num_classes=4, but tokens has num_classes=5"),
+        ({"dir": "nowhere"}, "python -m diffjax tokenize"),
+    ],
+)
+def test_a_manifest_that_is_not_what_the_config_says(stored, leaves, match):
+    with pytest.raises(UserError, match=match):
+        sources.load(section(stored, **leaves))
+
+
+def test_mirrored_codes_are_asked_for_and_missing(tmp_path):
+    write_tokens(tmp_path, [(codes(0, views=1), 0)], ORIGIN)
+    with pytest.raises(UserError, match="no codes of mirrored images"):
+        sources.load(section(tmp_path))
+
+
+def test_a_missing_shard_and_a_foreign_record(stored):
+    (stored / "tokens-00001.array_record").unlink()
+    with pytest.raises(UserError, match="lacks tokens-00001"):
+        sources.load(section(stored))
+    with pytest.raises(UserError, match="not a record of codes .* starts with b'JUNK'"):
+        tokens.decode(b"JUNK" + tokens.encode(codes(0), 0, 2, ORIGIN)[4:], (2, 2, GRID**2))
+
+
+@pytest.mark.parametrize(
+    "values, label, match",
+    [
+        (codes(50), 0, r"code 60 is outside the 50 codes"),
+        (-1 - codes(0), 0, r"code -11 is outside"),
+        (codes(0)[:, :1], 0, r"codes have shape \(2, 1, 9\); expected .* \(2, 2, 9\)"),
+        (codes(0), 5, r"label 5 is outside the 5 classes"),
+    ],
+)
+def test_refusals_when_writing(values, label, match):
+    with pytest.raises(UserError, match=match):
+        tokens.encode(values, label, 2, ORIGIN)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"encoder": {"name": "pixels", "patch": 4}}, "source.codes.features.encoder.patch was 2 and is 4"),
+        ({"codebook_sha256": "3"}, "source.codes.features.codebook_sha256 was 0+ and is 3"),
+    ],
+)
+def test_a_run_does_not_go_on_with_codes_of_another_kind(stored, change, match):
+    batches = Batches(sources.load(section(stored)), batch_size=2, seed=0, flip=False)
+    state = json.loads(json.dumps(batches.get_state()))
+    other = replace(ORIGIN, streams=(replace(PIXELS, **change), DECODER))
+    write_tokens(stored, [(codes(number), number % 5) for number in range(COUNT)], other)
+    again = Batches(sources.load(section(stored)), batch_size=2, seed=0, flip=False)
+    with pytest.raises(UserError, match=match):
+        again.set_state(state)
+    for stream in (batches, again):
+        stream.close()
