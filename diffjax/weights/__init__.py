@@ -8,7 +8,7 @@ import flax.linen as nn
 import numpy as np
 
 from diffjax.errors import UserError
-from diffjax.weights import diffit, digit, dis, dit, udit
+from diffjax.weights import diffit, digit, dinov2, dis, dit, udit, vqgan
 
 FAMILIES: dict[str, ModuleType | digit.Family] = {
     "dit": dit,
@@ -16,6 +16,8 @@ FAMILIES: dict[str, ModuleType | digit.Family] = {
     "udit": udit,
     "diffit": diffit,
     **{family.name: family for family in (digit.STAGE1, digit.STAGE2_AR, digit.STAGE2_NAR)},
+    "dinov2": dinov2,
+    "vqgan": vqgan,
 }
 
 
@@ -40,22 +42,24 @@ def to_reference(family: str, module: nn.Module, params: Mapping[str, Any]) -> d
 
 
 def unwrap(checkpoint: Any) -> dict[str, Any]:
-    """The weights inside what a file holds: its "ema", else its "model", else itself, without a prefix "module.".
+    """The weights inside a file: its "ema", "model" or "state_dict", else itself, without a prefix "module.".
 
-    Training checkpoints keep both beside the optimizer; the published results use the averaged weights. The prefix
+    Training checkpoints keep them beside the optimizer; the published results use the averaged weights. The prefix
     comes from saving a model that was wrapped for data parallelism.
     """
     weights = _inner(checkpoint)
     if not any(hasattr(value, "shape") for value in weights.values()):
         found = ", ".join(map(str, checkpoint))[:200] or "nothing"
-        raise UserError(f"the checkpoint holds no weights: found {found}; expected ema, model or named arrays")
+        raise UserError(
+            f"the checkpoint holds no weights: found {found}; expected ema, model, state_dict or named arrays"
+        )
     return weights
 
 
 def _inner(checkpoint: Any) -> dict[str, Any]:
     if not isinstance(checkpoint, Mapping):
         raise UserError(f"the checkpoint holds no weights but a {type(checkpoint).__name__}")
-    candidates = (checkpoint.get("ema"), checkpoint.get("model"), checkpoint)
+    candidates = (*map(checkpoint.get, ("ema", "model", "state_dict")), checkpoint)
     inner: Mapping[str, Any] = next(weights for weights in candidates if isinstance(weights, Mapping))
     prefix = "module." if inner and all(str(key).startswith("module.") for key in inner) else ""
     return {str(key).removeprefix(prefix): value for key, value in inner.items()}

@@ -90,8 +90,19 @@ def to_state_dict(table: Table, sizes: Sizes, params: Mapping[str, Any]) -> dict
         array = np.asarray(flat[path], np.float32)
         layers = array if _placeholders(template) else [array]
         for key, layer in zip(_keys(template, sizes), layers):
-            state_dict[key] = rearrange(layer, f"{ours} -> {theirs}", **_lengths(pattern, sizes))
+            layer = rearrange(layer, f"{ours} -> {theirs}", **_lengths(pattern, sizes))
+            state_dict[key] = np.asarray(layer, order="C")  # safetensors writes the memory as it lies
     return state_dict
+
+
+def part(state_dict: Mapping[str, Any], prefix: str, others: tuple[str, ...]) -> dict[str, Any]:
+    """The weights of one network: those under `prefix`, without it, where there are any, else all.
+
+    others: what keys of the other networks start with, in a file that has the prefix.
+    """
+    if not any(key.startswith(prefix) for key in state_dict):
+        return dict(state_dict)
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if not key.startswith(others)}
 
 
 def check_names(family: str, config: Mapping[str, Any], valid: Sequence[str]) -> None:

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from diffjax import frozen, models
 from diffjax.errors import UserError
-from diffjax.models import FAMILIES, create
 from diffjax.parallel.rules import key_path
 
 
@@ -26,7 +26,7 @@ def save(out: Path, module: nn.Module, params: Any, meta: Mapping[str, Any]) -> 
     """
     out = Path(out)
     refuse_full(out)
-    [name] = [name for name, family in FAMILIES.items() if type(module) is family]
+    [name] = [name for name, family in (models.FAMILIES | frozen.FAMILIES).items() if type(module) is family]
     fields = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
     model = {
         "name": name,
@@ -48,6 +48,7 @@ def load(out: Path) -> tuple[nn.Module, Any, dict[str, Any]]:
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata((Path(out) / "params").absolute()).item_metadata.tree
     params = load_params(out, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
+    create = frozen.create if model["name"] in frozen.FAMILIES else models.create
     return create(model["name"], **model["kwargs"]), params, model
 
 
@@ -106,6 +107,7 @@ def read_model(out: Path) -> dict[str, Any]:
         )
     try:
         model = json.loads(path.read_text())
-        return {"name": model["name"], "kwargs": dict(model["kwargs"]), **model}
-    except (ValueError, TypeError, KeyError) as error:
+        kwargs = {name: tuple(value) if isinstance(value, list) else value for name, value in model["kwargs"].items()}
+        return {**model, "name": model["name"], "kwargs": kwargs}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error

@@ -276,7 +276,10 @@ def test_learning_rates(case):
     np.testing.assert_allclose([rate(step) for step in arrays["lr_cosine_steps"]], arrays[cosine], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("case", [*cases("digit", "sem_tokens"), *cases("digit", "vq")])
+DECODERS = [case for array in ("sem_tokens", "logits_all", "decode_init") for case in cases("digit", array)]
+
+
+@pytest.mark.parametrize("case", DECODERS)
 def test_what_the_shapes_tell_need_not_be_given_and_the_decoder_goes_back(case):
     assert case is not None, "no stored cases"
     module, params, family = load(case)

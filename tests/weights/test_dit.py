@@ -47,6 +47,7 @@ def test_round_trip(kwargs):
 
 def test_keys_and_layout_of_the_reference(state_dict):
     assert len(state_dict) == 12 + 10 * 3
+    assert all(value.flags.c_contiguous for value in state_dict.values())  # as safetensors needs them
     _, params = module_and_params()
     kernel = params["blocks"]["attention"]["qkv"]["kernel"]  # [l, d, h, 3, k]
     # the reference's rows: q of all heads, then k, then v; each head's features together

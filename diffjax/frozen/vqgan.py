@@ -1,0 +1,191 @@
+"""The VQGAN of MaskGIT (arXiv 2202.04200) in MAGE's conversion, between images and 16 x 16 codes of DiGIT's stage 2.
+
+    z = encoder(image),  code = argmin_k |z - c_k|^2 at each of h/16 x w/16 places,  image = decoder(c_code)
+
+Both halves are residual blocks at five resolutions, without attention, and images lie in [0, 1] on either side:
+
+    h = conv(silu(GN(conv(silu(GN(x))))));  out = x + h, where the channels change h + W h
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from diffjax.errors import UserError
+from diffjax.parallel.rules import constrain
+
+GROUPS = 32
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def encode(module: "VQGAN", params: Mapping[str, Any], images: jax.Array) -> jax.Array:
+    """The codes of images, row by row: int32 [b, h/f * w/f], f = 16.
+
+    Args:
+        images: float [b, h, w, 3], RGB in [0, 1], sides divisible by f.
+    """
+    if images.ndim != 4 or images.shape[-1] != 3 or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(
+            f"VQGAN: images are {images.dtype} {images.shape}; valid: floats in [0, 1] of shape [b, h, w, 3]"
+        )
+
+    def codes(module: VQGAN, images: jax.Array) -> jax.Array:
+        return module.quantise(module.encode(images))
+
+    return rearrange(nn.apply(codes, module)({"params": params}, images), "b h w -> b (h w)")
+
+
+def decode(module: "VQGAN", params: Mapping[str, Any], codes: jax.Array) -> jax.Array:
+    """Images in [0, 1], float32 [b, f * g, f * g, 3], of codes [b, g * g], row by row.
+
+    What lies outside [0, 1] is cut off; the published images are 255 times this, *truncated* to uint8. A code that is
+    none makes its image NaN.
+    """
+    side = math.isqrt(codes.shape[1]) if codes.ndim == 2 else 0
+    if not side or side**2 != codes.shape[1] or not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise UserError(f"VQGAN: codes are {codes.dtype} {codes.shape}; valid: integers [b, n], n a square")
+    grid = rearrange(codes, "b (h w) -> b h w", h=side)
+    images: Any = module.apply({"params": params}, grid, method="decode")
+    return jnp.clip(images, 0, 1)
+
+
+def conv(features: int, side: int, bias: bool, dtype: Any, name: str) -> nn.Conv:
+    return nn.Conv(features, (side, side), use_bias=bias, dtype=dtype, name=name)
+
+
+def norm_silu(x: jax.Array, dtype: Any, name: str) -> jax.Array:
+    """GroupNorm with epsilon 1e-6 and statistics in float32, then SiLU."""
+    return nn.silu(nn.GroupNorm(GROUPS, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)(x))
+
+
+class ResBlock(nn.Module):
+    """[b, h, w, c] -> [b, h, w, features]; the shortcut is a map of the result, not of x, as in the published net."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = constrain(x, "batch")
+        h = conv(self.features, 3, False, self.dtype, "conv1")(norm_silu(x, self.dtype, "norm1"))
+        h = conv(self.features, 3, False, self.dtype, "conv2")(norm_silu(h, self.dtype, "norm2"))
+        if x.shape[-1] != self.features:
+            x = conv(self.features, 1, False, self.dtype, "shortcut")(h)
+        return x + h
+
+
+class Encoder(nn.Module):
+    """Images [b, h, w, 3] -> [b, h/f, w/f, features]; widths are those of the levels, from the largest map down."""
+
+    width: int
+    widths: tuple[int, ...]
+    depth: int
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = conv(self.width, 3, False, self.dtype, "conv_in")(x)
+        for level, width in enumerate(self.widths):
+            for block in range(self.depth):
+                x = ResBlock(width, self.dtype, name=f"level_{level}_block_{block}")(x)
+            if level < len(self.widths) - 1:
+                x = nn.avg_pool(x, (2, 2), strides=(2, 2))
+        for block in (1, 2):
+            x = ResBlock(x.shape[-1], self.dtype, name=f"middle_{block}")(x)
+        return conv(self.features, 1, True, self.dtype, "conv_out")(norm_silu(x, self.dtype, "norm_out"))
+
+
+class Decoder(nn.Module):
+    """The way back: [b, h/f, w/f, c] -> images [b, h, w, 3]."""
+
+    widths: tuple[int, ...]
+    depth: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = conv(self.widths[-1], 3, True, self.dtype, "conv_in")(x)
+        for block in (1, 2):
+            x = ResBlock(x.shape[-1], self.dtype, name=f"middle_{block}")(x)
+        for level in reversed(range(len(self.widths))):
+            for block in range(self.depth):
+                x = ResBlock(self.widths[level], self.dtype, name=f"level_{level}_block_{block}")(x)
+            if level:
+                x = x.repeat(2, axis=1).repeat(2, axis=2)
+                x = conv(self.widths[level], 3, True, self.dtype, f"level_{level}_up")(x)
+        return conv(3, 3, True, self.dtype, "conv_out")(norm_silu(x, self.dtype, "norm_out"))
+
+
+class VQGAN(nn.Module):
+    """The network; see the module docstring. The defaults are the published sizes.
+
+    Attributes:
+        codes: entries of the codebook. features: width of an entry.
+        width: channels after the first convolution. multipliers: those of the levels, as multiples of that.
+        depth: residual blocks of a level, in either half.
+        dtype: compute dtype, "float32" or "bfloat16"; norm statistics and distances stay float32.
+    """
+
+    codes: int = 1024
+    features: int = 256
+    width: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    depth: int = 2
+    dtype: str = "float32"
+
+    def validate(self) -> None:
+        """Raise UserError for sizes that exclude each other, before anything is traced."""
+        if self.dtype not in DTYPES:
+            raise UserError(f"VQGAN: dtype = {self.dtype!r} is unknown; valid: {', '.join(DTYPES)}")
+        for option in ("codes", "features", "width", "depth"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"VQGAN: {option} = {value!r}; valid: a positive integer")
+        if not self.multipliers or min(self.multipliers) < 1 or self.width % GROUPS:
+            raise UserError(
+                f"VQGAN: width = {self.width}, multipliers = {tuple(self.multipliers)}; valid: multiples of {GROUPS}, "
+                "and a positive integer per level"
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the levels, from the largest map to the smallest."""
+        return tuple(self.width * multiplier for multiplier in self.multipliers)
+
+    def setup(self) -> None:
+        dtype = DTYPES[self.dtype]
+        self.encoder = Encoder(self.width, self.widths, self.depth, self.features, dtype)
+        self.decoder = Decoder(self.widths, self.depth, dtype)
+        self.codebook = self.param("codebook", nn.initializers.normal(1.0), (self.codes, self.features))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Images [b, h, w, 3] as the codes tell them, of the same shape, not cut to [0, 1]."""
+        return self.decode(self.quantise(self.encode(images)))
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Images [b, h, w, 3] -> z, float32 [b, h/f, w/f, features]."""
+        factor = 2 ** (len(self.multipliers) - 1)
+        if images.shape[1] % factor or images.shape[2] % factor:
+            raise UserError(
+                f"VQGAN: images of {images.shape[1]} x {images.shape[2]} pixels; valid: sides divisible by {factor}"
+            )
+        return self.encoder(images).astype(jnp.float32)
+
+    def quantise(self, z: jax.Array) -> jax.Array:
+        """The nearest entry of the codebook, the first of equally near ones: int32 [b, h, w] for z [b, h, w, d]."""
+        products = jnp.einsum("bhwd,kd->bhwk", z, self.codebook, precision=jax.lax.Precision.HIGHEST)
+        return jnp.argmin(jnp.sum(jnp.square(self.codebook), axis=1) - 2 * products, axis=-1).astype(jnp.int32)
+
+    def lookup(self, codes: jax.Array) -> jax.Array:
+        """The entries of the codebook, float32 [b, h, w, features], of codes [b, h, w]; NaN for one that is none."""
+        return jnp.asarray(self.codebook).at[codes].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """Codes [b, h, w] -> images float32 [b, f h, f w, 3], not cut to [0, 1]."""
+        return self.decoder(self.lookup(codes)).astype(jnp.float32)
