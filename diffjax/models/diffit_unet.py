@@ -117,8 +117,8 @@ class ResBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, c: jax.Array, keys: jax.Array | None = None) -> tuple[jax.Array, None]:
-        """x [b, h, w, a], c [b, d_t], keys [b] in training with dropout -> ([b, h, w, features], None)."""
+    def __call__(self, x: jax.Array, c: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """x [b, h, w, a], c [b, d_t], keys [b] in training with dropout -> [b, h, w, features]."""
         height, width, channels = x.shape[1:]
         x = constrain(x, "batch", None, None, "embed")
         h = nn.silu(group_norm(self.groups, self.dtype, "norm")(x))
@@ -127,7 +127,7 @@ class ResBlock(nn.Module):
         tokens, _ = DiffiTBlock(**self.block, dtype=self.dtype, affine=True, name="block")(tokens, c, keys)
         if channels != self.features:
             x = nn.Dense(self.features, kernel_init=xavier, dtype=self.dtype, name="shortcut")(x)
-        return constrain(x + windows.merge(tokens, height, width), "batch", None, None, "embed"), None
+        return constrain(x + windows.merge(tokens, height, width), "batch", None, None, "embed")
 
 
 class DiffiTUNet(nn.Module):
@@ -254,8 +254,9 @@ class DiffiTUNet(nn.Module):
         return constrain(c, "batch", "embed")
 
     def _stage(self, name: str, stage: int, x: jax.Array, c: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """The blocks of a stage. All but the first, whose input may be wider, are one scanned module, compiled once."""
-        width, depth = self.widths[stage], self.depth[stage]
+        """The blocks of a stage. They are no loop in the compiled program: in one the gradient of a convolution takes a
+        CPU forty times as long."""
+        width = self.widths[stage]
         block = {
             "heads": width // self.head_width,
             "hidden": int(width * self.mlp_ratio),
@@ -263,29 +264,11 @@ class DiffiTUNet(nn.Module):
             "time_in": self.time_in,
             "dropout": self.dropout,
         }
-        fields = (width, self.window, self.groups, block, DTYPES[self.dtype])
-        first, rest = self._keys(keys, name, depth)
-        x, _ = self._block(prevent_cse=True)(*fields, name=f"{name}_first")(x, c, first)
-        if depth > 1:
-            stack = nn.scan(
-                self._block(prevent_cse=False),
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0),
-                length=depth - 1,
-            )
-            x, _ = stack(*fields, name=f"{name}_rest")(x, c, rest)
+        module: Any = ResBlock
+        if self.remat != "none":
+            module = nn.remat(ResBlock, policy=REMAT_POLICIES[self.remat])
+        keys = None if keys is None else rng.fold_name(keys, name)
+        for j in range(self.depth[stage]):
+            resblock = module(width, self.window, self.groups, block, DTYPES[self.dtype], name=f"{name}_{j}")
+            x = resblock(x, c, None if keys is None else rng.fold(keys, j))
         return x
-
-    def _keys(self, keys: jax.Array | None, stage: str, depth: int) -> tuple[jax.Array | None, jax.Array | None]:
-        """For dropout: the keys of the first block [b] and of the others [depth - 1, b], from (stage, block)."""
-        if keys is None:
-            return None, None
-        base = rng.fold_name(keys, stage)
-        blocks = jax.vmap(lambda j: rng.fold(base, j))(jnp.arange(depth))
-        return blocks[0], blocks[1:]
-
-    def _block(self, prevent_cse: bool) -> Any:
-        if self.remat == "none":
-            return ResBlock
-        return nn.remat(ResBlock, policy=REMAT_POLICIES[self.remat], prevent_cse=prevent_cse)
