@@ -46,8 +46,7 @@ def get_config(arg: str | None = None):
     c.ema.decay = 0.999
     c.checkpoint.every_steps = 2000
     if options.model == "diffit":
-        c.total_steps, c.batch_size = 6000, 32
-        c.optim.lr = 2e-3
+        c.total_steps, c.batch_size, c.optim.lr = 3000, 32, 1e-3
         c.data.augment = 0.12
         c.diffusion.process, c.diffusion.options = "edm", "sigma_data=0.6"
         c.sampling.sampler, c.sampling.steps, c.sampling.clip = "edm", 18, False
