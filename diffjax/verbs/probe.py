@@ -79,7 +79,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError("probe runs as one process, on all its devices; start it on one host")
     workdir, out = local_path("workdir", values.workdir), local_path("out", values.out)
     mesh = make_mesh({"data": -1})
-    config, params, origin = load_run(workdir, [], mesh, values.weights, values["step"].value)
+    config, params, origin = load_run(workdir, [], mesh, values.weights, values.step)
     if "tokens" not in config or has_source(config):
         raise UserError(f"probe is for models of the codes of image features, and {workdir} holds another")
     trained = Checkpoints(workdir, read_only=True).data_fingerprint(origin["step"])["source"]["codes"]
@@ -91,7 +91,8 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError(f"{train.folder} and {test.folder} differ in their classes; one classifier is to fit both")
     make_folder(out)
     inputs = {"block": of_blocks(config, params, train, test, mesh)} | of_pixels(config, train, test)
-    settings = {name: values[name].value for name in ("steps", "batch_size", "learning_rate", "seed")}
+    settings = {"steps": values.steps, "batch_size": values.batch_size}
+    settings |= {"learning_rate": values.learning_rate, "seed": values.seed}
     scores = score(inputs, train, test, mesh, settings)
     protocol.write(out, result(scores, config, origin, train, test, settings))
     print_table(scores, len(test.labels))
