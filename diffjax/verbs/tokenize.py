@@ -28,6 +28,7 @@ from diffjax.training import config as configs
 from diffjax.verbs import local_path
 
 FIT = "kmeans.npz"  # the fit so far, while it is under way
+WITHOUT_PIXELS = ("latents", "tokens")
 
 
 class Encoder(NamedTuple):
@@ -76,10 +77,9 @@ def _images(config: ConfigDict) -> sources.Source:
         raise UserError(f"tokenize: the config is that of {config.model.name}, which has no codes; give one of DiGIT")
     if jax.process_count() > 1:
         raise UserError("tokenize runs as one process, on all its devices; start it on one host")
-    source = sources.load(config.images)
-    if source.draw is not sources.pixels:
+    if config.images.name in WITHOUT_PIXELS:
         raise UserError(f"images.name={config.images.name!r} holds no pixels; valid: a source of images")
-    return source
+    return sources.load(config.images)
 
 
 def _encoder(config: ConfigDict) -> Encoder:

@@ -85,6 +85,21 @@ def test_a_missing_shard_and_a_foreign_record(stored):
         tokens.decode(b"JUNK" + tokens.encode(codes(0), 0, 2, ORIGIN)[4:], (2, 2, GRID**2))
 
 
+def test_a_stored_code_that_its_manifest_does_not_know(stored):
+    path = stored / tokens.MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["streams"][0]["codes"] = 15
+    path.write_text(json.dumps(manifest))
+    source = sources.load(section(stored, codes=15))
+    assert source.examples[4]["image"].max() == 14
+    with pytest.raises(UserError, match="record 5 holds code 15, and its manifest says 15 codes"):
+        source.examples[5]
+    batches = Batches(source, batch_size=COUNT, seed=0, flip=False)
+    with pytest.raises(UserError, match="and its manifest says 15 codes"):
+        next(batches)
+    batches.close()
+
+
 @pytest.mark.parametrize(
     "values, label, match",
     [
@@ -97,6 +112,24 @@ def test_a_missing_shard_and_a_foreign_record(stored):
 def test_refusals_when_writing(values, label, match):
     with pytest.raises(UserError, match=match):
         tokens.encode(values, label, 2, ORIGIN)
+
+
+def test_codes_of_other_images_are_of_the_same_kind_and_those_of_another_codebook_are_not(stored, tmp_path):
+    trained = tokens.kinds(tokens.read_manifest(stored), 2)
+    (tmp_path / "others").mkdir()
+    write_tokens(tmp_path / "others", [(codes(1), 1)], replace(ORIGIN, images={"name": "others"}))
+    assert tokens.check_kinds(tmp_path / "others", trained)["images"] == {"name": "others"}
+    one_stream = {"features": trained["features"]}
+    assert tokens.check_kinds(stored, one_stream)["count"] == COUNT
+    for stream, change in (
+        ("features", {"grid": 4}),
+        ("decoder", {"codes": 1001}),
+        ("decoder", {"codebook_sha256": "3"}),
+    ):
+        other = trained | {stream: trained[stream] | change}
+        name = f"{stream}.{next(iter(change))} was {next(iter(change.values()))} and is "
+        with pytest.raises(UserError, match=name):
+            tokens.check_kinds(stored, other)
 
 
 @pytest.mark.parametrize(
