@@ -272,6 +272,11 @@ REFUSED = {
     "top-k-stage-2": ("decoder", ("sampling.top_k=21",), "to the number of codes, 20"),
     "top-p": ("features", ("sampling.top_p=0",), "top_p = 0.0; valid: above 0, to 1"),
     "temperature": ("features", ("sampling.temperature=-1",), "temperature = -1.0; valid: 0"),
+    "temperature-masked": (
+        "rounds",
+        ("sampling.temperature=0",),
+        "a masked model (causal = false) draws; valid: above",
+    ),
     "guidance-nan": ("features", ("sampling.guidance=nan",), "guidance = nan; valid: a number"),
     "smoothing": ("features", ("tokens.smoothing=1",), "tokens.smoothing = 1.0: valid: 0 to below 1"),
     "smoothing-negative": ("rounds", ("tokens.smoothing=-0.1",), "tokens.smoothing = -0.1: valid"),

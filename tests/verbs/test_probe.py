@@ -125,14 +125,14 @@ def test_features_are_the_models_own_under_the_null_class(inputs):
 
 
 def test_features_do_not_depend_on_devices(inputs):
-    config, params, train, test, blocks = inputs
+    config, params, _, test, blocks = inputs
     few = test._replace(codes=test.codes[:9], labels=test.labels[:9])
     alone = probe_verb.of_blocks(config, params, few, few, make_mesh({"data": 1}, jax.devices()[:1]))
     np.testing.assert_allclose(alone.test, blocks.test[:9], atol=1e-5)
 
 
 def test_what_is_compared_with(inputs):
-    config, params, train, test, _ = inputs
+    config, _, train, test, _ = inputs
     compared = probe_verb.of_pixels(config, train, test)
     pictures = sources.arrays(sources.load(digits()))[0] / 127.5 - 1
     np.testing.assert_allclose(compared["images"].train[:1500, 0], pictures.reshape(1500, -1), atol=1e-6)
@@ -160,7 +160,7 @@ def test_a_model_that_only_knows_classes_is_refused(inputs):
 
 
 def test_images_that_are_not_those_of_the_codes(inputs):
-    config, params, train, test, _ = inputs
+    config, _, _, test, _ = inputs
     manifest = json.loads(json.dumps(test.manifest))
     manifest["images"]["sha256"] = "0"
     with pytest.raises(probe_verb.UserError, match="and the run's config knows other images"):

@@ -29,8 +29,8 @@ def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 def nearest(images: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     """Codes [n, places] of uint8 images, in numpy."""
     values = images.astype(np.float64) / 127.5 - 1
-    n, h, w, c = values.shape
-    patches = values.reshape(n, GRID, PATCH, GRID, PATCH, c).transpose(0, 1, 3, 2, 4, 5).reshape(n, GRID**2, -1)
+    n = len(values)
+    patches = values.reshape(n, GRID, PATCH, GRID, PATCH).transpose(0, 1, 3, 2, 4).reshape(n, GRID**2, -1)
     return np.square(patches[:, :, None] - codebook).sum(axis=-1).argmin(axis=-1)
 
 

@@ -71,6 +71,8 @@ def _check(config: ConfigDict, causal: bool) -> None:
             "a masked model (causal = false) draws from all codes in sampling.rounds of 1 or more; valid with "
             "sampling.top_k = 0 and sampling.top_p = 1"
         )
+    if not causal and sampling.temperature == 0:
+        raise UserError("sampling.temperature = 0.0: a masked model (causal = false) draws; valid: above 0")
     _choice(config)
 
 
