@@ -27,13 +27,15 @@ DIGIT = {"dropout": 0.1, "attention": "xla"}
 DIFFIT = {"time_in": "attention", "attention": "xla"}  # time_in: attention, values, mlp
 DIFFIT_UNET = DIFFIT | {"augment_labels": 9, "time_features": "positional"}  # time_features: positional, fourier
 IMAGE_LEAVES = ("name", "dir", "dataset", "split", "size", "channels", "num_classes", "crop")
+UNET = {"widths": (16, 32), "depth": (1, 1), "groups": 8, "head_width": 16}
 # How names start, the leaves of the family, and a model of it that is small enough for two steps on a laptop.
 FAMILIES = {
     "dit": (DIT, {"name": "DiT-S/8"}),
     "dis": (DIS, {"name": "DiS-S/8"}),
     "udit": (UDIT, {"name": "U-DiT-T"}),
-    "diffitxl": (DIFFIT, {"depth": 2, "width": 96, "heads": 4}),
-    "diffit": (DIFFIT_UNET, {"widths": (16, 32), "depth": (1, 1), "groups": 8, "head_width": 16}),
+    "diffitxl2": (DIFFIT, {"depth": 2, "width": 96, "heads": 4}),
+    "diffitcifar10": (DIFFIT_UNET, UNET),
+    "diffitffhq64": (DIFFIT_UNET, UNET),
 }
 
 

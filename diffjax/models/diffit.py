@@ -113,6 +113,8 @@ class TMSA(nn.Module):
     def _bias(self, n: int) -> jax.Array:
         """B of the n tokens of a window, float32 [heads, n, n], out of the table of this module."""
         side = math.isqrt(n)
+        if side**2 != n:
+            raise UserError(f"DiffiT: {n} tokens are no square window, which the bias of relative positions needs")
         rows = (2 * side - 1) ** 2
         if self.has_variable("params", "relative_bias"):
             made: int = self.get_variable("params", "relative_bias").shape[0]
@@ -217,6 +219,8 @@ class DiffiT(nn.Module):
         check_counts(self, ("patch", "depth", "width", "heads", "window", "channels"))
         if self.width % self.heads:
             raise UserError(f"DiffiT: width = {self.width} is not divisible by heads = {self.heads}")
+        if self.mlp_ratio <= 0:
+            raise UserError(f"DiffiT: mlp_ratio = {self.mlp_ratio}; valid: above 0")
         if self.width % 4:
             raise UserError(f"DiffiT: width = {self.width} is not divisible by 4, as its sine-cosine positions need")
 
