@@ -26,6 +26,7 @@ from diffjax.models.layers import (
     REMAT_POLICIES,
     LabelEmbed,
     TimeEmbed,
+    check_choices,
     check_counts,
     drop,
     normal,
@@ -33,6 +34,7 @@ from diffjax.models.layers import (
     per_example,
     sincos_positions,
     sinusoidal_time,
+    stacked,
     unpatchify,
     xavier,
     zeros,
@@ -213,9 +215,7 @@ class DiffiT(nn.Module):
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
         choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": IMPLEMENTATIONS, "time_in": TIME_IN}
-        for option, valid in choices.items():
-            if getattr(self, option) not in valid:
-                raise UserError(f"DiffiT: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
+        check_choices("DiffiT", self, choices)
         check_counts(self, ("patch", "depth", "width", "heads", "window", "channels"))
         if self.width % self.heads:
             raise UserError(f"DiffiT: width = {self.width} is not divisible by heads = {self.heads}")
@@ -258,16 +258,6 @@ class DiffiT(nn.Module):
         return unpatchify(x, self.patch, side, side).astype(jnp.float32)
 
     def _blocks(self) -> nn.Module:
-        """All blocks as one scanned module: parameters [depth, ...], compiled once."""
-        block: Any = DiffiTBlock
-        if self.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-        )
+        stack = stacked(DiffiTBlock, self.depth, self.remat, nn.broadcast)
         hidden = int(self.width * self.mlp_ratio)
         return stack(self.heads, hidden, DTYPES[self.dtype], self.attention, self.time_in, name="blocks")

@@ -34,7 +34,7 @@ from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.models import layers
 from diffjax.models.diffit import BLOCK_AXES, TIME_IN, DiffiTBlock
-from diffjax.models.layers import DTYPES, LabelEmbed, TimeEmbed, check_counts, xavier, zeros
+from diffjax.models.layers import DTYPES, LabelEmbed, TimeEmbed, check_choices, check_counts, xavier, zeros
 from diffjax.ops import windows
 from diffjax.ops.attention import IMPLEMENTATIONS
 from diffjax.parallel.rules import LogicalAxes, constrain
@@ -178,9 +178,7 @@ class DiffiTUNet(nn.Module):
 
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
-        for option, valid in CHOICES.items():
-            if getattr(self, option) not in valid:
-                raise UserError(f"DiffiT: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
+        check_choices("DiffiT", self, CHOICES)
         check_counts(self, ("window", "head_width", "time_width", "groups", "channels"))
         for option in ("widths", "depth"):
             values = getattr(self, option)
