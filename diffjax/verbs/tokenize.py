@@ -96,19 +96,19 @@ def _fit(
     config: ConfigDict, source: sources.Source, encode: Partial, batch_size: int, mesh: Mesh, state: Path
 ) -> np.ndarray:
     """The codebook, by k-means on features of the images, float32 [k, d]."""
-    settings, k = config.tokens, config.data.codes
+    k = config.data.codes
     count = len(source.examples)
     chosen = np.arange(count)
-    if 0 < settings.fit_images < count:
-        chosen = np.sort(draws.permutation(settings.seed, "codebook", 0, count)[: settings.fit_images])
-    points = _points(source, chosen, encode, k, settings.seed, batch_size, mesh)
-    bar = tqdm(total=settings.iterations, desc="k-means", disable=None)
+    if 0 < config.tokens.fit_images < count:
+        chosen = np.sort(draws.permutation(config.tokens.seed, "codebook", 0, count)[: config.tokens.fit_images])
+    points = _points(source, chosen, encode, k, config.tokens.seed, batch_size, mesh)
+    bar = tqdm(total=config.tokens.iterations, desc="k-means", disable=None)
 
     def progress(iteration: int, objective: float) -> None:
         bar.update(iteration - bar.n)
         bar.set_postfix_str(f"mean squared distance {objective / len(points):.4g}")
 
-    options = {"iterations": settings.iterations, "seed": settings.seed, "init": settings.init}
+    options = {"iterations": config.tokens.iterations, "seed": config.tokens.seed, "init": config.tokens.init}
     with bar:
         return kmeans.fit(points, k, mesh=mesh, state=state, progress=progress, **options).centroids
 

@@ -104,8 +104,8 @@ def test_embedded_recipes_run_with_pictures_and_tensorboard(recipe, tmp_path, ca
 def test_recipes_are_short_and_say_their_command(recipe):
     text = (ROOT / f"configs/{recipe}.py").read_text()
     assert len(text.splitlines()) <= 95
-    text = re.sub(" +", " ", text)
-    assert f"python -m diffjax train --config=configs/{recipe}.py" in ast.get_docstring(ast.parse(text))
+    tree = ast.parse(text)
+    assert f"python -m diffjax train --config=configs/{recipe}.py" in re.sub(" +", " ", ast.get_docstring(tree))
 
 
 def test_the_vanilla_recipe_is_the_vanilla_model():
@@ -139,9 +139,7 @@ def test_every_leaf_is_read():
     used |= {("images", leaf) for section, leaf in used if section == "data"}  # sources are loaded of either
     used |= {("model", field.name) for family in FAMILIES.values() for field in dataclasses.fields(family)}
     every = configs.flatten(common.base()) | configs.flatten(load("quickstart.py:model=digit"))
-    unread = [
-        leaf for leaf in every if tuple(f"config.{leaf}".rsplit(".", 2)[-2:]) not in used
-    ]
+    unread = [leaf for leaf in every if tuple(f"config.{leaf}".rsplit(".", 2)[-2:]) not in used]
     assert unread == []
 
 
