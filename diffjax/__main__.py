@@ -19,6 +19,7 @@ VERBS = {
     "sweep": "score a grid of samplers, steps and guidance on runs: a table and a plot",
     "ema": "an average of any length from the snapshots of a run",
     "tokenize": "images -> codes of their features, for models of codes",
+    "probe": "linear classifiers of what each block of a model of codes sees",
     "convert": "public weights -> diffjax parameters",
     "inspect": "steps, sizes and sha256 of a run's parameters, average and optimizer state, as json",
     "bench": "steps/s, images/s and MFU of a config, and what the loop adds to the bare step",

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from diffjax.data import draws, embedded, shards
 from diffjax.data.images import SUFFIXES, FolderExamples, PreparedExamples, class_names, list_images
 from diffjax.data.latents import LatentExamples, Sample, read_manifest
-from diffjax.data.tokens import TokenExamples, choose_view
+from diffjax.data.tokens import TokenExamples, choose_view, kinds
 from diffjax.data.tokens import read_manifest as read_token_manifest
 from diffjax.errors import UserError
 
@@ -280,9 +280,9 @@ def tokens(data: ConfigDict) -> Source:
     grid, views = streams[0]["grid"], manifest["views"]
     num_classes = manifest["num_classes"] if data.num_classes else 0
     records = shards.open_records(root, manifest)
-    examples = TokenExamples(records, (views, len(streams), grid**2), data.channels, num_classes > 0)
-    kinds = dict(zip(("features", "decoder"), streams[: data.channels]))
-    identity = {"name": "tokens", "classes": num_classes, "codes": kinds}
+    counts = tuple(stream["codes"] for stream in streams[: data.channels])
+    examples = TokenExamples(records, (views, len(streams), grid**2), counts, num_classes > 0)
+    identity = {"name": "tokens", "classes": num_classes, "codes": kinds(manifest, data.channels)}
     identity |= {key: manifest[key] for key in ("images", "count", "records_sha256")}
     return Source("tokens", examples, grid, data.channels, num_classes, identity, choose_view)
 

@@ -7,7 +7,7 @@ image. The first stream are the codes of image features; the second, if there is
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from diffjax.data import shards
 from diffjax.errors import UserError
+from diffjax.trees import leaves
 
 MANIFEST = "tokens.json"
 CODEBOOK = "codebook.npy"
@@ -96,13 +97,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return shards.read_manifest(folder / MANIFEST, "codes", COMMAND)
 
 
+def kinds(manifest: Mapping[str, Any], streams: int = 1) -> dict[str, Any]:
+    """What codes of the first streams in a manifest mean, by the part they play: {"features": ..., "decoder": ...}."""
+    return dict(zip(("features", "decoder"), manifest["streams"][:streams]))
+
+
+def check_kinds(folder: Path, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of `folder`. `UserError` unless its codes are made as those, `kinds`, that a run was trained on."""
+    manifest = read_manifest(folder)
+    stored, found = leaves(trained), leaves(kinds(manifest, len(trained)))
+    if differing := [name for name in sorted(stored | found) if stored.get(name) != found.get(name)]:
+        pairs = ", ".join(f"{name} was {stored.get(name)} and is {found.get(name)}" for name in differing)
+        raise UserError(
+            f"the codes in {folder} are not made as those that the run was trained on: {pairs}; make them with the "
+            f"run's own codebook: {COMMAND}DIR --codebook=NPY"
+        )
+    return manifest
+
+
 @dataclass(frozen=True)
 class TokenExamples:
     """{"image": codes int32 [views, streams, n], "label": int} from ArrayRecord shards."""
 
     records: Any = field(repr=False)
     shape: tuple[int, int, int]
-    streams: int  # as many of the first ones are read
+    counts: tuple[int, ...]  # codes of each of the first streams; as many are read
     labelled: bool
 
     def __len__(self) -> int:
@@ -110,7 +129,11 @@ class TokenExamples:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         codes, label = decode(self.records[index], self.shape)
-        return {"image": codes[:, : self.streams], "label": label if self.labelled else 0}
+        read = codes[:, : len(self.counts)]
+        for values, count in zip(read.swapaxes(0, 1), self.counts):
+            if values.max() >= count:
+                raise UserError(f"record {index} holds code {values.max()}, and its manifest says {count} codes")
+        return {"image": read, "label": label if self.labelled else 0}
 
 
 def choose_view(stored: np.ndarray, mirrored: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:

@@ -231,6 +231,10 @@ class Checkpoints(Steps):
         """One item alone, for instance the average without the optimizer's state."""
         return self._restore(step, {item: ocp.args.StandardRestore(abstract)})[item]
 
+    def data_fingerprint(self, step: int) -> dict[str, Any]:
+        """What the run was trained on, and in which order: `fingerprint` of the data position (data/pipeline.py)."""
+        return self._restore(step, {"data": ocp.args.JsonRestore()})["data"]["fingerprint"]
+
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The parameters out of the state, without the optimizer's."""
         shapes = {"params": abstract}

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffjax import models
+from diffjax.data import tokens
 from diffjax.diffusion import samplers
 from diffjax.errors import UserError
 from diffjax.evaluation import protocol, samples
@@ -137,6 +138,9 @@ def load_run(
     step = checkpoints.latest() if step is None else step
     if step is None or step not in checkpoints.steps():
         raise UserError(f"no checkpoint {'' if step is None else step} in {workdir}; complete: {checkpoints.steps()}")
+    codes = Path(config.data.dir)
+    if "tokens" in config and (codes / tokens.MANIFEST).is_file():  # a missing one is missed where it is needed
+        tokens.check_kinds(codes, checkpoints.data_fingerprint(step)["source"]["codes"])
     if weights == "ema":
         params = checkpoints.restore_item("ema", step, abstract)
     else:
