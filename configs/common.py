@@ -192,7 +192,7 @@ def run_local(c: ConfigDict) -> None:
     c.total_steps, c.batch_size = 2, 8
     _, small = FAMILIES[_family(c.model.name)]
     c.model.update(small, dtype="float32", remat="none")
-    c.data.workers = 0
+    c.data.workers, c.optim.accumulate = 0, 1
     if "diffusion" in c:
         c.sampling.steps = 2
     c.checkpoint.every_steps = c.log.every_steps = 1
