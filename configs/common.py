@@ -27,13 +27,16 @@ DIGIT = {"dropout": 0.1, "attention": "xla"}
 DIFFIT = {"time_in": "attention", "attention": "xla"}  # time_in: attention, values, mlp
 DIFFIT_UNET = DIFFIT | {"augment_labels": 9, "time_features": "positional"}  # time_features: positional, fourier
 IMAGE_LEAVES = ("name", "dir", "dataset", "split", "size", "channels", "num_classes", "crop")
+UNET = {"widths": (16, 32), "depth": (1, 1), "groups": 8, "head_width": 16}
 # How names start, the leaves of the family, and a model of it that is small enough for two steps on a laptop.
 FAMILIES = {
+    "digit": (DIGIT, {"depth": 2, "width": 48, "heads": 3}),
     "dit": (DIT, {"name": "DiT-S/8"}),
     "dis": (DIS, {"name": "DiS-S/8"}),
     "udit": (UDIT, {"name": "U-DiT-T"}),
-    "diffitxl": (DIFFIT, {"depth": 2, "width": 96, "heads": 4}),
-    "diffit": (DIFFIT_UNET, {"widths": (16, 32), "depth": (1, 1), "groups": 8, "head_width": 16}),
+    "diffitxl2": (DIFFIT, {"depth": 2, "width": 96, "heads": 4}),
+    "diffitcifar10": (DIFFIT_UNET, UNET),
+    "diffitffhq64": (DIFFIT_UNET, UNET),
 }
 
 
@@ -189,8 +192,9 @@ def run_local(c: ConfigDict) -> None:
     c.total_steps, c.batch_size = 2, 8
     _, small = FAMILIES[_family(c.model.name)]
     c.model.update(small, dtype="float32", remat="none")
-    c.data.workers = 0
-    c.sampling.steps = 2
+    c.data.workers, c.optim.accumulate = 0, 1
+    if "diffusion" in c:
+        c.sampling.steps = 2
     c.checkpoint.every_steps = c.log.every_steps = 1
     if c.evals.samples.every_steps:
         c.evals.samples.every_steps, c.evals.samples.num = 1, 8
@@ -240,6 +244,9 @@ def codes(c: ConfigDict, encoder: str, count: int, grid: int) -> None:
 
     c.tokens = ConfigDict()
     c.tokens.patch = 0  # encoder pixels only: side of a patch
+    c.tokens.weights = ""  # encoders dinov2 and vqgan: folder that `convert` wrote
+    c.tokens.layer = 3  # encoder dinov2 only: whose output the features are, counted from the last
+    c.tokens.decoder = ""  # of codes to pixels, vqgan: folder that `convert` wrote
     c.tokens.mirrored = False  # codes of the mirrored images, too, for data.flip
     c.tokens.fit_images = 0  # on so many the codebook is fitted; 0: all
     c.tokens.init, c.tokens.iterations, c.tokens.seed = "random", 20, 1234  # of k-means: random, k-means++
@@ -253,3 +260,19 @@ def codes(c: ConfigDict, encoder: str, count: int, grid: int) -> None:
     c.sampling.guidance = 1.0  # weight of classifier-free guidance; 1: none
     c.sampling.rounds = 0  # masked models only
     c.sampling.choice_temperature = 4.5  # masked models only: of the noise on which codes to keep
+
+
+def digit_recipe(c: ConfigDict, lr: float, updates: int, batch_size: int) -> None:
+    """What DiGIT's scripts train with (fairseq): its Adam, a rate that falls as 1 / sqrt(step), no average."""
+    c.total_steps, c.batch_size = updates, batch_size
+    c.model.dtype = "bfloat16"
+    c.data.workers, c.data.threads, c.data.flip = 4, 4, True
+    c.tokens.smoothing, c.tokens.mirrored = 0.1, True
+    c.optim.name, c.optim.b2, c.optim.weight_decay, c.optim.clip = "fairseq_adam", 0.98, 0.01, 1.0
+    c.optim.lr, c.optim.schedule = lr, "inverse_sqrt"
+    c.optim.warmup_steps = c.optim.decay_after_steps = 6250
+    c.optim.warmup_from = 1e-7
+    c.ema.decay = 0.0
+    c.parallel.strategy = "fsdp"
+    c.checkpoint.every_steps, c.checkpoint.keep_every_steps = 5_000, 25_000
+    c.evals.samples.every_steps = 0

@@ -14,8 +14,8 @@ MODELS = {
     "udit": {"name": "U-DiT", "width": 24, "heads": 2, "depth": (1, 1, 1, 1, 1)} | common.UDIT,
     "diffit": {"name": "DiffiT-UNet", "widths": (32, 64), "depth": (1, 2), "window": 4}
     | {"head_width": 16, "groups": 8, "time_width": 128}
-    | common.DIFFIT_UNET
-    | {"dropout": 0.0, "augment_labels": 0},
+    | {"dropout": 0.0}
+    | common.DIFFIT_UNET,
     "diffit-latent": {"name": "DiffiT", "patch": 2, "depth": 4, "width": 96, "heads": 3, "window": 4} | common.DIFFIT,
     "digit": {"name": "DiGIT", "depth": 4, "width": 96, "heads": 4, "length": 32} | common.DIGIT,
 }

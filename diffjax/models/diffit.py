@@ -26,6 +26,7 @@ from diffjax.models.layers import (
     REMAT_POLICIES,
     LabelEmbed,
     TimeEmbed,
+    check_choices,
     check_counts,
     drop,
     normal,
@@ -33,6 +34,7 @@ from diffjax.models.layers import (
     per_example,
     sincos_positions,
     sinusoidal_time,
+    stacked,
     unpatchify,
     xavier,
     zeros,
@@ -113,6 +115,8 @@ class TMSA(nn.Module):
     def _bias(self, n: int) -> jax.Array:
         """B of the n tokens of a window, float32 [heads, n, n], out of the table of this module."""
         side = math.isqrt(n)
+        if side**2 != n:
+            raise UserError(f"DiffiT: {n} tokens are no square window, which the bias of relative positions needs")
         rows = (2 * side - 1) ** 2
         if self.has_variable("params", "relative_bias"):
             made: int = self.get_variable("params", "relative_bias").shape[0]
@@ -211,12 +215,12 @@ class DiffiT(nn.Module):
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
         choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": IMPLEMENTATIONS, "time_in": TIME_IN}
-        for option, valid in choices.items():
-            if getattr(self, option) not in valid:
-                raise UserError(f"DiffiT: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
+        check_choices("DiffiT", self, choices)
         check_counts(self, ("patch", "depth", "width", "heads", "window", "channels"))
         if self.width % self.heads:
             raise UserError(f"DiffiT: width = {self.width} is not divisible by heads = {self.heads}")
+        if self.mlp_ratio <= 0:
+            raise UserError(f"DiffiT: mlp_ratio = {self.mlp_ratio}; valid: above 0")
         if self.width % 4:
             raise UserError(f"DiffiT: width = {self.width} is not divisible by 4, as its sine-cosine positions need")
 
@@ -254,16 +258,6 @@ class DiffiT(nn.Module):
         return unpatchify(x, self.patch, side, side).astype(jnp.float32)
 
     def _blocks(self) -> nn.Module:
-        """All blocks as one scanned module: parameters [depth, ...], compiled once."""
-        block: Any = DiffiTBlock
-        if self.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-        )
+        stack = stacked(DiffiTBlock, self.depth, self.remat, nn.broadcast)
         hidden = int(self.width * self.mlp_ratio)
         return stack(self.heads, hidden, DTYPES[self.dtype], self.attention, self.time_in, name="blocks")

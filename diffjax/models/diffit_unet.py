@@ -16,6 +16,10 @@ The paper gives the U, the widths, the windows, the width of c and the block; tw
 the number of blocks (table S.2: 4 at every resolution; appendix I.1: 1 or 2), whence the two sizes. What it leaves open
 (heads of width 32, GroupNorm of 32 groups, strided convolutions down, nearest neighbours and a convolution up, skips of
 the last map of a stage, joined once) are choices: no published code or count could tell.
+
+Of the paper's ablations there are the windows (figure 8), the widths of c (table 3), where the time enters (tables 6
+and 7, but for "in the bias alone", of which the paper says no more) and its features (table 8); not the mixtures with
+other networks (TMSA in DDPM++, table 5; encoders and decoders of ViT and SETR, table 4).
 """
 
 from typing import Any
@@ -30,7 +34,7 @@ from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.models import layers
 from diffjax.models.diffit import BLOCK_AXES, TIME_IN, DiffiTBlock
-from diffjax.models.layers import DTYPES, LabelEmbed, TimeEmbed, check_counts, xavier, zeros
+from diffjax.models.layers import DTYPES, LabelEmbed, TimeEmbed, check_choices, check_counts, xavier, zeros
 from diffjax.ops import windows
 from diffjax.ops.attention import IMPLEMENTATIONS
 from diffjax.parallel.rules import LogicalAxes, constrain
@@ -91,13 +95,13 @@ def positional_time(t: jax.Array, d: int = 128) -> jax.Array:
 
 
 def fourier_time(t: jax.Array, d: int = 128) -> jax.Array:
-    """[cos(2 pi t f), sin(2 pi t f)] with normal frequencies f of deviation 16, the same ones in every model.
+    """[sin(2 pi t f), cos(2 pi t f)] with normal frequencies f of deviation 16, the same ones in every model.
 
-    As EDM feeds its NCSN++; t [b] -> float32 [b, d].
+    As EDM feeds its NCSN++, with twice the width; t [b] -> float32 [b, d].
     """
     frequencies = 32 * np.pi * np.random.RandomState(0).standard_normal(d // 2)
     angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 class ResBlock(nn.Module):
@@ -174,9 +178,7 @@ class DiffiTUNet(nn.Module):
 
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
-        for option, valid in CHOICES.items():
-            if getattr(self, option) not in valid:
-                raise UserError(f"DiffiT: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
+        check_choices("DiffiT", self, CHOICES)
         check_counts(self, ("window", "head_width", "time_width", "groups", "channels"))
         for option in ("widths", "depth"):
             values = getattr(self, option)
@@ -188,6 +190,8 @@ class DiffiTUNet(nn.Module):
                     raise UserError(
                         f"DiffiT: a width of {width} is not divisible by {option} = {getattr(self, option)}"
                     )
+        if self.mlp_ratio <= 0:
+            raise UserError(f"DiffiT: mlp_ratio = {self.mlp_ratio}; valid: above 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"DiffiT: dropout = {self.dropout}; valid: 0 to below 1")
         if not isinstance(self.augment_labels, int) or self.augment_labels < 0:

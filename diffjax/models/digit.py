@@ -27,7 +27,7 @@ from einops import rearrange
 
 from diffjax import rng
 from diffjax.errors import UserError
-from diffjax.models.layers import DTYPES, REMAT_POLICIES, check_counts, drop, normal, uniform
+from diffjax.models.layers import DTYPES, REMAT_POLICIES, check_choices, check_counts, drop, normal, stacked, uniform
 from diffjax.ops.attention import IMPLEMENTATIONS, attention, cached_attention
 from diffjax.ops.dictionary import END, MASK, NO_CODE, PAD, SPECIALS
 from diffjax.parallel.rules import LogicalAxes, constrain
@@ -218,9 +218,7 @@ class DiGIT(nn.Module):
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
         choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": IMPLEMENTATIONS, "norm": NORMS}
-        for option, valid in choices.items():
-            if getattr(self, option) not in valid:
-                raise UserError(f"DiGIT: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
+        check_choices("DiGIT", self, choices)
         check_counts(self, ("codes", "depth", "width", "heads", "length"))
         if not isinstance(self.source_codes, int) or self.source_codes < 0:
             raise UserError(f"DiGIT: source_codes = {self.source_codes!r}; valid: 0 (no source) or a positive integer")
@@ -248,12 +246,7 @@ class DiGIT(nn.Module):
         self.positions = self.param("positions", table, (FIRST_PLACE + self.length, d))
         if self.source_codes:
             self.source_positions = self.param("source_positions", table, (FIRST_PLACE + self.length, d))
-        block: Any = DiGITBlock
-        if self.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        stack = nn.scan(
-            block, variable_axes={"params": 0, "intermediates": 0}, split_rngs={"params": True}, length=self.depth
-        )
+        stack = stacked(DiGITBlock, self.depth, self.remat)
         fields = (int(d * self.mlp_ratio), DTYPES[self.dtype], self.attention, self.norm, self.causal, self.dropout)
         self.blocks = stack(self.heads, *fields)
         if self.norm == "pre":

@@ -31,11 +31,13 @@ from diffjax.models.layers import (
     DTYPES,
     LabelEmbed,
     TimeEmbed,
+    check_choices,
     check_counts,
     layer_norm,
     modulate,
     patchify,
     sinusoidal_time,
+    stacked,
     uniform,
     unpatchify,
     zeros,
@@ -257,9 +259,7 @@ class DiS(nn.Module):
         choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "skip": SKIPS, "norm": NORMS}
         if self.scan:
             choices["scan"] = IMPLEMENTATIONS
-        for option, valid in choices.items():
-            if getattr(self, option) not in valid:
-                raise UserError(f"DiS: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
+        check_choices("DiS", self, choices)
         check_counts(self, ("patch", "depth", "width", "channels", "d_state", "d_conv", "expand"))
         if not 0 <= self.drop_path < 1:
             raise UserError(f"DiS: drop_path = {self.drop_path}; valid: 0 to below 1")
@@ -345,7 +345,7 @@ class DiS(nn.Module):
         skips: Any = None
         if half:
             carry, skips = self._stack("in_blocks")(carry, before, None)
-        carry, _ = self._block(prevent_cse=True)(*self._block_fields(), name="mid_block")(carry, middle, None)
+        carry, _ = self._block()(*self._block_fields(), name="mid_block")(carry, middle, None)
         if half:
             skips = skips[::-1] if self.skip == "concat" else None
             carry, _ = self._stack("out_blocks")(carry, after, skips)
@@ -353,18 +353,11 @@ class DiS(nn.Module):
 
     def _stack(self, name: str) -> nn.Module:
         """depth // 2 blocks as one scanned module, which also returns every block's h: parameters [depth // 2, ...]."""
-        stack = nn.scan(
-            self._block(prevent_cse=False),
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            length=self.depth // 2,
-        )
+        stack = stacked(DiSBlock, self.depth // 2, self.remat)
         return stack(*self._block_fields(), name=name)
 
-    def _block(self, prevent_cse: bool) -> Any:
-        if self.remat == "none":
-            return DiSBlock
-        return nn.remat(DiSBlock, policy=REMAT_POLICIES[self.remat], prevent_cse=prevent_cse)
+    def _block(self) -> Any:
+        return DiSBlock if self.remat == "none" else nn.remat(DiSBlock, policy=REMAT_POLICIES[self.remat])
 
     def _block_fields(self) -> tuple[str, dict[str, Any], Any]:
         sizes = {name: getattr(self, name) for name in ("depth", "d_state", "d_conv", "expand")}

@@ -22,12 +22,14 @@ from diffjax.models.layers import (
     Mlp,
     SelfAttention,
     TimeEmbed,
+    check_choices,
     check_counts,
     layer_norm,
     modulate,
     patchify,
     sincos_positions,
     sinusoidal_time,
+    stacked,
     unpatchify,
     xavier,
     zeros,
@@ -117,9 +119,7 @@ class DiT(nn.Module):
 
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
-        for option, valid in (("dtype", DTYPES), ("remat", REMAT_POLICIES), ("attention", IMPLEMENTATIONS)):
-            if getattr(self, option) not in valid:
-                raise UserError(f"DiT: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
+        check_choices("DiT", self, {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": IMPLEMENTATIONS})
         check_counts(self, ("patch", "depth", "width", "heads", "channels"))
         if self.width % self.heads:
             raise UserError(f"DiT: width = {self.width} is not divisible by heads = {self.heads}")
@@ -157,16 +157,6 @@ class DiT(nn.Module):
         return unpatchify(x, self.patch, height, width).astype(jnp.float32)
 
     def _blocks(self) -> nn.Module:
-        """All blocks as one scanned module: parameters [depth, ...], compiled once."""
-        block: Any = DiTBlock
-        if self.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-        )
+        stack = stacked(DiTBlock, self.depth, self.remat, nn.broadcast)
         hidden = int(self.width * self.mlp_ratio)
         return stack(self.heads, hidden, DTYPES[self.dtype], self.attention, name="blocks")

@@ -5,7 +5,7 @@ Parameters are float32; `dtype` is the compute dtype. Norm statistics, softmax a
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +34,30 @@ zeros = nn.initializers.zeros_init()
 def uniform(bound: float) -> nn.initializers.Initializer:
     """U(-bound, bound)."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def stacked(block: Any, depth: int, remat: str, in_axes: Any = 0) -> Any:
+    """`depth` blocks as one scanned module, compiled once: parameters [depth, ...].
+
+    block: its call maps a carry and inputs to (carry, output). remat: a key of REMAT_POLICIES. in_axes: of the inputs
+    besides the carry, `nn.broadcast` for what is the same for all blocks.
+    """
+    if remat != "none":
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=depth,
+    )
+
+
+def check_choices(model: str, module: nn.Module, choices: Mapping[str, Collection[str]]) -> None:
+    """Raise UserError, in the name of `model`, unless every option is one of its choices."""
+    for option, valid in choices.items():
+        if getattr(module, option) not in valid:
+            raise UserError(f"{model}: {option} = {getattr(module, option)!r} is unknown; valid: {', '.join(valid)}")
 
 
 def check_counts(module: nn.Module, options: Sequence[str]) -> None:

@@ -39,10 +39,12 @@ from diffjax.models.layers import (
     LabelEmbed,
     Mlp,
     TimeEmbed,
+    check_choices,
     layer_norm,
     modulate,
     per_example,
     sinusoidal_time,
+    stacked,
     xavier,
     zeros,
 )
@@ -357,9 +359,7 @@ class UDiT(nn.Module):
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
         choices = CHOICES | ({"depthwise": depthwise.IMPLEMENTATIONS} if self.depthwise else {})
-        for option, valid in choices.items():
-            if getattr(self, option) not in valid:
-                raise UserError(f"U-DiT: {option} = {getattr(self, option)!r} is unknown; valid: {', '.join(valid)}")
+        check_choices("U-DiT", self, choices)
         for option in ("width", "heads", "channels"):
             if getattr(self, option) < 1:
                 raise UserError(f"U-DiT: {option} = {getattr(self, option)}; valid: a positive integer")
@@ -449,16 +449,7 @@ class UDiT(nn.Module):
 
     def _stage(self, stage: int, x: jax.Array, c: jax.Array) -> jax.Array:
         """The blocks of a stage as one scanned module: parameters [2 depth, ...], compiled once."""
-        layer: Any = UDiTLayer
-        if self.remat != "none":
-            layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        stack = nn.scan(
-            layer,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=2 * self.depth[stage],
-        )
+        stack = stacked(UDiTLayer, 2 * self.depth[stage], self.remat, nn.broadcast)
         options = {
             "heads": self.heads,
             "factor": self.factors[stage],

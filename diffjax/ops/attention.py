@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from diffjax.errors import UserError
+from diffjax.parallel.mesh import platform
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 
@@ -81,6 +82,11 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, se
 def _cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float | None, causal: bool
 ) -> jax.Array:
+    if platform() != "gpu" or q.dtype.itemsize != 2:
+        raise UserError(
+            f"attention 'cudnn' is for 16-bit types on a CUDA GPU, and this is {q.dtype} on a {platform()}; use 'xla', "
+            "or model.dtype='bfloat16' on a GPU"
+        )
     if bias is not None:
         if bias.shape[1] % 2 or bias.shape[2] % 2:
             raise UserError(

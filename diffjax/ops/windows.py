@@ -1,5 +1,7 @@
 """Square windows of a map, and the learned bias of attention that depends on relative positions in one."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ def partition(x: jax.Array, side: int) -> jax.Array:
 
 def merge(x: jax.Array, height: int, width: int) -> jax.Array:
     """The map [b, height, width, d] of the windows that `partition` cut out of it."""
-    side = int(x.shape[2] ** 0.5)
+    side = math.isqrt(x.shape[2])
     return rearrange(x, "b (h w) (y x) d -> b (h y) (w x) d", h=height // side, w=width // side, y=side)
 
 

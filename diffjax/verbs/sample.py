@@ -2,6 +2,8 @@
 
 python -m diffjax sample --workdir=runs/a --num=50000 --out=runs/a/samples.npz
 python -m diffjax sample --params=params/dit-xl --config=configs/imagenet256.py --num=8 --out=samples.npz
+python -m diffjax sample --workdir=runs/stage1 --num=500 --raw --out=codes.npz
+python -m diffjax sample --workdir=runs/stage2 --source=codes.npz --num=500 --out=samples.npz
 python -m diffjax sample --workdir=runs/a --guide=runs/small --config.sampling.guidance=2 --num=500 --out=samples.npz
 
 Image i depends on (seed, i), its label and the parameters alone: not on the batch size or the number of devices.
@@ -32,6 +34,7 @@ from diffjax.training import config as configs
 from diffjax.training import generate
 from diffjax.training.checkpoint import Checkpoints
 from diffjax.training.objective import build_model, build_objective
+from diffjax.training.objective.codes import has_source
 from diffjax.training.objective.diffusion import build_process
 from diffjax.training.setup import abstract_params
 from diffjax.verbs import local_path
@@ -57,6 +60,7 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_bool("fused", True, "sample the fused form of a backbone that has one (U-DiT)", flag_values=values)
     text("guide", None, "worse network: a run folder, or one written by `convert` or `ema`", flag_values=values)
+    text("source", None, "codes to start from, .npz, of a second stage: what --raw wrote", flag_values=values)
     text("out", None, "samples file, .npz", flag_values=values)
     flags.mark_flags_as_required(["num", "out"], values)
 
@@ -72,11 +76,11 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError(f"sample: this model makes {objective.makes}, not pictures; --raw writes them as they are")
     guide = load_guide(local_path("guide", values.guide), config, mesh) if values.guide else None
     guided = {"guide": guide[2]} if guide else {}
-    labels = _labels(values, config.data.num_classes)
+    labels, given = _labels_and_conditions(values, config)
     make_folder(out)
     form = describe_form(model, params, values.fused)
     sampler = generate.compile_sampler(objective, model, mesh, values.seed, values.fused, guide and guide[:2])
-    batches = generate.generate(sampler, params, labels, mesh, values.batch_size, values.first)
+    batches = generate.generate(sampler, params, given, mesh, values.batch_size, values.first)
     images = _collect(batches, len(labels), math.ceil(len(labels) / values.batch_size), values.raw)
     if hosts.is_lead():
         if values.raw:
@@ -193,6 +197,37 @@ def describe_form(model: nn.Module, params: Any, fused: bool) -> str:
     shapes = jax.eval_shape(lambda params: models.fused(model, params)[1], params)
     count, left = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, shapes))
     return f"fused: {left:,} of {count:,} parameters" if fused and left < count else "as trained"
+
+
+def _labels_and_conditions(values: flags.FlagValues, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """The labels [n] to write, and what the model draws images of: the same, or codes [n, m] of a first stage."""
+    if not ("tokens" in config and has_source(config)):
+        if values.source:
+            raise UserError(f"--source={values.source}: only for a second stage, which draws codes of codes")
+        labels = _labels(values, config.data.num_classes)
+        return labels, labels
+    if not values.source:
+        raise UserError("sample: this model draws codes of a decoder, given codes of features: give them as --source")
+    return read_source(local_path("source", values.source), values.first, values.num, config)
+
+
+def read_source(path: Path, first: int, num: int, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Labels [num] and codes int32 [num, m] number `first` and following, of a file that `sample --raw` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            codes, labels = arrays["arr_0"], arrays["arr_1"]
+    except Exception as error:  # a damaged file can break numpy and zipfile in any way
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--source={path}: not an npz of arr_0 and arr_1 ({reason})") from error
+    length, count = config.data.size**2, config.data.codes
+    if codes.ndim != 2 or codes.shape[1] != length or not np.issubdtype(codes.dtype, np.integer):
+        raise UserError(f"--source={path} holds {codes.dtype} {codes.shape}; expected integers [n, {length}]")
+    if len(codes) < first + num:
+        raise UserError(f"--source={path} has {len(codes)} rows; --first={first} and --num={num} need {first + num}")
+    if codes.min() < 0 or codes.max() >= count:
+        raise UserError(f"--source={path} holds codes from {codes.min()} to {codes.max()}; valid: 0 to {count - 1}")
+    chosen = slice(first, first + num)
+    return labels[chosen].astype(np.int32), codes[chosen].astype(np.int32)
 
 
 def _labels(values: flags.FlagValues, num_classes: int) -> np.ndarray:

@@ -8,34 +8,28 @@ options. Without --codebook one is fitted to them by k-means; started again afte
 """
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffjax.data import draws, shards, sources, tokens
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import batch_sharding, make_mesh
-from diffjax.tokens import kmeans, pixels
+from diffjax.tokens import kmeans
 from diffjax.training import config as configs
+from diffjax.training.encoders import Encoder, load_encoder, load_vqgan
 from diffjax.verbs import local_path
 
 FIT = "kmeans.npz"  # the fit so far, while it is under way
 WITHOUT_PIXELS = ("latents", "tokens")
-
-
-class Encoder(NamedTuple):
-    """A jitted function: images float32 [b, h, w, c] in [-1, 1] -> features [b, n, d]; and what it depends on."""
-
-    encode: Any
-    identity: dict[str, Any]
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -52,24 +46,28 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
 
 
 def tokenize(config: ConfigDict, out: Path, given: Path | None = None, batch_size: int = 128) -> None:
-    """Codes of all images of a config, in the folder `out`; with the codebook `given`, or one that is fitted."""
-    source, encoder = _images(config), _encoder(config)
+    """Codes of all images of a config, in the folder `out`, by the codebook `given`, the encoder's or a fitted one."""
+    source, encoder = _images(config), load_encoder(config)
+    decoder = load_vqgan(config, config.tokens.decoder, "tokens.decoder") if config.tokens.decoder else None
+    if given and encoder.codebook is not None:
+        raise UserError(f"--codebook={given}: the encoder {config.data.encoder} has its own; leave it out")
     shards.make_folder(out, tokens.MANIFEST)
     mesh = make_mesh({"data": -1})
     batch_size = -(-batch_size // mesh.size) * mesh.size
     with jax.set_mesh(mesh):
-        fit = partial(_fit, config, source, encoder, batch_size, mesh, out / FIT)
-        codebook = kmeans.read_codebook(given) if given else fit()
-        if len(codebook) != config.data.codes:
-            raise UserError(f"{given} holds {len(codebook)} centroids, but data.codes = {config.data.codes}")
-        np.save(out / tokens.CODEBOOK, codebook)
-        stream = tokens.Stream(encoder.identity, len(codebook), tokens.codebook_sha256(codebook), config.data.size)
-        origin = tokens.Origin((stream,), source.fingerprint, source.num_classes)
-        examples = _codes(config, source, encoder, codebook, batch_size, mesh)
+        if given:
+            encoder = encoder._replace(codebook=kmeans.read_codebook(given))
+        elif encoder.codebook is None:
+            codebook = _fit(config, source, encoder.encode, batch_size, mesh, out / FIT)
+            encoder = encoder._replace(codebook=codebook)
+        encoders = [encoder, decoder] if decoder else [encoder]
+        origin = tokens.Origin(_streams(config, encoders), source.fingerprint, source.num_classes)
+        np.save(out / tokens.CODEBOOK, np.asarray(encoder.codebook))
+        examples = _codes(source, encoders, config.tokens.mirrored, batch_size, mesh)
         manifest = tokens.write_tokens(out, tqdm(examples, "codes", len(source.examples), disable=None), origin)
     (out / FIT).unlink(missing_ok=True)
-    kinds = f"{len(codebook)} clusters of {config.data.encoder}"
-    print(f"wrote {config.data.size} x {config.data.size} codes of {manifest['count']} images, {kinds}, to {out}")
+    kinds = " and ".join(f"{stream.codes} of {stream.encoder['name']}" for stream in origin.streams)
+    print(f"wrote {config.data.size} x {config.data.size} codes ({kinds}) of {manifest['count']} images to {out}")
 
 
 def _images(config: ConfigDict) -> sources.Source:
@@ -82,54 +80,47 @@ def _images(config: ConfigDict) -> sources.Source:
     return sources.load(config.images)
 
 
-def _encoder(config: ConfigDict) -> Encoder:
-    name = config.data.encoder
-    if name not in ENCODERS:
-        raise UserError(f"data.encoder={name!r} is unknown; valid: {', '.join(ENCODERS)}")
-    return ENCODERS[name](config)
-
-
-def _patches(config: ConfigDict) -> Encoder:
-    patch = config.tokens.patch
-    if config.images.size != patch * config.data.size:
-        raise UserError(
-            f"images.size = {config.images.size} is not tokens.patch = {patch} times data.size = {config.data.size}"
-        )
-    return Encoder(jax.jit(lambda images: pixels.encode(images, patch)), {"name": "pixels", "patch": patch})
-
-
-ENCODERS = {"pixels": _patches}
+def _streams(config: ConfigDict, encoders: list[Encoder]) -> tuple[tokens.Stream, ...]:
+    streams = []
+    for leaf, encoder in zip(("codes", "decoder_codes"), encoders):
+        codebook: Any = encoder.codebook
+        if len(codebook) != config.data[leaf]:
+            found = f"the codebook of {encoder.identity['name']} has {len(codebook)} centroids"
+            raise UserError(f"{found}, but data.{leaf} = {config.data[leaf]}")
+        sha256 = tokens.codebook_sha256(codebook)
+        streams.append(tokens.Stream(encoder.identity, len(codebook), sha256, config.data.size))
+    return tuple(streams)
 
 
 def _fit(
-    config: ConfigDict, source: sources.Source, encoder: Encoder, batch_size: int, mesh: Mesh, state: Path
+    config: ConfigDict, source: sources.Source, encode: Partial, batch_size: int, mesh: Mesh, state: Path
 ) -> np.ndarray:
     """The codebook, by k-means on features of the images, float32 [k, d]."""
-    settings, k = config.tokens, config.data.codes
+    k = config.data.codes
     count = len(source.examples)
     chosen = np.arange(count)
-    if 0 < settings.fit_images < count:
-        chosen = np.sort(draws.permutation(settings.seed, "codebook", 0, count)[: settings.fit_images])
-    points = _points(source, chosen, encoder, k, settings.seed, batch_size, mesh)
-    bar = tqdm(total=settings.iterations, desc="k-means", disable=None)
+    if 0 < config.tokens.fit_images < count:
+        chosen = np.sort(draws.permutation(config.tokens.seed, "codebook", 0, count)[: config.tokens.fit_images])
+    points = _points(source, chosen, encode, k, config.tokens.seed, batch_size, mesh)
+    bar = tqdm(total=config.tokens.iterations, desc="k-means", disable=None)
 
     def progress(iteration: int, objective: float) -> None:
         bar.update(iteration - bar.n)
         bar.set_postfix_str(f"mean squared distance {objective / len(points):.4g}")
 
-    options = {"iterations": settings.iterations, "seed": settings.seed, "init": settings.init}
+    options = {"iterations": config.tokens.iterations, "seed": config.tokens.seed, "init": config.tokens.init}
     with bar:
         return kmeans.fit(points, k, mesh=mesh, state=state, progress=progress, **options).centroids
 
 
 def _points(
-    source: sources.Source, chosen: np.ndarray, encoder: Encoder, k: int, seed: int, batch_size: int, mesh: Mesh
+    source: sources.Source, chosen: np.ndarray, encode: Partial, k: int, seed: int, batch_size: int, mesh: Mesh
 ) -> np.ndarray:
     """The features that k-means takes of those of the chosen images, in its order, float32 [m, d].
 
     Only these are kept: of ImageNet's there would be a hundred gigabytes.
     """
-    features = _features(source, chosen, encoder, batch_size, mesh)
+    features = _features(source, chosen, encode, batch_size, mesh)
     first = next(features)
     rows = len(chosen) * first.shape[1]
     wanted = kmeans.sample(rows, k, seed)
@@ -151,10 +142,11 @@ def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray
 
 
 def _features(
-    source: sources.Source, chosen: np.ndarray, encoder: Encoder, batch_size: int, mesh: Mesh
+    source: sources.Source, chosen: np.ndarray, encode: Partial, batch_size: int, mesh: Mesh
 ) -> Iterator[np.ndarray]:
+    jitted = jax.jit(lambda encode, images: encode(images))
     for images, _ in _batches(source, chosen, batch_size):
-        yield np.asarray(encoder.encode(_put(images, batch_size, mesh)))[: len(images)]
+        yield np.asarray(jitted(encode, _put(images, batch_size, mesh)))[: len(images)]
 
 
 def _batches(
@@ -173,19 +165,18 @@ def _put(images: np.ndarray, batch_size: int, mesh: Mesh) -> jax.Array:
     return jax.device_put(values, batch_sharding(mesh))
 
 
+@jax.jit
+def _nearest(encode: Partial, images: jax.Array, centroids: jax.Array) -> jax.Array:
+    return kmeans.assign(encode(images), centroids)
+
+
 def _codes(
-    config: ConfigDict,
-    source: sources.Source,
-    encoder: Encoder,
-    codebook: np.ndarray,
-    batch_size: int,
-    mesh: Mesh,
+    source: sources.Source, encoders: list[Encoder], mirrored: bool, batch_size: int, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Codes int32 [views, 1, n] and label of every image."""
-    centroids = jnp.asarray(codebook)
-    nearest = jax.jit(lambda images, centroids: kmeans.assign(encoder.encode(images), centroids))
+    """Codes int32 [views, streams, n] and label of every image."""
+    kinds = [(encoder.encode, jnp.asarray(encoder.codebook)) for encoder in encoders]
     for images, examples in _batches(source, np.arange(len(source.examples)), batch_size):
-        views = [images, images[:, :, ::-1]] if config.tokens.mirrored else [images]
-        codes = [np.asarray(nearest(_put(view, batch_size, mesh), centroids)) for view in views]
+        views = [_put(view, batch_size, mesh) for view in ([images, images[:, :, ::-1]] if mirrored else [images])]
+        codes = np.array([[_nearest(encode, view, centroids) for encode, centroids in kinds] for view in views])
         for i, example in enumerate(examples):
-            yield np.stack([view[i] for view in codes])[:, None], example["label"]
+            yield codes[:, :, i], example["label"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 from diffjax.errors import UserError
@@ -93,7 +94,8 @@ def _check_computed(keys: Any, state_dict: Mapping[str, Any], module: Any) -> No
         if stored.shape != expected.shape:
             raise UserError(f"diffit: {key} is {stored.shape}, expected {expected.shape}")
         difference = np.abs(stored - expected).max()
-        if not difference <= (1e-5 if key == POSITIONS else 0):
+        rounding = float(jnp.finfo(state_dict[key].dtype).eps) / 2 if key == POSITIONS else 0.0  # of values up to 1
+        if not difference <= (max(rounding, 1e-5) if key == POSITIONS else 0):
             raise UserError(
                 f"diffit: {key} differs from the fixed table by up to {difference:.3g}; "
                 "only checkpoints with that table are read"

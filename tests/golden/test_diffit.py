@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from einops import rearrange
 
+from diffjax.diffusion import guidance
 from diffjax.models import diffit
 from diffjax.models.diffit_unet import ResBlock
 from diffjax.ops.windows import relative_positions
 from diffjax.weights import from_reference, to_reference
-from tests.golden.cases import cases, conditions, guided, load, run, to_nchw, to_nhwc
+from tests.golden.cases import cases, conditions, load, run, to_nchw, to_nhwc
 
 pytestmark = pytest.mark.golden
 ATOL = 2e-5
@@ -46,7 +47,7 @@ def guidance_weights(info: dict, t: np.ndarray) -> np.ndarray:
     scale, power = info["cfg"]["cfg_scale"], info["cfg"]["scale_pow"]
     if info["config"]["input_size"] > 32:
         return np.full(len(t), scale)
-    return 1 + (scale - 1) * (1 - np.cos(np.pi * (1 - t.astype(np.float64) / 1000) ** power)) / 2
+    return guidance.power_cosine(t.astype(np.float64) / 1000, scale, power)
 
 
 @pytest.mark.parametrize("case", cases("diffit", "cfg_out"))
@@ -58,9 +59,14 @@ def test_guidance(case):
     x = np.concatenate([arrays["x"][:half]] * 2)
     out, _ = run("diffit", case, x, arrays["cfg_t"], arrays["cfg_y"])
     weights = guidance_weights(case.info, arrays["cfg_t"][:half])
-    found = guided(out, weights[:, None, None, None])
-    for name in ("cfg_out_f32", "cfg_out_f64"):
-        np.testing.assert_allclose(found, arrays[name], rtol=0, atol=ATOL, err_msg=name)
+    conditional, null = np.split(to_nhwc(out), 2)
+    for i, weight in enumerate(weights):
+        rows = jnp.stack([conditional[i], null[i]])  # what the network gives the two rows of an example
+        denoise = guidance.classifier_free(lambda x, t, y, rows=rows: rows, jnp.zeros(1, jnp.int32), 1, channels=3)
+        found = to_nchw(denoise(to_nhwc(x[i : i + 1]), jnp.zeros(1), weight))[0]
+        for name in ("cfg_out_f32", "cfg_out_f64"):
+            np.testing.assert_allclose(found, arrays[name][i], rtol=0, atol=ATOL, err_msg=name)
+            np.testing.assert_allclose(found[:3], arrays[name][half + i, :3], rtol=0, atol=ATOL, err_msg=name)
 
 
 # stored name -> path of our module; those with a number return every layer's value
@@ -188,7 +194,7 @@ def test_residual_blocks(case):
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
     with jax.default_matmul_precision("highest"):
         forward = jax.jit(lambda p: module.apply({"params": p}, x, c, capture_intermediates=True))
-        (out, _), captured = forward(params)
+        out, captured = forward(params)
     captured = captured["intermediates"]
     found = {
         "out": to_nchw(out),

@@ -9,6 +9,7 @@ import pytest
 
 from diffjax import models, rng
 from diffjax.errors import UserError
+from diffjax.models import diffit
 from diffjax.models.diffit_unet import SIZES, fourier_time, positional_time
 from diffjax.models.layers import drop
 from diffjax.ops.attention import attention
@@ -178,12 +179,17 @@ def test_dropped_values_are_zero_and_the_others_grow():
     assert (dropped[0] != dropped[1]).any()
 
 
-def test_every_block_drops_others():
-    """Of two examples and two stages of three blocks, of which two share one program: twelve keys."""
-    examples = rng.per_example(jax.random.key(0), jnp.arange(2))
-    keys = [tiny()._keys(examples, stage, 3) for stage in ("encoder_0", "decoder_0")]
-    data = [np.asarray(jax.random.key_data(part)).reshape(-1, 2) for first, rest in keys for part in (first, rest)]
-    assert len(np.unique(np.concatenate(data), axis=0)) == 12
+def test_every_block_drops_others(monkeypatch):
+    """Of two examples, and a stage down and up and one below with two blocks: eight keys."""
+    seen = []
+    monkeypatch.setattr(diffit, "drop", lambda x, rate, keys: (seen.append(jax.random.key_data(keys)), x)[1])
+    model = tiny(dropout=0.5, remat="none")
+    x, t, y = inputs()
+    params = jax.eval_shape(model.init, jax.random.key(0), x, t, y)["params"]
+    examples = rng.per_example(jax.random.key(0), jnp.arange(len(x)))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+    model.apply({"params": zeros}, x, t, y, train=True, keys=examples)
+    assert len(np.unique(np.concatenate(seen), axis=0)) == len(x) * len(seen) == len(x) * 4
 
 
 def test_time_features():
@@ -199,10 +205,10 @@ def test_maps_smaller_than_a_window_are_one_window():
     shapes = jax.eval_shape(tiny(window=8).init, jax.random.key(0), *inputs())["params"]
     sides = {name: shapes[name]["block"]["attention"]["relative_bias"].shape[-2] for name in shapes if "coder" in name}
     assert sides == {
-        "encoder_0_first": 15**2,
-        "encoder_1_first": 7**2,
-        "encoder_1_rest": 7**2,
-        "decoder_0_first": 15**2,
+        "encoder_0_0": 15**2,
+        "encoder_1_0": 7**2,
+        "encoder_1_1": 7**2,
+        "decoder_0_0": 15**2,
     }
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from diffjax.errors import UserError
+from diffjax.ops import attention as ops_attention
 from diffjax.ops.attention import attention
 from diffjax.ops.macs import count_macs
 
@@ -43,6 +44,7 @@ def test_cudnn_gets_the_bias_in_the_type_of_the_queries(monkeypatch):
         return q
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    monkeypatch.setattr(ops_attention, "platform", lambda: "gpu")
     x, bias = jnp.zeros((1, 2, 3, 8), jnp.bfloat16), jnp.ones((3, 2, 2))
     attention(x, x, x, bias=bias, implementation="cudnn")
     assert seen["bias"].shape == (1, 3, 2, 2)
@@ -51,6 +53,14 @@ def test_cudnn_gets_the_bias_in_the_type_of_the_queries(monkeypatch):
     assert seen["bias"] is None
     with pytest.raises(UserError, match="needs even numbers of tokens, not 3 and 3; use 'xla'"):
         attention(x, x, x, bias=jnp.ones((3, 3, 3)), implementation="cudnn")
+
+
+@pytest.mark.parametrize("dtype, platform", [(jnp.bfloat16, "cpu"), (jnp.float32, "gpu")])
+def test_cudnn_is_refused_where_it_is_not(monkeypatch, dtype, platform):
+    monkeypatch.setattr(ops_attention, "platform", lambda: platform)
+    x = jnp.zeros((1, 2, 3, 8), dtype)
+    with pytest.raises(UserError, match=f"this is {jnp.dtype(dtype)} on a {platform}; use 'xla'"):
+        attention(x, x, x, implementation="cudnn")
 
 
 def test_softmax_is_float32_for_bfloat16_inputs():

@@ -223,7 +223,7 @@ NOT_AUGMENTED = {
     "nan": ({"augment": float("nan")}, {}, "data.augment = nan: valid"),
     "latents": ({"name": "latents"}, {}, "is for pixels, and data.name = 'latents' has none"),
     "flip": ({"flip": True}, {}, "mirrors half of the images by itself, and tells the model; valid: data.flip=false"),
-    "untold": ({}, {"name": "DiT-S/8"}, "which DiT-S/8 is not; valid: 0, or DiffiT-CIFAR10,"),
+    "untold": ({}, {"name": "DiT-S/8"}, "which DiT-S/8 as given is not; valid: 0, or a DiffiT-UNet with"),
     "other-labels": ({}, {"name": "DiffiT-CIFAR10", "augment_labels": 3}, "with augment_labels = 9"),
 }
 

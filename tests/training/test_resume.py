@@ -51,7 +51,7 @@ def cut():
         ("dit", ("optim.accumulate=2", "optim.clip=1.0", "data.flip=true", "diffusion.label_drop=0.5")),
         pytest.param("dis", ("model.drop_path=0.3", "optim.accumulate=2"), marks=pytest.mark.slow),
         pytest.param("udit", ("diffusion.label_drop=0.5",), marks=pytest.mark.slow),
-        pytest.param("diffit", ("model.dropout=0.3",), marks=pytest.mark.slow),
+        pytest.param("diffit", ("model.dropout=0.3", "data.augment=0.5"), marks=pytest.mark.slow),
         pytest.param("diffit-latent", (), marks=pytest.mark.slow),
     ],
     ids=[
@@ -59,7 +59,7 @@ def cut():
         "dit-accumulate-flip-label-drop",
         "dis-drop-path-accumulate",
         "udit-label-drop-per-level",
-        "diffit-dropout",
+        "diffit-dropout-augment",
         "diffit-latent",
     ],
 )

@@ -22,6 +22,7 @@ from diffjax.errors import UserError
 from diffjax.ops.dictionary import NO_CODE
 from diffjax.tokens import decoding, losses, pixels
 from diffjax.tokens.kmeans import read_codebook
+from diffjax.training.encoders import load_vqgan_decoder
 from diffjax.training.objective.base import Apply, Objective
 from diffjax.training.step import Batch, Metrics
 
@@ -97,7 +98,23 @@ def _decoder(config: ConfigDict) -> Callable[[ConfigDict], Partial] | None:
     """What reads the function that makes images of the model's codes; None where there is none."""
     if not has_source(config) and config.data.encoder == "pixels":
         return _centroids
-    return None
+    return _vqgan if _vqgan_folder(config) else None
+
+
+def _vqgan_folder(config: ConfigDict) -> str:
+    """The weights that make pixels of the codes, if the config names them."""
+    if has_source(config):
+        return config.tokens.decoder
+    return config.tokens.weights if config.data.encoder == "vqgan" else ""
+
+
+def _vqgan(config: ConfigDict) -> Partial:
+    folder = _vqgan_folder(config)
+    decode, sha256 = load_vqgan_decoder(folder, "tokens.decoder")
+    stream = records.read_manifest(Path(config.data.dir))["streams"][-1]
+    if stream["encoder"].get("weights_sha256") != sha256:
+        raise UserError(f"the codes in {config.data.dir} were not made with the weights in {folder}")
+    return decode
 
 
 def _centroids(config: ConfigDict) -> Partial:

@@ -92,10 +92,10 @@ def _check_augment(config: ConfigDict) -> None:
     if data.flip:
         raise UserError(f"{given} mirrors half of the images by itself, and tells the model; valid: data.flip=false")
     if getattr(build_model(config), "augment_labels", 0) != augment.LABELS:
-        told = [name for name, row in models.MODELS.items() if hasattr(models.FAMILIES[row.family], "augment_labels")]
+        told = [name for name, family in models.FAMILIES.items() if hasattr(family, "augment_labels")]
         raise UserError(
-            f"{given} needs a model that is told how an image was augmented, which {config.model.name} is not; "
-            f"valid: 0, or {', '.join(told)} with augment_labels = {augment.LABELS}"
+            f"{given} needs a model that is told how an image was augmented, which {config.model.name} as given is "
+            f"not; valid: 0, or a {', '.join(told)} with augment_labels = {augment.LABELS}"
         )
 
 
