@@ -17,7 +17,7 @@ LAYOUT_LEAVES = ("parallel.", "data.workers", "data.threads")
 # What the saved state and data position stand on: these cannot change within a run.
 FIXED_LEAVES = ("seed", "batch_size", "model.", "data.")
 # What configs of earlier versions lack; their other leaves do not say all that this version needs.
-NEWEST_LEAVES = ("ema.kind", "data.augment", "optim.name")
+NEWEST_LEAVES = ("ema.kind", "data.augment", "optim.name", "diffusion.weighting")  # the last: not of models of codes
 # How a model computes, not what it is.
 COMPUTE_LEAVES = ("model.dtype", "model.remat", "model.attention", "model.scan", "model.depthwise")
 
@@ -125,7 +125,8 @@ def read(path: Path) -> ConfigDict:
         raise UserError(f"{path}: not valid json ({error})") from error
     if not isinstance(stored, dict) or not {"seed", "model", "data"} <= set(stored):
         raise UserError(f"{path}: not the config of a run, which has seed, model, data and more")
-    if missing := [leaf for leaf in NEWEST_LEAVES if leaf not in leaves(stored)]:
+    needed = [leaf for leaf in NEWEST_LEAVES if not ("tokens" in stored and leaf.startswith("diffusion."))]
+    if missing := [leaf for leaf in needed if leaf not in leaves(stored)]:
         raise UserError(f"{path}: written by an earlier version, which had no {', '.join(missing)}; train it again")
     return ConfigDict(stored).lock()
 

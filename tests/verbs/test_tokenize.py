@@ -154,7 +154,7 @@ def test_a_codebook_that_does_not_fit(made, tmp_path, capsys):
     bad = codebook.copy()
     bad[3, 0] = np.nan
     for array, reason in (
-        (codebook[:9], f"holds 9 centroids, but data.codes = {CODES}"),
+        (codebook[:9], f"the codebook of pixels has 9 centroids, but data.codes = {CODES}"),
         (codebook[:, :3], "do not fit"),
         (bad, "centroid 3 of 16 holds a value that is not finite"),
     ):
