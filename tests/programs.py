@@ -1,9 +1,13 @@
 """Helpers of the tests that run diffjax as its user does: in this process, or as a program of its own."""
 
+import atexit
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +15,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from diffjax.training import config as configs
+from diffjax.verbs.tokenize import tokenize
 
 ROOT = Path(__file__).parent.parent
-BACKBONES = ("dit", "dis", "udit", "diffit", "diffit-latent")  # rows of the quickstart
+BACKBONES = ("dit", "dis", "udit", "diffit", "diffit-latent", "digit")  # rows of the quickstart
 TINY = "configs/quickstart.py:model=dit,runlocal"
 QUIET = ("evals.samples.every_steps=0", "log.tensorboard=false")
 
@@ -21,12 +26,27 @@ QUIET = ("evals.samples.every_steps=0", "log.tensorboard=false")
 def tiny_config(*overrides: str, model: str = "dit") -> ConfigDict:
     """Seconds on a CPU: two or three blocks of width 48 on the digits; no pictures, no TensorBoard unless asked for."""
     recipe = ROOT / TINY.replace("=dit", f"={model}")
-    return configs.load(str(recipe), [f"--config.{o}" for o in (*QUIET, *overrides)])
+    return configs.load(str(recipe), [f"--config.{o}" for o in (*QUIET, *_data(model), *overrides)])
 
 
 def train_arguments(workdir: Path, *overrides: str, model: str = "dit") -> list[str]:
     recipe = TINY.replace("=dit", f"={model}")
-    return ["train", f"--config={recipe}", f"--workdir={workdir}", *(f"--config.{o}" for o in (*QUIET, *overrides))]
+    leaves = (*QUIET, *_data(model), *overrides)
+    return ["train", f"--config={recipe}", f"--workdir={workdir}", *(f"--config.{leaf}" for leaf in leaves)]
+
+
+def _data(model: str) -> tuple[str, ...]:
+    return (f"data.dir={codes_of_digits()}",) if model == "digit" else ()
+
+
+@functools.cache
+def codes_of_digits() -> Path:
+    """A folder of codes that lasts as long as this process."""
+    folder = Path(tempfile.mkdtemp(prefix="codes-of-digits-"))
+    atexit.register(shutil.rmtree, folder)
+    recipe = ROOT / TINY.replace("=dit", "=digit")
+    tokenize(configs.load(str(recipe), ["--config.tokens.iterations=1"]), folder)
+    return folder
 
 
 def start(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen:

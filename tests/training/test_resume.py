@@ -53,6 +53,7 @@ def cut():
         pytest.param("udit", ("diffusion.label_drop=0.5",), marks=pytest.mark.slow),
         pytest.param("diffit", ("model.dropout=0.3", "data.augment=0.5"), marks=pytest.mark.slow),
         pytest.param("diffit-latent", (), marks=pytest.mark.slow),
+        pytest.param("digit", ("tokens.label_drop=0.5",), marks=pytest.mark.slow),
     ],
     ids=[
         "dit",
@@ -61,6 +62,7 @@ def cut():
         "udit-label-drop-per-level",
         "diffit-dropout-augment",
         "diffit-latent",
+        "digit-dropout-label-drop",
     ],
 )
 def test_a_stopped_or_cut_run_ends_as_one_left_alone(tmp_path, monkeypatch, capsys, model, options):
