@@ -14,21 +14,14 @@ BATCH = 68  # on four chips in parts of 17 or 34, and no other axis is a multipl
 WIDEST = 4 * 96  # channels of the latent stage
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("parallel.mesh.fsdp=2",),
-        ("parallel.mesh.tensor=2", "parallel.strategy=fsdp_tp"),
-    ],
-    ids=["fsdp", "fsdp_tp"],
-)
-def test_no_feature_map_is_gathered_or_permuted(overrides):
+def test_no_feature_map_is_gathered_or_permuted():
     """Seen before the depthwise kernels were constrained: all of [b, 8, 8, 768] gathered in the latent stage.
 
     Vectors per example, the largest being the modulation with six per channel, may be. Sums of feature maps over
     `tensor` are what that axis is for.
     """
-    overrides = (f"batch_size={BATCH}", "parallel.replicate_below=0", *overrides)
+    mesh = ("parallel.mesh.fsdp=2", "parallel.mesh.tensor=2", "parallel.strategy=fsdp_tp")
+    overrides = (f"batch_size={BATCH}", "parallel.replicate_below=0", *mesh)
     config = configs.load(f"{ROOT}/configs/udit_imagenet.py:model=u-dit-s", [f"--config.{o}" for o in overrides])
     with config.unlocked():
         config.model.depth = (1, 1, 1, 1, 1)
