@@ -1,7 +1,7 @@
 """DiGIT, first stage: a causal transformer over the clusters of DINOv2 features (arXiv 2410.12490, DAMO-NLP-SG/DiGIT).
 
     python -m diffjax convert  --family=dinov2 --checkpoint=dinov2_vitb14_reg4_pretrain.pth --out=params/dinov2-b
-    python -m diffjax tokenize --config=configs/digit_stage1.py --out=data/imagenet256-tokens
+    python -m diffjax tokenize --config=configs/digit_stage1.py --out=data/imagenet256-dinov2-8192
     python -m diffjax train    --config=configs/digit_stage1.py --workdir=runs/digit-b
 
     images -> DINOv2 -> k-means -> codes -> [this model] -> codes -> [digit_stage2.py] -> VQGAN codes -> pixels
@@ -12,9 +12,10 @@ tensorflow-datasets, prepared as array_record. Arguments: `model=digit-l` (16,38
 baseline; its weights, converted with --family=vqgan, are in params/vqgan).
 
 The scripts tokenize a random crop anew in every step; here the codes of the central crop and of its mirror image are
-made once, resized as ADM does. They train in float16, this recipe in bfloat16. Batch size and updates are those of 8
-devices, 200 epochs. The published samples of B use top_k=200, 300 for classes, those of L 400. Published (ImageNet
-validation set as reference, torch-fidelity), with the second stage:
+made once, resized as ADM does. Their k-means saw crops resized to 224, ours sees what the model is trained on. They
+train in float16, this recipe in bfloat16. Batch size and updates are those of 8 devices, 200 epochs. The published
+samples of B use top_k=200, 300 for classes, those of L 400. Published (ImageNet validation set as reference,
+torch-fidelity), with the second stage:
 
     |                   | parameters | epochs | FID   | IS     | linear probe |
     |-------------------|------------|--------|-------|--------|--------------|

@@ -1,14 +1,15 @@
 """DiGIT, second stage: from the clusters of DINOv2 features to codes of VQGAN (arXiv 2410.12490, DAMO-NLP-SG/DiGIT).
 
     python -m diffjax convert  --family=vqgan --checkpoint=vqgan_jax_strongaug.ckpt --out=params/vqgan
-    python -m diffjax tokenize --config=configs/digit_stage2.py --codebook=CODEBOOK --out=data/imagenet256-stage2
+    python -m diffjax tokenize --config=configs/digit_stage2.py --codebook=CODEBOOK --out=data/imagenet256-stage2-8192
     python -m diffjax train    --config=configs/digit_stage2.py --workdir=runs/digit-b-stage2
     python -m diffjax sample   --workdir=runs/digit-b --raw --num=50000 --out=codes.npz
     python -m diffjax sample   --workdir=runs/digit-b-stage2 --source=codes.npz --num=50000 --out=samples.npz
 
 CODEBOOK is that of the first stage (data/imagenet256-dinov2-8192/codebook.npy). Arguments: `decoding=nar` (a masked
 model, eight rounds, instead of one code after the other), `model=digit-l`. Batch size and updates are those of 8
-devices, 200 epochs. What is known of the results is in digit_stage1.py.
+devices, 200 epochs. The scripts cut 255 y to whole numbers, our samples are rounded (their json says how). What is
+known of the results is in digit_stage1.py.
 """
 
 from configs import common
@@ -28,7 +29,8 @@ def get_config(arg: str | None = None):
     common.tfds_images(c, "imagenet2012", 256, num_classes=1000)
     weights, codes = ENCODERS[options.model]
     common.codes(c, "dinov2", codes, grid=16)
-    c.data.dir, c.data.channels, c.data.decoder_codes = "data/imagenet256-stage2", 2, 1024
+    c.data.dir = f"data/imagenet256-stage2-{codes}"
+    c.data.channels, c.data.decoder_codes = 2, 1024
     c.data.num_classes = 0
     c.tokens.weights, c.tokens.decoder, c.tokens.fit_images = weights, "params/vqgan", 128_000
     updates, batch_size = TRAINING[options.decoding]

@@ -48,7 +48,10 @@ def read_manifest(path: Path, what: str, command: str) -> dict[str, Any]:
     if not path.is_file():
         folder = path.parent
         raise UserError(f"no {what} in {str(folder)!r}: {path.name} is missing; make them with: {command}{folder}")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid json ({error}); make them again with: {command}DIR") from error
 
 
 def open_records(root: Path, manifest: dict[str, Any]) -> Any:

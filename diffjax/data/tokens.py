@@ -78,7 +78,7 @@ def encode(codes: np.ndarray, label: int, views: int, origin: Origin) -> bytes:
 
 def decode(record: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, int]:
     """The codes int32 [views, streams, n] and the label of a record. `UserError` when it is not one."""
-    magic, version, views, label = HEADER.unpack_from(record)
+    magic, version, views, label = HEADER.unpack(record[: HEADER.size].ljust(HEADER.size, b"\0"))
     if (magic, version, views) != (MAGIC, VERSION, shape[0]) or len(record) != HEADER.size + 2 * int(np.prod(shape)):
         raise UserError(
             f"not a record of codes of version {VERSION} and shape {shape}: starts with {magic!r}, version {version}, "

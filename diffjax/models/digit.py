@@ -78,16 +78,6 @@ def affine_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
 
 
-def grow(cache: Cache, places: int) -> Cache:
-    """The cache with room for so many more places."""
-
-    def padded(buffer: jax.Array) -> jax.Array:
-        buffer = jnp.pad(buffer, ((0, 0), (0, 0), (0, 0), (0, places), (0, 0)))
-        return constrain(buffer, None, "batch", "heads")
-
-    return cache._replace(keys=padded(cache.keys), values=padded(cache.values))
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention; x [b, n, d] -> ([b, n, d], cache).
 

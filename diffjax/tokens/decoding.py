@@ -17,8 +17,6 @@ from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.ops.dictionary import END, NO_CODE, SPECIALS
 
-SEGMENT = 64  # codes for which a growing cache gets room at once
-
 Step = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
 Predict = Callable[[jax.Array], jax.Array]
 
@@ -63,7 +61,6 @@ def generate(
     how: Choice,
     *,
     end_from: int | None = None,
-    grow: Callable[[Any, int], Any] | None = None,
 ) -> jax.Array:
     """Draw `length` codes one after the other.
 
@@ -71,11 +68,9 @@ def generate(
         step: (cache, codes int32 [b]) -> (logits of the next code, cache), of static shapes.
         logits: [b, SPECIALS + codes] of the first code. For guidance [2 b, ...]: an example's row, then its row without
             a label; `step` then gets every code twice.
-        cache: any tree, handed through, with room for `length` codes; with `grow` for the first SEGMENT of them.
+        cache: any tree, handed through, with room for `length` codes.
         keys: typed keys [b]; code i of an example is drawn with fold(key, i).
         end_from: the number of codes from which a sequence may end; None: it has all `length`.
-        grow: (cache, n) -> the cache with room for n more codes. A step reads the whole cache, whose size is static;
-            one that grows is half as large on average, but its sizes may be held at once.
 
     Returns:
         int32 [b, length]; `NO_CODE` from where a sequence has ended.
@@ -102,12 +97,7 @@ def generate(
 
     first, ended = draw(0, logits, jnp.zeros(batch, bool))
     carry = jnp.full((batch, length), NO_CODE).at[:, 0].set(first), first, ended, cache
-    for begin in range(0, length, SEGMENT if grow else length):
-        end = min(begin + SEGMENT, length) if grow else length
-        if grow and begin:
-            carry = *carry[:-1], grow(carry[-1], end - begin)
-        carry = jax.lax.fori_loop(max(begin, 1), end, body, carry)
-    return carry[0]
+    return jax.lax.fori_loop(1, length, body, carry)[0]
 
 
 def guided(conditional: jax.Array, null: jax.Array, weight: jax.Array) -> jax.Array:

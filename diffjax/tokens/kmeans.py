@@ -433,6 +433,11 @@ def _check(points: np.ndarray, k: int, iterations: int, seed: int, init: str) ->
         raise UserError(f"{len(points)} points cannot have k = {k} centroids; give at least {k} points, or a smaller k")
     if (used := min(len(points), POINTS_PER_CENTROID * k)) > MAX_POINTS:
         raise UserError(f"k = {k} takes {used} points; valid: up to {MAX_POINTS}, so give fewer or a smaller k")
+    check_settings(iterations, seed, init)
+
+
+def check_settings(iterations: int, seed: int, init: str) -> None:
+    """Raise UserError for settings that no fit can have."""
     if iterations < 1:
         raise UserError(f"iterations = {iterations}; valid: 1 or more")
     if not 0 <= seed < 2**32 - 1:

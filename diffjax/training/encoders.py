@@ -41,10 +41,21 @@ def load_encoder(config: ConfigDict) -> Encoder:
     return ENCODERS[name](config)
 
 
+def stated(config: ConfigDict) -> dict[str, Any]:
+    """What a config says of its encoder and of the images it sees: the identity but for weights."""
+    option = {"pixels": "patch", "dinov2": "layer"}.get(config.data.encoder)
+    more = {option: config.tokens[option]} if option else {}
+    return {"name": config.data.encoder, **_preparation(config), **more}
+
+
+def _preparation(config: ConfigDict) -> dict[str, Any]:
+    return {"image_size": config.images.size, "image_crop": config.images.crop}
+
+
 def _pixels(config: ConfigDict) -> Encoder:
     patch = config.tokens.patch
     _check_size(config, patch * config.data.size, f"tokens.patch = {patch} times data.size = {config.data.size}")
-    return Encoder(Partial(partial(pixels.encode, patch=patch)), {"name": "pixels", "patch": patch})
+    return Encoder(Partial(partial(pixels.encode, patch=patch)), stated(config))
 
 
 def _dinov2(config: ConfigDict) -> Encoder:
@@ -57,7 +68,7 @@ def _dinov2(config: ConfigDict) -> Encoder:
             f"features of {dinov2.SIDE} or {dinov2.LARGER_SIDE} pixels"
         )
     module, params = dinov2.cut(module, params, layer)  # without the blocks whose results nobody sees
-    identity = {"name": "dinov2", "weights_sha256": sha256, "layer": layer}
+    identity = stated(config) | {"weights_sha256": sha256}
     return Encoder(Partial(partial(_dinov2_features, module), params), identity)
 
 
@@ -75,7 +86,7 @@ def load_vqgan(config: ConfigDict, folder: str, leaf: str) -> Encoder:
     module, params, sha256 = _weights(folder, leaf, vqgan.VQGAN, "vqgan")
     factor = 2 ** (len(module.multipliers) - 1)
     _check_size(config, factor * config.data.size, f"{factor} times data.size = {config.data.size}")
-    identity = {"name": "vqgan", "weights_sha256": sha256}
+    identity = {"name": "vqgan", **_preparation(config), "weights_sha256": sha256}
     return Encoder(Partial(partial(_vqgan_features, module), params), identity, np.asarray(params["codebook"]))
 
 

@@ -37,6 +37,7 @@ from diffjax.training.checkpoint import Checkpoints, Snapshots, latest_step
 from diffjax.training.interrupt import StopRequest
 from diffjax.training.metrics import NonFiniteError, Reporter
 from diffjax.training.objective import example
+from diffjax.training.objective.codes import check_made_as_stated
 from diffjax.training.setup import Setup, build
 from diffjax.training.state import TrainState
 
@@ -258,6 +259,8 @@ class SampleGrid:
 def open_batches(config: ConfigDict, start: int = 0) -> pipeline.Batches:
     """This host's part of the stream of training batches."""
     data = config.data
+    if "tokens" in config:
+        check_made_as_stated(config)
     return pipeline.Batches(
         sources.load(data),
         batch_size=config.batch_size,

@@ -11,6 +11,7 @@ With --guide the images are pushed away from those of a worse network (autoguida
 labels, with `sampling.guidance` as the weight; there is no classifier-free guidance then.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ from diffjax.training.objective.diffusion import build_process
 from diffjax.training.setup import abstract_params
 from diffjax.verbs import local_path
 from diffjax.weights import store
+
+PLACES = ("data.dir", "tokens.weights", "tokens.decoder")  # what lies there is known by its hash
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -76,19 +79,22 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError(f"sample: this model makes {objective.makes}, not pictures; --raw writes them as they are")
     guide = load_guide(local_path("guide", values.guide), config, mesh) if values.guide else None
     guided = {"guide": guide[2]} if guide else {}
-    labels, given = _labels_and_conditions(values, config)
+    labels, given, source = _labels_and_conditions(values, config, origin)
     make_folder(out)
     form = describe_form(model, params, values.fused)
     sampler = generate.compile_sampler(objective, model, mesh, values.seed, values.fused, guide and guide[:2])
     batches = generate.generate(sampler, params, given, mesh, values.batch_size, values.first)
     images = _collect(batches, len(labels), math.ceil(len(labels) / values.batch_size), values.raw)
     if hosts.is_lead():
+        settings = {"labels": values.labels, "seed": values.seed, "first": values.first, "num": values.num}
+        described = describe(config, origin, form, **guided, **(settings | source))
         if values.raw:
             np.savez(out, arr_0=images, arr_1=labels)
+            out.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
         else:
-            settings = {"labels": values.labels, "seed": values.seed, "first": values.first, "num": values.num}
-            samples.write_samples(out, images, labels, describe(config, origin, form, **guided, **settings))
-        print(f"wrote {len(labels)} images of {_describe(origin)}, {form}, to {out}")
+            samples.write_samples(out, images, labels, described)
+        made = "images" if objective.makes == "pictures" else objective.makes
+        print(f"wrote {len(labels)} {made} of {_describe(origin)}, {form}, to {out}")
 
 
 def _collect(batches: Iterator[np.ndarray], num: int, count: int, raw: bool) -> np.ndarray:
@@ -131,7 +137,7 @@ def load_run(
     stored = configs.read(workdir / "config.json")
     config = configs.override(stored.copy_and_resolve_references(), overrides)
     changed = [line.partition(":")[0] for line in configs.differences(stored, config)]
-    if refused := [name for name in changed if not name.startswith(("sampling.", *configs.COMPUTE_LEAVES))]:
+    if refused := [name for name in changed if not name.startswith(("sampling.", *PLACES, *configs.COMPUTE_LEAVES))]:
         raise UserError(f"sample: {', '.join(refused)} cannot change what a run was trained for; give sampling leaves")
     abstract = abstract_params(config, mesh)
     checkpoints = Checkpoints(workdir, read_only=True)
@@ -139,14 +145,17 @@ def load_run(
     if step is None or step not in checkpoints.steps():
         raise UserError(f"no checkpoint {'' if step is None else step} in {workdir}; complete: {checkpoints.steps()}")
     codes = Path(config.data.dir)
-    if "tokens" in config and (codes / tokens.MANIFEST).is_file():  # a missing one is missed where it is needed
-        tokens.check_kinds(codes, checkpoints.data_fingerprint(step)["source"]["codes"])
+    kinds = {}
+    if "tokens" in config:
+        kinds["codes"] = checkpoints.data_fingerprint(step)["source"]["codes"]
+        if (codes / tokens.MANIFEST).is_file():  # a missing one is missed where it is needed
+            tokens.check_kinds(codes, kinds["codes"])
     if weights == "ema":
         params = checkpoints.restore_item("ema", step, abstract)
     else:
         params = checkpoints.restore_params(step, abstract)
     origin = {"workdir": str(workdir), "step": step, "weights": weights, "sha256": store.tree_sha256(params)}
-    return config, params, origin
+    return config, params, origin | kinds
 
 
 def load_guide(folder: Path, config: ConfigDict, mesh: Any) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -199,16 +208,39 @@ def describe_form(model: nn.Module, params: Any, fused: bool) -> str:
     return f"fused: {left:,} of {count:,} parameters" if fused and left < count else "as trained"
 
 
-def _labels_and_conditions(values: flags.FlagValues, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """The labels [n] to write, and what the model draws images of: the same, or codes [n, m] of a first stage."""
+def _labels_and_conditions(
+    values: flags.FlagValues, config: ConfigDict, origin: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """The labels [n] to write, what the model draws images of (the same, or codes [n, m] of a first stage), and where
+    the latter come from."""
     if not ("tokens" in config and has_source(config)):
         if values.source:
             raise UserError(f"--source={values.source}: only for a second stage, which draws codes of codes")
         labels = _labels(values, config.data.num_classes)
-        return labels, labels
+        return labels, labels, {}
     if not values.source:
         raise UserError("sample: this model draws codes of a decoder, given codes of features: give them as --source")
-    return read_source(local_path("source", values.source), values.first, values.num, config)
+    if values["labels"].present:
+        raise UserError("sample: the labels are those of --source; leave out --labels")
+    path = local_path("source", values.source)
+    made = _made_of(path, origin)
+    labels, codes = read_source(path, values.first, values.num, config)
+    return labels, codes, {"labels": "source", "source": {"sha256": samples.file_sha256(path), **made}}
+
+
+def _made_of(path: Path, origin: dict[str, Any]) -> dict[str, Any]:
+    """The origin of a file of codes, by the json beside it. UserError unless they are what this run was trained on."""
+    beside = path.with_suffix(".json")
+    if not path.is_file() or not beside.is_file():
+        raise UserError(f"--source={path}: it or {beside.name} is missing; `sample --raw` of a first stage writes both")
+    try:
+        made: dict[str, Any] = json.loads(beside.read_text())["origin"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{beside}: not what `sample --raw` writes ({type(error).__name__})") from error
+    wanted, found = (each.get("codes", {}).get("features") for each in (origin, made))
+    if wanted and wanted != found:
+        raise UserError(f"--source={path} holds codes of {found}, and this run was trained on codes of {wanted}")
+    return made
 
 
 def read_source(path: Path, first: int, num: int, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Turn images into codes: OUT/tokens-*.array_record, OUT/codebook.npy and OUT/tokens.json, which says how.
 
 python -m diffjax tokenize --config=configs/quickstart.py:model=digit --out=runs/quickstart-digit/tokens
-python -m diffjax tokenize --config=configs/digit_stage1.py --codebook=km_8k.npy --out=data/imagenet256-tokens
+python -m diffjax tokenize --config=configs/digit_stage1.py --codebook=km_8k.npy --out=data/imagenet256-dinov2-8192
 
 The config's section `images` says which images, `data.encoder` what makes features of them, `tokens` with which
 options. Without --codebook one is fitted to them by k-means; started again after an interruption, that fit goes on.
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from diffjax.data import draws, shards, sources, tokens
 from diffjax.errors import UserError
-from diffjax.parallel.mesh import batch_sharding, make_mesh
+from diffjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from diffjax.tokens import kmeans
 from diffjax.training import config as configs
 from diffjax.training.encoders import Encoder, load_encoder, load_vqgan
@@ -51,13 +51,15 @@ def tokenize(config: ConfigDict, out: Path, given: Path | None = None, batch_siz
     decoder = load_vqgan(config, config.tokens.decoder, "tokens.decoder") if config.tokens.decoder else None
     if given and encoder.codebook is not None:
         raise UserError(f"--codebook={given}: the encoder {config.data.encoder} has its own; leave it out")
+    if given:
+        encoder = encoder._replace(codebook=kmeans.read_codebook(given))
+    _check(config, [encoder, decoder] if decoder else [encoder])
     shards.make_folder(out, tokens.MANIFEST)
     mesh = make_mesh({"data": -1})
     batch_size = -(-batch_size // mesh.size) * mesh.size
     with jax.set_mesh(mesh):
-        if given:
-            encoder = encoder._replace(codebook=kmeans.read_codebook(given))
-        elif encoder.codebook is None:
+        encoder, decoder = (_everywhere(each, mesh) for each in (encoder, decoder))
+        if encoder.codebook is None:
             codebook = _fit(config, source, encoder.encode, batch_size, mesh, out / FIT)
             encoder = encoder._replace(codebook=codebook)
         encoders = [encoder, decoder] if decoder else [encoder]
@@ -68,6 +70,25 @@ def tokenize(config: ConfigDict, out: Path, given: Path | None = None, batch_siz
     (out / FIT).unlink(missing_ok=True)
     kinds = " and ".join(f"{stream.codes} of {stream.encoder['name']}" for stream in origin.streams)
     print(f"wrote {config.data.size} x {config.data.size} codes ({kinds}) of {manifest['count']} images to {out}")
+
+
+def _check(config: ConfigDict, encoders: list[Encoder]) -> None:
+    """What can be known before any feature is made."""
+    kmeans.check_settings(config.tokens.iterations, config.tokens.seed, config.tokens.init)
+    if config.tokens.fit_images < 0:
+        raise UserError(f"tokens.fit_images = {config.tokens.fit_images}: valid: 0 (all) or more")
+    for leaf, encoder in zip(("codes", "decoder_codes"), encoders):
+        if not 1 <= config.data[leaf] <= tokens.LARGEST:
+            raise UserError(f"data.{leaf} = {config.data[leaf]}: valid: 1 to {tokens.LARGEST}")
+        found = config.data[leaf] if encoder.codebook is None else len(encoder.codebook)
+        if found != config.data[leaf]:
+            kind = f"the codebook of {encoder.identity['name']} has {found} centroids"
+            raise UserError(f"{kind}, but data.{leaf} = {config.data[leaf]}")
+
+
+def _everywhere(encoder: Any, mesh: Mesh) -> Any:
+    """The encoder, or None, with its parameters on all devices."""
+    return encoder and encoder._replace(encode=jax.device_put(encoder.encode, replicated(mesh)))
 
 
 def _images(config: ConfigDict) -> sources.Source:
@@ -81,15 +102,11 @@ def _images(config: ConfigDict) -> sources.Source:
 
 
 def _streams(config: ConfigDict, encoders: list[Encoder]) -> tuple[tokens.Stream, ...]:
-    streams = []
-    for leaf, encoder in zip(("codes", "decoder_codes"), encoders):
-        codebook: Any = encoder.codebook
-        if len(codebook) != config.data[leaf]:
-            found = f"the codebook of {encoder.identity['name']} has {len(codebook)} centroids"
-            raise UserError(f"{found}, but data.{leaf} = {config.data[leaf]}")
-        sha256 = tokens.codebook_sha256(codebook)
-        streams.append(tokens.Stream(encoder.identity, len(codebook), sha256, config.data.size))
-    return tuple(streams)
+    books = [np.asarray(encoder.codebook) for encoder in encoders]
+    return tuple(
+        tokens.Stream(encoder.identity, len(book), tokens.codebook_sha256(book), config.data.size)
+        for encoder, book in zip(encoders, books)
+    )
 
 
 def _fit(

@@ -3,11 +3,10 @@
     JAX_PLATFORMS=cpu python -m tests.benchmarks.decoding [--lengths 64,256,1024] [--batch 16] [--width 128 --depth 2]
 
 A DiGIT with random weights, float32, drawn with top-k. The programs run in turns in one process and the best of the
-turns counts; each generates all its codes in one compiled loop. "whole" has a cache of the full length from the start,
-"growing" one that grows by segments. The floor is what a step has to read: the parameters of the blocks and the logits
-once, and the keys and values of the places seen so far, half of them on average. "again" is the forward pass of the
-whole sequence for every code, of fixed length since it is compiled once; as prefixes grow from nothing, no program
-without a cache can do with less than about half of that.
+turns counts; each generates all its codes in one compiled loop. The floor is what a step has to read: the parameters of
+the blocks and the logits once, and the keys and values of the places seen so far, half of them on average. "again" is
+the forward pass of the whole sequence for every code, of fixed length since it is compiled once; as prefixes grow from
+nothing, no program without a cache can do with less than about half of that.
 """
 
 import argparse
@@ -20,18 +19,17 @@ import jax
 import jax.numpy as jnp
 
 from diffjax import models, rng
-from diffjax.models import digit
 from diffjax.ops.dictionary import SPECIALS
 from diffjax.tokens import decoding
 
 
-def with_cache(model: Any, params: Any, keys: jax.Array, length: int, how: decoding.Choice, growing: bool) -> jax.Array:
+def with_cache(model: Any, params: Any, keys: jax.Array, length: int, how: decoding.Choice) -> jax.Array:
     def step(cache: Any, codes: jax.Array) -> Any:
         return model.apply({"params": params}, cache, codes, method="step")
 
-    cache = model.init_cache(keys.shape[0], min(length, decoding.SEGMENT) if growing else length)
+    cache = model.init_cache(keys.shape[0], length)
     logits, cache = model.apply({"params": params}, cache, method="prefill")
-    return decoding.generate(step, logits, cache, keys, length, how, grow=digit.grow if growing else None)
+    return decoding.generate(step, logits, cache, keys, length, how)
 
 
 def again(model: Any, params: Any, keys: jax.Array, length: int, how: decoding.Choice) -> jax.Array:
@@ -70,11 +68,7 @@ def main() -> None:
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     keys = jax.random.split(jax.random.key(1), options.batch)
     how = decoding.choice(options.codes, top_k=options.top_k)
-    runs = {
-        (name, length): jax.jit(functools.partial(with_cache, model, length=length, growing=name == "growing"))
-        for length in lengths
-        for name in ("growing", "whole")
-    }
+    runs = {("cache", length): jax.jit(functools.partial(with_cache, model, length=length)) for length in lengths}
     runs["again", options.again] = jax.jit(functools.partial(again, model, length=options.again))
     best = dict.fromkeys(runs, float("inf"))
     for turn in range(options.turns + 1):
@@ -88,8 +82,8 @@ def main() -> None:
         read = f"{floor(model, params, options.batch, length):.1f}" if program != "again" else ""
         print(f"{length:>6} {program:<8} {1e3 * taken / length:>12.3f} {read:>16}")
     if options.again in lengths:
-        cached, recomputed = (runs[program, options.again](params, keys, how=how) for program in ("growing", "again"))
-        factor = best["again", options.again] / best["growing", options.again]
+        cached, recomputed = (runs[program, options.again](params, keys, how=how) for program in ("cache", "again"))
+        factor = best["again", options.again] / best["cache", options.again]
         print(f"at {options.again} codes the cache saves a factor {factor:.1f}")
         print(f"{100 * jnp.mean(cached == recomputed):.1f} % of the codes are the same")
 

@@ -9,7 +9,6 @@ import pytest
 
 from diffjax import models
 from diffjax.errors import UserError
-from diffjax.models import digit
 from diffjax.ops.dictionary import END, NO_CODE, SPECIALS
 from diffjax.tokens import decoding
 
@@ -70,24 +69,6 @@ def test_a_sample_depends_on_its_own_key_alone():
     np.testing.assert_array_equal(sample(LABELS[::-1], keys()[::-1], how), codes[::-1])
     assert (np.asarray(sample(LABELS, keys(seed=1), how)) != codes).any()
     assert len(np.unique(sample(jnp.zeros(B, jnp.int32), keys(), how), axis=0)) > 1
-
-
-def test_a_growing_cache_gives_the_same_codes(monkeypatch):
-    monkeypatch.setattr(decoding, "SEGMENT", 4)
-    model, params = small_model()
-    how, shapes = decoding.choice(CODES, temperature=0), []
-
-    @jax.jit
-    def run(params):
-        def step(cache, codes):
-            shapes.append(cache.keys.shape[3])
-            return model.apply({"params": params}, cache, codes, method="step")
-
-        logits, cache = model.apply({"params": params}, model.init_cache(B, 4), LABELS, method="prefill")
-        return decoding.generate(step, logits, cache, keys(), N, how, grow=digit.grow)
-
-    np.testing.assert_array_equal(run(params), sample(LABELS, keys(), how))
-    assert sorted(set(shapes)) == [4, 8, 10]
 
 
 def test_the_numbers_of_a_choice_are_no_part_of_the_program():

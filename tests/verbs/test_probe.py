@@ -173,6 +173,7 @@ OTHERS = {  # how other codes are made, and what the refusal names
     "codebook": (("tokens.seed=7",), "features.codebook_sha256 was"),
     "codes": (("data.codes=20",), "features.codes was 16 and is 20"),
     "grid": (("tokens.patch=4", "data.size=2"), "features.grid was 4 and is 2"),
+    "preparation": (("images.crop=adm",), "features.encoder.image_crop was none and is adm"),
 }
 
 
@@ -202,7 +203,7 @@ def test_a_run_whose_codes_were_made_anew_does_not_go_on(moved, capsys):
     before = (folder / "run" / "config.json").read_bytes()
     more = run_arguments(folder / "run", folder / "codes", "data.flip=true", "total_steps=6")
     error = mistake(capsys, [*more, "--accept=total_steps"])
-    reasons = ("features.codebook_sha256 was", "data.codes=16, not 20", "data.size=4, but tokens has size=2")
+    reasons = ("features.codebook_sha256 was", "data.codes=16, not 20", "patch = 4, not 2", "crop = adm, not none")
     assert sum(reason in error for reason in reasons) == 1
     assert (folder / "run" / "config.json").read_bytes() == before
     assert complete_steps(folder / "run") == [2, 4]

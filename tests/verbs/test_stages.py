@@ -1,5 +1,7 @@
 """Both stages of a model of codes as their user runs them, with small networks in the places of the published ones."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 from diffjax import frozen
 from diffjax.__main__ import main
 from diffjax.data import tokens
-from diffjax.evaluation.samples import read_samples
+from diffjax.evaluation.samples import file_sha256, read_samples
 from diffjax.weights import store
 from tests.programs import QUIET, ROOT
 
@@ -60,6 +62,8 @@ def test_the_second_stage_makes_pictures_of_codes(stage2, tmp_path, capsys, deco
     assert main(["train", config, f"--workdir={run}", *given(stage2), *quiet]) == 0
     codes = np.random.default_rng(0).integers(0, 12, (5, 256))
     np.savez(tmp_path / "codes.npz", arr_0=codes, arr_1=np.arange(5))
+    kinds = tokens.kinds(tokens.read_manifest(stage2["data.dir"]))
+    (tmp_path / "codes.json").write_text(json.dumps({"origin": {"codes": kinds}}))
     sample = ["sample", f"--workdir={run}", "--num=4", f"--out={tmp_path / 's.npz'}"]
     assert main([*sample, f"--source={tmp_path / 'codes.npz'}"]) == 0
     images, labels, _ = read_samples(tmp_path / "s.npz")
@@ -69,15 +73,41 @@ def test_the_second_stage_makes_pictures_of_codes(stage2, tmp_path, capsys, deco
 
     capsys.readouterr()
     np.savez(tmp_path / "wrong.npz", arr_0=codes + 1, arr_1=np.arange(5))
+    np.savez(tmp_path / "other.npz", arr_0=codes, arr_1=np.arange(5))
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8), arr_1=np.arange(5))
+    for name in ("wrong", "images"):
+        (tmp_path / f"{name}.json").write_text((tmp_path / "codes.json").read_text())
+    others = {"features": kinds["features"] | {"codebook_sha256": "another"}}
+    (tmp_path / "other.json").write_text(json.dumps({"origin": {"codes": others}}))
     for extra, reason in (
         ([], "give them as --source"),
         ([f"--source={tmp_path / 'wrong.npz'}"], "holds codes from 1 to 12; valid: 0 to 11"),
         ([f"--source={tmp_path / 'codes.npz'}", "--first=2"], "has 5 rows; --first=2 and --num=4 need 6"),
-        ([f"--source={tmp_path / 's.npz'}"], "expected integers [n, 256]"),
-        ([f"--source={tmp_path / 'nothing.npz'}"], "not an npz of arr_0 and arr_1"),
+        ([f"--source={tmp_path / 'images.npz'}"], "expected integers [n, 256]"),
+        ([f"--source={tmp_path / 'nothing.npz'}"], "`sample --raw` of a first stage writes both"),
+        ([f"--source={tmp_path / 'other.npz'}"], "'codebook_sha256': 'another'"),
+        ([f"--source={tmp_path / 'codes.npz'}", "--labels=uniform"], "leave out --labels"),
     ):
         assert main([*sample, *extra]) == 2
         assert reason in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_codes_of_a_first_stage_are_the_source_of_the_second(stage2, tmp_path):
+    """Of one folder of codes: stage 1 on the first kind, whose samples, --raw, are what stage 2 draws pictures of."""
+    quiet = [f"--config.{leaf}" for leaf in QUIET]
+    first = {leaf: value for leaf, value in stage2.items() if leaf != "tokens.decoder"} | {"sampling.top_k": 0}
+    config = f"--config={ROOT}/configs/digit_stage1.py:runlocal"
+    assert main(["train", config, f"--workdir={tmp_path / '1'}", *given(first), *quiet]) == 0
+    assert main(["train", STAGE2, f"--workdir={tmp_path / '2'}", *given(stage2), *quiet]) == 0
+    codes = tmp_path / "codes.npz"
+    assert main(["sample", f"--workdir={tmp_path / '1'}", "--raw", "--num=3", f"--out={codes}"]) == 0
+    out = tmp_path / "s.npz"
+    assert main(["sample", f"--workdir={tmp_path / '2'}", f"--source={codes}", "--num=3", f"--out={out}"]) == 0
+    images, _, protocol = read_samples(out)
+    assert images.shape == (3, 32, 32, 3)
+    assert protocol["source"]["sha256"] == file_sha256(codes)
+    assert protocol["source"]["workdir"] == str(tmp_path / "1")
 
 
 def test_a_decoder_that_did_not_make_the_codes_is_refused(stage2, weights, tmp_path, capsys):

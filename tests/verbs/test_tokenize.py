@@ -57,7 +57,7 @@ def test_codes_are_of_the_nearest_centroids_of_an_image_and_of_its_mirror_image(
 def test_the_manifest_says_how(made):
     manifest = tokens.read_manifest(made)
     (stream,) = manifest["streams"]
-    assert stream["encoder"] == {"name": "pixels", "patch": PATCH}
+    assert stream["encoder"] == {"name": "pixels", "patch": PATCH, "image_size": 8, "image_crop": "none"}
     assert (stream["codes"], stream["grid"], manifest["views"], manifest["num_classes"]) == (CODES, GRID, 2, 10)
     assert stream["codebook_sha256"] == tokens.codebook_sha256(np.load(made / tokens.CODEBOOK))
     assert manifest["images"] == sources.load(configs.digits()).fingerprint

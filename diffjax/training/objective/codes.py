@@ -22,7 +22,7 @@ from diffjax.errors import UserError
 from diffjax.ops.dictionary import NO_CODE
 from diffjax.tokens import decoding, losses, pixels
 from diffjax.tokens.kmeans import read_codebook
-from diffjax.training.encoders import load_vqgan_decoder
+from diffjax.training.encoders import load_vqgan_decoder, stated
 from diffjax.training.objective.base import Apply, Objective
 from diffjax.training.step import Batch, Metrics
 
@@ -36,7 +36,17 @@ class Plan(NamedTuple):
 
 def has_source(config: ConfigDict) -> bool:
     """Whether this is a second stage."""
+    if config.data.channels not in (1, 2):
+        raise UserError(f"data.channels = {config.data.channels} kinds of codes; valid: 1, or 2 for a second stage")
     return config.data.channels == 2
+
+
+def check_made_as_stated(config: ConfigDict) -> None:
+    """Raise UserError unless the codes in `data.dir` were made of images as the config says."""
+    found = records.read_manifest(Path(config.data.dir))["streams"][0]["encoder"]
+    differing = {name: value for name, value in stated(config).items() if found.get(name) != value}
+    if wrong := [f"{name} = {found.get(name)}, not {value}" for name, value in differing.items()]:
+        raise UserError(f"the codes in {config.data.dir} were made with {'; '.join(wrong)}, as the config says")
 
 
 def build_model(config: ConfigDict) -> nn.Module:
@@ -110,7 +120,7 @@ def _vqgan_folder(config: ConfigDict) -> str:
 
 def _vqgan(config: ConfigDict) -> Partial:
     folder = _vqgan_folder(config)
-    decode, sha256 = load_vqgan_decoder(folder, "tokens.decoder")
+    decode, sha256 = load_vqgan_decoder(folder, "tokens.decoder" if has_source(config) else "tokens.weights")
     stream = records.read_manifest(Path(config.data.dir))["streams"][-1]
     if stream["encoder"].get("weights_sha256") != sha256:
         raise UserError(f"the codes in {config.data.dir} were not made with the weights in {folder}")
