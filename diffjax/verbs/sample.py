@@ -14,6 +14,7 @@ labels, with `sampling.guidance` as the weight; there is no classifier-free guid
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ from diffjax.parallel.mesh import make_mesh, replicated
 from diffjax.training import config as configs
 from diffjax.training import generate
 from diffjax.training.checkpoint import Checkpoints
-from diffjax.training.objective import build_model, build_objective
-from diffjax.training.objective.codes import has_source
+from diffjax.training.objective import build_model, build_objective, codes
 from diffjax.training.objective.diffusion import build_process
 from diffjax.training.setup import abstract_params
 from diffjax.verbs import local_path
@@ -59,7 +59,10 @@ def define_flags(values: flags.FlagValues) -> None:
         "labels", "interleaved", ["interleaved", "uniform"], "classes in equal parts, or drawn", flag_values=values
     )
     flags.DEFINE_bool(
-        "raw", False, "write the float32 values as they are (arr_0), for latents or comparisons", flag_values=values
+        "raw",
+        False,
+        "write what the model makes as it is (arr_0): float32 values, or codes",
+        flag_values=values,
     )
     flags.DEFINE_bool("fused", True, "sample the fused form of a backbone that has one (U-DiT)", flag_values=values)
     text("guide", None, "worse network: a run folder, or one written by `convert` or `ema`", flag_values=values)
@@ -83,6 +86,8 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     make_folder(out)
     form = describe_form(model, params, values.fused)
     sampler = generate.compile_sampler(objective, model, mesh, values.seed, values.fused, guide and guide[:2])
+    if values.raw and "tokens" in config:
+        sampler = partial(sampler, plan=codes.plan(config, decoded=False))
     batches = generate.generate(sampler, params, given, mesh, values.batch_size, values.first)
     images = _collect(batches, len(labels), math.ceil(len(labels) / values.batch_size), values.raw)
     if hosts.is_lead():
@@ -93,7 +98,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
             out.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
         else:
             samples.write_samples(out, images, labels, described)
-        made = "images" if objective.makes == "pictures" else objective.makes
+        made = "images" if objective.makes == "pictures" and not values.raw else "raw results"
         print(f"wrote {len(labels)} {made} of {_describe(origin)}, {form}, to {out}")
 
 
@@ -144,12 +149,12 @@ def load_run(
     step = checkpoints.latest() if step is None else step
     if step is None or step not in checkpoints.steps():
         raise UserError(f"no checkpoint {'' if step is None else step} in {workdir}; complete: {checkpoints.steps()}")
-    codes = Path(config.data.dir)
+    folder = Path(config.data.dir)
     kinds = {}
     if "tokens" in config:
         kinds["codes"] = checkpoints.data_fingerprint(step)["source"]["codes"]
-        if (codes / tokens.MANIFEST).is_file():  # a missing one is missed where it is needed
-            tokens.check_kinds(codes, kinds["codes"])
+        if (folder / tokens.MANIFEST).is_file():  # a missing one is missed where it is needed
+            tokens.check_kinds(folder, kinds["codes"])
     if weights == "ema":
         params = checkpoints.restore_item("ema", step, abstract)
     else:
@@ -213,7 +218,7 @@ def _labels_and_conditions(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """The labels [n] to write, what the model draws images of (the same, or codes [n, m] of a first stage), and where
     the latter come from."""
-    if not ("tokens" in config and has_source(config)):
+    if not ("tokens" in config and codes.has_source(config)):
         if values.source:
             raise UserError(f"--source={values.source}: only for a second stage, which draws codes of codes")
         labels = _labels(values, config.data.num_classes)
@@ -224,8 +229,8 @@ def _labels_and_conditions(
         raise UserError("sample: the labels are those of --source; leave out --labels")
     path = local_path("source", values.source)
     made = _made_of(path, origin)
-    labels, codes = read_source(path, values.first, values.num, config)
-    return labels, codes, {"labels": "source", "source": {"sha256": samples.file_sha256(path), **made}}
+    labels, given = read_source(path, values.first, values.num, config)
+    return labels, given, {"labels": "source", "source": {"file_sha256": samples.file_sha256(path), **made}}
 
 
 def _made_of(path: Path, origin: dict[str, Any]) -> dict[str, Any]:

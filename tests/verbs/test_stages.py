@@ -106,7 +106,7 @@ def test_codes_of_a_first_stage_are_the_source_of_the_second(stage2, tmp_path):
     assert main(["sample", f"--workdir={tmp_path / '2'}", f"--source={codes}", "--num=3", f"--out={out}"]) == 0
     images, _, protocol = read_samples(out)
     assert images.shape == (3, 32, 32, 3)
-    assert protocol["source"]["sha256"] == file_sha256(codes)
+    assert protocol["source"]["file_sha256"] == file_sha256(codes)
     assert protocol["source"]["workdir"] == str(tmp_path / "1")
 
 

@@ -98,9 +98,9 @@ def _choice(config: ConfigDict) -> decoding.Choice:
     )
 
 
-def plan(config: ConfigDict) -> Plan:
-    """How a config draws codes, and what it decodes them with, read from its files."""
-    read = _decoder(config)
+def plan(config: ConfigDict, decoded: bool = True) -> Plan:
+    """How a config draws codes, and what they are `decoded` with, read from its files."""
+    read = _decoder(config) if decoded else None
     return Plan(_choice(config), read(config) if read else None)
 
 
