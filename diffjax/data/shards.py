@@ -7,7 +7,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import grain
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from diffjax.errors import UserError
@@ -56,6 +55,8 @@ def read_manifest(path: Path, what: str, command: str) -> dict[str, Any]:
 
 def open_records(root: Path, manifest: dict[str, Any]) -> Any:
     """Random access to the records of a manifest. `UserError` when the folder holds fewer or more."""
+    import grain  # heavy, and of no use where records are written
+
     missing = [shard for shard in manifest["shards"] if not (root / shard).is_file()]
     if missing:
         raise UserError(f"{root} lacks {missing[0]}, which its manifest names")

@@ -40,7 +40,7 @@ def test_each_image_has_its_own_key():
     seen = []
 
     class Spy:
-        plan = None
+        plan = staticmethod(lambda: None)
 
         @staticmethod
         def sample(apply, params, labels, keys, plan, guide):
@@ -63,7 +63,8 @@ def test_another_plan_is_no_other_program():
     configs = [tiny_config("sampling.steps=4"), tiny_config("sampling.steps=2", "sampling.guidance=3.0")]
     setup = build(configs[0], devices=jax.devices()[:1])
     sampler = generate.compile_sampler(setup.objective, setup.model, setup.mesh, seed=3)
-    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), setup.abstract.params)
+    shapes, r = setup.abstract.params, np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(r.normal(0, 0.1, leaf.shape), jnp.float32), shapes)
     images = []
     for config in configs:
         plan = sampling_plan(config, build_process(config), max_steps=4)
