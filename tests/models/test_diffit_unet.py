@@ -127,6 +127,7 @@ def test_gradients_are_finite_and_reach_every_parameter(kwargs):
         assert np.abs(leaf).max() > 0, path
 
 
+@pytest.mark.slow
 def test_time_label_and_augmentation_matter_and_none_is_zeros():
     model, (x, t, y) = tiny(num_classes=5), inputs()
     params = some_params(model)

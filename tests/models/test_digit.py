@@ -235,6 +235,7 @@ def test_dropout_is_of_the_example_s_own_key():
     assert np.abs(out - apply(model)(codes, y)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     codes = jnp.arange(12).reshape(2, 6) % 11
     keys = jax.random.split(jax.random.key(5), 2)

@@ -206,6 +206,7 @@ def silent(block):
     return without_output({**block, "skip": jax.tree.map(jnp.zeros_like, block["skip"])})
 
 
+@pytest.mark.slow
 def test_every_addition_drops_by_its_own_row():
     """Two blocks on either side of the middle one, against the same blocks called one by one."""
     model = tiny(depth=4, drop_path=0.8)

@@ -108,6 +108,7 @@ def test_gradients_are_finite_and_reach_every_parameter():
         assert np.abs(leaf).max() > 0, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "none"])
 def test_rematerialisation_changes_no_value(remat):
     x, t, y = inputs()

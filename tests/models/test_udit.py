@@ -112,6 +112,7 @@ def test_a_fresh_model_returns_zeros():
     np.testing.assert_allclose(params["latent"]["attention"]["logit_scale"], np.log(10.0), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_initial_weights_have_the_published_spread():
     """Xavier-uniform; of a convolution fan-out counts all channels, in groups or not; x is embedded as by a matrix."""
     params = fresh(tiny(width=64))
@@ -183,6 +184,7 @@ def test_fused_parameters_in_bfloat16():
         assert 1e-4 < distance(other, out) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ffn", ["basic", "single"])
 def test_fuse_leaves_other_forms_alone(ffn):
     """The reference cannot be evaluated with its own single form."""
@@ -209,6 +211,7 @@ def test_gradients_pass_through_the_fused_form():
     assert max(jax.tree.leaves(pairs)) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_average_starts_as_the_parameters():
     """The reference's starts with its 5 x 5 kernels fused already, and forgets it in some 100,000 steps."""
     params = reference()[1]

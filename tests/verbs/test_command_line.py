@@ -387,7 +387,7 @@ def test_refused_changes_leave_the_stored_config_alone(world, capsys):
     assert (world / "run" / "config.json").read_text() == before
 
 
-@pytest.mark.parametrize("model", ["dit", "dis"])  # dis logs which scan it takes
+@pytest.mark.parametrize("model", ["dit", pytest.param("dis", marks=pytest.mark.slow)])  # it logs its kind of scan
 def test_bench_reports_both_times(capsys, model):
     _default.cache_clear()  # what is logged once is logged now
     recipe = TINY.replace("=dit", f"={model}")
