@@ -26,6 +26,7 @@ from tests.programs import BACKBONES, ROOT, complete_steps
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
 GOLDEN = ROOT / "tests/golden/configs"
 EMBEDDED = ("digits", "emoji32")
+UNPREPARED = [name for name in BACKBONES if name != "digit"]  # which needs codes first: tests/verbs/test_probe.py
 
 
 def load(recipe: str, *overrides: str):
@@ -88,7 +89,7 @@ def test_recipes_describe_a_model_and_an_objective(recipe, argument):
     "recipe",
     [
         *(f"{name}.py:runlocal" for name in RECIPES if load(f"{name}.py").data.name in EMBEDDED),
-        *(pytest.param(f"quickstart.py:model={name},runlocal", marks=pytest.mark.slow) for name in BACKBONES[1:]),
+        *(pytest.param(f"quickstart.py:model={name},runlocal", marks=pytest.mark.slow) for name in UNPREPARED[1:]),
     ],
 )
 def test_embedded_recipes_run_with_pictures_and_tensorboard(recipe, tmp_path, capsys):
