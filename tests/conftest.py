@@ -10,6 +10,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
+import pytest
 
 from diffjax.parallel import hosts
 
@@ -21,3 +22,10 @@ jax.config.update("jax_compilation_cache_dir", os.environ.setdefault("JAX_COMPIL
 for option, value in (("min_compile_time_secs", 0), ("min_entry_size_bytes", -1)):
     jax.config.update(f"jax_persistent_cache_{option}", value)
     os.environ.setdefault(f"JAX_PERSISTENT_CACHE_{option.upper()}", str(value))  # for the programs that tests start
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Thousands of them take several gigabytes in the course of the suite; those of other modules are of no use."""
+    yield
+    jax.clear_caches()
