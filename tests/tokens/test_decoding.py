@@ -57,6 +57,23 @@ def test_greedy_codes_are_the_most_probable_given_those_before(weight):
     np.testing.assert_array_equal(codes, logits[..., SPECIALS:].argmax(-1))
 
 
+def test_guided_logits_with_the_cache_are_those_of_the_whole():
+    """The two rows of an example lie beside each other, as `generate` feeds them."""
+    model, params = small_model()
+    codes = np.random.default_rng(0).integers(0, CODES, (B, N)).astype(np.int32)
+    null = jnp.full(B, model.num_classes)
+    whole = decoding.guided(teacher_forced(codes, LABELS), teacher_forced(codes, null), 2.5)
+    rows = jnp.stack([LABELS, null], axis=1).reshape(-1)
+    step = jax.jit(functools.partial(model.apply, {"params": params}, method="step"))
+    with jax.default_matmul_precision("highest"):
+        logits, cache = model.apply({"params": params}, model.init_cache(2 * B, N), rows, method="prefill")
+        found = [decoding.guided(logits[0::2], logits[1::2], 2.5)]
+        for code in codes.T[:-1]:
+            logits, cache = step(cache, jnp.repeat(code, 2))
+            found.append(decoding.guided(logits[0::2], logits[1::2], 2.5))
+    np.testing.assert_allclose(np.stack(found, 1), whole, rtol=0, atol=1e-4)
+
+
 def test_guidance_of_weight_one_is_none():
     how = decoding.choice(CODES, temperature=0)
     np.testing.assert_array_equal(sample(LABELS, keys(), how, guided=True), sample(LABELS, keys(), how))
