@@ -147,6 +147,8 @@ def check_pictures(runs: list[Run], name: str, train: pixels.Labelled) -> None:
     """UserError where the images of a run cannot be scored against the reference."""
     for each in runs:
         data = each.config.data
+        if "tokens" in each.config:
+            raise UserError(f"{each.folder} is a run of codes, which none of these samplers draws")
         if data.channels not in (1, 3):
             raise UserError(f"{each.folder} makes latents of {data.channels} channels, which pixel scores are not for")
         if (data.size, data.size) != train[0].shape[1:3]:

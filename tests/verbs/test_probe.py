@@ -167,6 +167,11 @@ def test_images_that_are_not_those_of_the_codes(inputs):
         probe_verb.images(config, test._replace(manifest=manifest))
 
 
+def test_codes_are_not_swept(world, tmp_path, capsys):
+    sweep = ["sweep", f"--workdir={world / 'run'}", "--sampler=ddim", "--steps=4", "--reference=digits"]
+    assert "is a run of codes" in mistake(capsys, [*sweep, f"--out={tmp_path / 'sweep.json'}"])
+
+
 # What is not the run's own
 
 OTHERS = {  # how other codes are made, and what the refusal names
