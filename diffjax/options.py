@@ -1,0 +1,193 @@
+"""Options as data: what is known of one value that a user can set.
+
+An option is a field of a dataclass or a keyword-only parameter of a function, annotated beside its type:
+
+    def ddim(process: Process, steps: int, *, eta: Annotated[float, Leaf("0: deterministic", valid=at_least(0))] = 0.0)
+
+    class DiT(nn.Module):
+        patch: Annotated[int, Leaf("side of a patch in pixels")]
+
+`options` reads such annotations; the config's schema, `--help-config` and the generated page are made of them.
+"""
+
+import dataclasses
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from diffjax.errors import UserError
+
+Value = bool | int | float | str | tuple[Any, ...] | None
+Options = Mapping[str, Value]
+
+# What an option decides: what the parameters are, where files lie, how the work is spread over devices and processes,
+# how it is computed, or what is logged, saved, evaluated and sampled.
+KINDS = ("identity", "place", "layout", "compute", "watch")
+
+
+class Required:
+    """The default of an option that has none."""
+
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED = Required()
+
+
+@dataclasses.dataclass(frozen=True)
+class Valid:
+    """Which values an option takes: in words ("0 to below 1"), and as a test."""
+
+    words: str
+    test: Callable[[Any], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """What an annotation says of an option.
+
+    Attributes:
+        doc: one line.
+        kind: one of KINDS.
+        valid: None: any value of its type (numbers: finite ones).
+        fixed: it cannot change within a run, whose saved state and data position stand on it.
+    """
+
+    doc: str
+    kind: str = "identity"
+    valid: Valid | None = None
+    fixed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """An option: its name, its type without the annotation, its default or REQUIRED, and what is said of it."""
+
+    name: str
+    type: Any
+    default: Any
+    leaf: Leaf
+
+
+def one_of(names: Collection[Any]) -> Valid:
+    return Valid(", ".join(str(name) or "''" for name in names), lambda value: value in tuple(names))
+
+
+def at_least(low: float, zero: str = "") -> Valid:
+    """Numbers from `low` on; `zero` says in words what 0 means."""
+    words = f"0 ({zero}) or more" if zero and low == 0 else f"{low} or more"
+    return Valid(words, lambda value: value >= low)
+
+
+def above(low: float) -> Valid:
+    return Valid(f"above {low}", lambda value: value > low)
+
+
+def between(low: float, high: float, zero: str = "") -> Valid:
+    """Numbers from `low` to `high`, both included."""
+    first = f"0 ({zero})" if zero and low == 0 else f"{low}"
+    return Valid(f"{first} to {high}", lambda value: low <= value <= high)
+
+
+def fraction(zero: str = "") -> Valid:
+    """Probabilities from 0 to below 1."""
+    return Valid(f"0 ({zero}) to below 1" if zero else "0 to below 1", lambda value: 0 <= value < 1)
+
+
+def options(owner: Any) -> dict[str, Option]:
+    """The options of a dataclass or function, by name and in order; what is not annotated with a Leaf is none."""
+    found = {}
+    hints = typing.get_type_hints(owner, include_extras=True)
+    for name, default in _defaults(owner).items():
+        if name in hints and (leaf := _leaf(hints[name])) is not None:
+            found[name] = Option(name, typing.get_args(hints[name])[0], default, leaf)
+    return found
+
+
+def _defaults(owner: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(owner):
+        return {f.name: REQUIRED if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(owner)}
+    parameters = inspect.signature(owner).parameters.values()
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return {p.name: REQUIRED if p.default is p.empty else p.default for p in keywords}
+
+
+def _leaf(hint: Any) -> Leaf | None:
+    if typing.get_origin(hint) is not typing.Annotated:
+        return None
+    return next((each for each in hint.__metadata__ if isinstance(each, Leaf)), None)
+
+
+def check(path: str, option: Option, value: Any) -> Any:
+    """`value` in the type of the option (an int for a float, a list for a tuple). UserError, naming `path`, for another
+    type and for a value that is not valid."""
+    converted = convert(value, option.type)
+    if converted is REQUIRED:
+        raise UserError(f"{path} = {value!r}: valid: {type_in_words(option.type)}")
+    valid = option.leaf.valid
+    if valid and converted is not None and not valid.test(converted):
+        raise UserError(f"{path} = {value!r}: valid: {valid.words}")
+    return converted
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """`value` as a `kind`; REQUIRED when it is not one."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        candidates = (convert(value, each) for each in typing.get_args(kind))
+        return next((each for each in candidates if each is not REQUIRED), REQUIRED)
+    if kind in (None, type(None)):
+        return None if value is None else REQUIRED
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, tuple | list):
+            return REQUIRED
+        items = [convert(item, typing.get_args(kind)[0]) for item in value]
+        return REQUIRED if any(item is REQUIRED for item in items) else tuple(items)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value) if not math.isnan(value) else REQUIRED
+    if kind is int and isinstance(value, bool):
+        return REQUIRED
+    return value if isinstance(value, kind) else REQUIRED
+
+
+def parse(path: str, option: Option, text: str) -> Any:
+    """The value that a command line means by `text`: 3, 2e-4, true, word, 1,2,3 or (1, 2, 3), none."""
+    value = _parse(text.strip(), option.type)
+    if value is REQUIRED:
+        raise UserError(f"{path}={text}: valid: {type_in_words(option.type)}")
+    return check(path, option, value)
+
+
+def _parse(text: str, kind: Any) -> Any:
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        kinds = sorted(typing.get_args(kind), key=lambda each: each is not type(None))  # else "none" would be a word
+        candidates = (_parse(text, each) for each in kinds)
+        return next((each for each in candidates if each is not REQUIRED), REQUIRED)
+    if kind in (None, type(None)):
+        return None if text.lower() in ("none", "") else REQUIRED
+    if typing.get_origin(kind) is tuple:
+        inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+        items = [
+            _parse(item.strip().strip("'\""), typing.get_args(kind)[0]) for item in inner.split(",") if item.strip()
+        ]
+        return REQUIRED if any(item is REQUIRED for item in items) else tuple(items)
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), REQUIRED)
+    try:
+        return kind(text)
+    except ValueError:
+        return REQUIRED
+
+
+def type_in_words(kind: Any) -> str:
+    """ "a number", "whole numbers, such as 1,2" ..."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", type(None): "none"}
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return " or ".join(type_in_words(each) for each in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return {int: "whole numbers, such as 1,2", float: "numbers, such as 0.1,0.2"}.get(item, "words, such as a,b")
+    return words[kind]
