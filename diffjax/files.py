@@ -20,6 +20,8 @@ import numpy as np
 
 from diffjax.errors import UserError
 
+NUMBERS = "biuf"  # kinds of dtype that are written: booleans, integers, floats
+
 
 @contextlib.contextmanager
 def atomic(path: Path, owner: str = "file") -> Iterator[BinaryIO]:
@@ -87,7 +89,7 @@ def write_npy(file: IO[bytes], array: np.ndarray | Blocks) -> None:
     """
     if not isinstance(array, Blocks):
         array = Blocks(array.shape, array.dtype, [array])
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in NUMBERS:
         raise ValueError(f"arrays of {array.dtype} are not written; valid: booleans, integers, floats")
     described = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
     np.lib.format.write_array_header_1_0(file, described)

@@ -38,9 +38,9 @@ def grid(images: np.ndarray) -> np.ndarray:
     return rearrange(images, "(rows columns) h w c -> (rows h) (columns w) c", rows=rows)
 
 
-def write_png(path: Path, picture: np.ndarray) -> None:
+def write_png(path: Path, picture: np.ndarray, owner: str = "file") -> None:
     """Write a picture uint8 [h, w, 3]."""
-    with atomic(path) as file:
+    with atomic(path, owner) as file:
         Image.fromarray(picture).save(file, format="png")
 
 
@@ -64,9 +64,9 @@ def write_samples(path: Path, images: np.ndarray, labels: np.ndarray, protocol: 
     write_png(path.with_suffix(".png"), grid(images))
 
 
-def write_protocol(path: Path, protocol: Mapping[str, Any]) -> None:
+def write_protocol(path: Path, protocol: Mapping[str, Any], owner: str = "file") -> None:
     """Write the .json beside `path`: how its arrays were made, and the hash of the file."""
-    write_json(path.with_suffix(".json"), {**protocol, "samples_sha256": file_sha256(path)})
+    write_json(path.with_suffix(".json"), {**protocol, "samples_sha256": file_sha256(path)}, owner)
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
