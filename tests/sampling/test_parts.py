@@ -161,7 +161,10 @@ def test_two_processes_share_a_folder(tmp_path):
 def test_a_process_removes_only_its_own_temporaries(tmp_path):
     first, second = (open_parts(tmp_path / "s.npz", IDENTITY, 4, process) for process in (0, 1))
     with files.atomic(second.folder / "part-000000002-000001.npy", second.owner) as file:
+        left = first.folder / f".part-000000000-000001.npy.{first.owner}-0123.tmp"
+        left.touch()
         open_parts(tmp_path / "s.npz", IDENTITY, 4, process=0)
+        assert not left.exists()
         files.write_npy(file, pictures(np.array([2])))
     np.testing.assert_array_equal(first.missing(), [0, 1, 3])
 
