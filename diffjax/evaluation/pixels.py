@@ -9,13 +9,19 @@ import numpy as np
 
 from diffjax.errors import UserError
 from diffjax.evaluation import frechet, neighbours, statistics
-from diffjax.evaluation.samples import to_rgb
 
 FEATURES = "RGB pixels / 255"
 NEIGHBOURS = 5
 LARGEST = 64  # side; the covariance of larger images does not fit memory, and pixels say little there
 
 Labelled = tuple[np.ndarray, np.ndarray]  # images uint8 [n, h, w, 1 or 3], labels integers [n]
+
+
+def to_rgb(images: np.ndarray) -> np.ndarray:
+    """Images [n, h, w, 1 or 3] -> [n, h, w, 3], grey repeated."""
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(f"images of shape {images.shape}; expected [n, h, w, 3], or 1 channel of grey")
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
 def score(samples: Labelled, train: Labelled, held_out: Labelled | None = None) -> dict[str, dict[str, float]]:

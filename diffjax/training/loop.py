@@ -28,9 +28,9 @@ from ml_collections import ConfigDict
 import diffjax
 from diffjax.data import pipeline, sources
 from diffjax.errors import UserError, writing
-from diffjax.evaluation import samples
 from diffjax.ops.macs import count_macs
 from diffjax.parallel import hosts
+from diffjax.sampling import samples
 from diffjax.training import config as configs
 from diffjax.training import ema, generate
 from diffjax.training.checkpoint import Checkpoints, Snapshots, latest_step

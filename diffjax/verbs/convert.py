@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 
 from diffjax.errors import UserError
-from diffjax.evaluation.samples import file_sha256
+from diffjax.files import file_sha256
 from diffjax.weights import FAMILIES, from_reference, store, torch_file, unwrap
 
 

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from diffjax.data import sources
 from diffjax.errors import UserError
 from diffjax.evaluation import pixels, protocol
-from diffjax.evaluation.samples import file_sha256, read_samples
+from diffjax.files import file_sha256
+from diffjax.sampling.samples import read_samples
 
 EMBEDDED = ("digits", "emoji32")
 REST = "compare"  # the flag that arguments without a name belong to

@@ -29,9 +29,10 @@ from diffjax import models
 from diffjax.data import tokens
 from diffjax.diffusion import samplers
 from diffjax.errors import UserError
-from diffjax.evaluation import protocol, samples
+from diffjax.evaluation import protocol
 from diffjax.parallel import hosts
 from diffjax.parallel.mesh import make_mesh, replicated
+from diffjax.sampling import samples
 from diffjax.training import config as configs
 from diffjax.training import generate
 from diffjax.training.checkpoint import Checkpoints

@@ -24,9 +24,10 @@ from ml_collections import ConfigDict
 
 from diffjax.diffusion import samplers
 from diffjax.errors import UserError
-from diffjax.evaluation import pixels, plot, protocol, samples
+from diffjax.evaluation import pixels, plot, protocol
 from diffjax.parallel import hosts
 from diffjax.parallel.mesh import make_mesh
+from diffjax.sampling import samples
 from diffjax.training import generate
 from diffjax.training.objective import build_model, build_objective
 from diffjax.training.objective.diffusion import build_process, sampling_plan

@@ -12,7 +12,7 @@ import pytest
 
 from diffjax.__main__ import main
 from diffjax.errors import UserError
-from diffjax.evaluation.samples import read_samples
+from diffjax.sampling.samples import read_samples
 from diffjax.training.checkpoint import Checkpoints, Snapshots
 from diffjax.verbs.ema import reconstruct
 from diffjax.verbs.inspect import inspect

@@ -12,8 +12,8 @@ import pytest
 from absl import flags
 
 from diffjax.__main__ import VERBS, main
-from diffjax.evaluation.samples import write_samples
 from diffjax.ops.selective_scan import _default
+from diffjax.sampling.samples import write_samples
 from diffjax.weights import to_reference
 from tests.programs import ROOT, TINY, train_arguments
 from tests.weights.test_dit import module_and_params

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffjax.__main__ import main
-from diffjax.evaluation.samples import file_sha256
+from diffjax.files import file_sha256
 from diffjax.weights import store, to_reference
 from tests.weights.test_dit import module_and_params
 from tests.weights.torch_writer import tensor, write_zip

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from diffjax.__main__ import main
 from diffjax.data import sources
-from diffjax.evaluation.samples import write_samples
+from diffjax.sampling.samples import write_samples
 from tests.evaluation.test_protocol import SAMPLES
 
 

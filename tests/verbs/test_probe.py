@@ -10,8 +10,8 @@ import pytest
 from diffjax.__main__ import main
 from diffjax.data import sources, tokens
 from diffjax.evaluation import linear_probe, protocol
-from diffjax.evaluation.samples import read_samples
 from diffjax.parallel.mesh import make_mesh
+from diffjax.sampling.samples import read_samples
 from diffjax.training import config as configs
 from diffjax.training.checkpoint import Checkpoints
 from diffjax.training.objective import build_model

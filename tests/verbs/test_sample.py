@@ -9,7 +9,7 @@ import pytest
 
 from diffjax.__main__ import main
 from diffjax.errors import UserError
-from diffjax.evaluation.samples import read_samples
+from diffjax.sampling.samples import read_samples
 from diffjax.training.checkpoint import Checkpoints
 from diffjax.training.objective import build_model
 from diffjax.training.setup import build

@@ -11,7 +11,8 @@ from PIL import Image
 from diffjax import frozen
 from diffjax.__main__ import main
 from diffjax.data import tokens
-from diffjax.evaluation.samples import file_sha256, read_samples
+from diffjax.files import file_sha256
+from diffjax.sampling.samples import read_samples
 from diffjax.weights import store
 from tests.programs import QUIET, ROOT
 

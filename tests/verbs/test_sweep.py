@@ -8,7 +8,7 @@ import pytest
 
 from diffjax.__main__ import main
 from diffjax.evaluation import protocol
-from diffjax.evaluation.samples import read_samples
+from diffjax.sampling.samples import read_samples
 from diffjax.training import generate
 from diffjax.verbs import sweep
 from diffjax.verbs.inspect import inspect

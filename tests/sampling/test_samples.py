@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from diffjax.errors import UserError
-from diffjax.evaluation.samples import grid, read_samples, to_rgb, to_uint8, write_samples
+from diffjax.evaluation.pixels import to_rgb
+from diffjax.sampling.samples import grid, read_samples, to_uint8, write_samples
 
 rng = np.random.default_rng(0)
 IMAGES = rng.integers(0, 256, (12, 8, 8, 3), np.uint8)

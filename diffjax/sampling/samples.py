@@ -1,9 +1,7 @@
 """Files of generated images: npz in the ADM layout, beside it a json (how they were made) and a png (a grid)."""
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ from einops import rearrange
 from PIL import Image
 
 from diffjax.errors import UserError
+from diffjax.evaluation.pixels import to_rgb
+from diffjax.files import atomic, file_sha256, read_npz, write_json, write_npz
 
 ROUNDING = "truncate(clip(127.5 x + 128, 0, 255))"  # DiT's rule, half up; ADM's is half a grey level darker
 
@@ -27,13 +27,6 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.clip(127.5 * np.asarray(images, np.float32) + 128, 0, 255).astype(np.uint8)
 
 
-def to_rgb(images: np.ndarray) -> np.ndarray:
-    """Images [n, h, w, 1 or 3] -> [n, h, w, 3], grey repeated."""
-    if images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise UserError(f"images of shape {images.shape}; expected [n, h, w, 3], or 1 channel of grey")
-    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
-
-
 def grid(images: np.ndarray) -> np.ndarray:
     """The first images of uint8 [n, h, w, 1 or 3] row by row in one square picture, uint8 [h', w', 3], on white."""
     images = to_rgb(images[:GRID_IMAGES])
@@ -45,9 +38,10 @@ def grid(images: np.ndarray) -> np.ndarray:
     return rearrange(images, "(rows columns) h w c -> (rows h) (columns w) c", rows=rows)
 
 
-def write_png(path: Path, picture: np.ndarray) -> None:
-    """A picture uint8 [h, w, 3]."""
-    Image.fromarray(picture).save(path)
+def write_png(path: Path, picture: np.ndarray, owner: str = "file") -> None:
+    """Write a picture uint8 [h, w, 3]."""
+    with atomic(path, owner) as file:
+        Image.fromarray(picture).save(file, format="png")
 
 
 def write_samples(path: Path, images: np.ndarray, labels: np.ndarray, protocol: Mapping[str, Any]) -> None:
@@ -65,13 +59,14 @@ def write_samples(path: Path, images: np.ndarray, labels: np.ndarray, protocol: 
     if problem := _problem(images, labels):
         raise UserError(f"{path}: {problem}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".npz.partial")
-    with partial.open("wb") as file:
-        np.savez(file, arr_0=images, arr_1=labels.astype(np.int32))
-    os.replace(partial, path)
-    described = {**protocol, "samples_sha256": file_sha256(path)}
-    path.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
+    write_npz(path, {"arr_0": images, "arr_1": labels.astype(np.int32)})
+    write_protocol(path, protocol)
     write_png(path.with_suffix(".png"), grid(images))
+
+
+def write_protocol(path: Path, protocol: Mapping[str, Any], owner: str = "file") -> None:
+    """Write the .json beside `path`: how its arrays were made, and the hash of the file."""
+    write_json(path.with_suffix(".json"), {**protocol, "samples_sha256": file_sha256(path)}, owner)
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -82,20 +77,10 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such samples file; `python -m diffjax sample --out={path}` writes one")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays["arr_0"], arrays["arr_1"]
-    except Exception as error:  # a damaged file can break numpy and zipfile in any way
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a samples file, an npz of arr_0 and arr_1 ({reason})") from error
+    images, labels = read_npz(path, ("arr_0", "arr_1"), "a samples file").values()
     if problem := _problem(images, labels):
         raise UserError(f"{path}: {problem}")
     return images, labels.astype(np.int32), _read_protocol(path)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_protocol(path: Path) -> dict[str, Any]:

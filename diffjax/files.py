@@ -1,0 +1,142 @@
+"""Files that are either complete or absent, and files of arrays.
+
+A file is written under a temporary name in its own folder, flushed to the disk and renamed: whoever dies in between
+leaves the file as it was, and a temporary beside it. The name of a temporary, `.<name>.<owner>-<random>.tmp`, tells
+whose it is, so that an owner can remove what it left when it was killed.
+"""
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import secrets
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from diffjax.errors import UserError
+
+NUMBERS = "biuf"  # kinds of dtype that are written: booleans, integers, floats
+
+
+@contextlib.contextmanager
+def atomic(path: Path, owner: str = "file") -> Iterator[BinaryIO]:
+    """Yields a binary file that becomes `path` when the block ends, and is removed when the block raises.
+
+    An OSError without a file name of its own gets that of `path`: of a failed write the system names no file.
+    """
+    temporary = path.with_name(f".{path.name}.{owner}-{secrets.token_hex(6)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        raise
+    _flush_folder(path.parent)
+
+
+def remove_temporaries(folder: Path, owner: str, name: str = "") -> None:
+    """Remove what killed writings of `owner` left in `folder`, of the file `name` alone or, without it, of any file."""
+    for left in folder.glob(f".{glob.escape(name) if name else '*'}.{glob.escape(owner)}-*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes, owner: str = "file") -> None:
+    """Write `data` to `path`, replacing what is there at once."""
+    with atomic(path, owner) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str, owner: str = "file") -> None:
+    """Write `text` in UTF-8 to `path`, replacing what is there at once."""
+    write_bytes(path, text.encode(), owner)
+
+
+def write_json(path: Path, value: Any, owner: str = "file") -> None:
+    """Write `value` as indented json to `path`, replacing what is there at once."""
+    write_text(path, json.dumps(value, indent=2) + "\n", owner)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file in hexadecimal digits, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Blocks(NamedTuple):
+    """An array that is written piece by piece."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Iterable[np.ndarray]  # along the first axis, in order, together of `shape`
+
+
+def write_npy(file: IO[bytes], array: np.ndarray | Blocks) -> None:
+    """Write an array of numbers, in C order, into an open file in the npy format.
+
+    Raises:
+        ValueError: values that npy cannot hold without pickle, or pieces that together are not of the stated shape.
+    """
+    if not isinstance(array, Blocks):
+        array = Blocks(array.shape, array.dtype, [array])
+    if array.dtype.kind not in NUMBERS:
+        raise ValueError(f"arrays of {array.dtype} are not written; valid: booleans, integers, floats")
+    described = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+    np.lib.format.write_array_header_1_0(file, described)
+    count = 0
+    for piece in array.pieces:
+        if piece.dtype != array.dtype or piece.shape[1:] != array.shape[1:]:
+            raise ValueError(f"a piece is {piece.dtype} {piece.shape}, the array {array.dtype} {array.shape}")
+        file.write(np.ascontiguousarray(piece).data)
+        count += len(piece) if piece.ndim else 1
+    if count != (array.shape[0] if array.shape else 1):
+        raise ValueError(f"pieces of {count} rows, the array has shape {array.shape}")
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray | Blocks], owner: str = "file") -> None:
+    """Write arrays by name as an uncompressed npz: the bytes of np.savez, whatever the pieces of an array."""
+    with atomic(path, owner) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            # By its name alone an entry is dated 1980; more than 4 GiB need the 64-bit form from the start.
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                write_npy(entry, array)
+
+
+def read_npz(path: Path, names: Sequence[str], kind: str = "") -> dict[str, np.ndarray]:
+    """The arrays `names` of an npz file, by name.
+
+    Args:
+        kind: what the file should be, for the message ("a samples file").
+
+    Raises:
+        UserError: the file is missing, damaged, lacks one of the arrays, or holds pickled objects under their names.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names}
+    except Exception as error:  # a damaged file can break numpy and zipfile in any way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        wanted = f"{kind}, an npz of" if kind else "an npz of"
+        raise UserError(f"{path}: not {wanted} {' and '.join(names)} ({reason})") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the names in a folder last through a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
