@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from diffjax import rng
 from diffjax.errors import UserError
+from diffjax.options import options, parse
 from diffjax.parallel.mesh import batch_sharding, check_batch, check_processes, make_mesh, replicated
 from diffjax.training import ema
 from diffjax.training.objective import (
@@ -77,7 +78,7 @@ def build(config: ConfigDict, devices: Any = None) -> Setup:
     check_processes(mesh)
     model, objective = build_model(config), build_objective(config)
     optim = optimizer(config.optim, config.total_steps)
-    rates = ema.rates(config.ema, config.batch_size)
+    rates = ema.rates(averages(config), config.batch_size)
 
     def init(key: jax.Array) -> TrainState:
         return initial_state(init_params(model, config, key), optim, rates.tracks)
@@ -105,6 +106,12 @@ def build(config: ConfigDict, devices: Any = None) -> Setup:
         init=lambda: jitted_init(params_key),
         step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, replicated(mesh))),
     )
+
+
+def averages(config: ConfigDict) -> ema.Ema:
+    """The section `ema`, whose tracks are text: "0.05,0.1"."""
+    tracks = parse("ema.tracks", options(ema.Ema)["tracks"], config.ema.tracks)
+    return ema.Ema(**{**config.ema, "tracks": tracks})
 
 
 def init_params(model: nn.Module, config: ConfigDict, key: jax.Array) -> Any:
