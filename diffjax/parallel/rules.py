@@ -3,13 +3,14 @@
 A model names the axes of its parameters (`embed`, `mlp`, `heads`, ...) in a table of path patterns and the axes of
 its activations in calls of `constrain`; only this file knows the mesh. The names of a parameter are those of its
 *last* dimensions: a stacked layer axis in front is never sharded, and the same patterns match the optimizer's and
-the average's copies, whose paths end alike.
+the average's copies, whose paths end alike. A leaf of the optimizer's state that has another shape than its parameter
+takes the names that the optimizer declares (`state_axes`); scalars are replicated.
 """
 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import BATCH_AXES
 
-LogicalAxes = Sequence[tuple[str, tuple[str | None, ...]]]
+Names = tuple[str | None, ...]
+LogicalAxes = Sequence[tuple[str, Names]]
+
+
+class Parameter(NamedTuple):
+    """A leaf of the parameters: its path ("blocks/mlp/fc1/kernel"), shape, and the names of its last dimensions."""
+
+    path: str
+    shape: tuple[int, ...]
+    axes: Names
+
+
+# Names of the last dimensions of a leaf of the optimizer's state, from its path, its shape and its parameter.
+StateAxes = Callable[[str, tuple[int, ...], Parameter], Names]
 
 STRATEGIES: dict[str, dict[str, str]] = {
     "dp": {},
@@ -100,23 +114,67 @@ def sum_over_devices(tree: Any, axes: Mapping[str, tuple[str, ...]], names: Any)
     return jax.tree.map(lambda spec, x: None if x is None else total(spec, x), names, tree)
 
 
-def shardings(tree: Any, mesh: Mesh, strategy: str, axes: LogicalAxes, replicate_below: int) -> Any:
+def shardings(
+    tree: Any,
+    mesh: Mesh,
+    strategy: str,
+    axes: LogicalAxes,
+    replicate_below: int,
+    owners: Sequence[Parameter] = (),
+    state_axes: StateAxes | None = None,
+) -> Any:
     """A NamedSharding for every leaf of a tree of arrays or shapes (parameters, optimizer state, averages).
 
     Args:
         strategy: a key of `STRATEGIES`.
         axes: the model's table, path pattern -> names of the last dimensions; the first match counts.
         replicate_below: leaves of fewer bytes are kept whole on every device.
+        owners, state_axes: the parameters, and the rule for leaves whose path ends in a parameter's but whose shape is
+            another, such as row and column statistics.
 
     Raises:
         UserError: unknown strategy; a mesh axis the strategy leaves idle; a leaf that cannot be divided.
     """
     table = rule_table(mesh, strategy)
+    by_path = {parameter.path: parameter for parameter in owners}
 
-    def leaf_sharding(path: tuple, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, _leaf_spec(key_path(path), leaf, mesh, table, axes, replicate_below))
+    def names(path: str, shape: tuple[int, ...]) -> Names:
+        owner = _owner(path, by_path)
+        if owner is None or owner.shape == shape or state_axes is None:
+            return axis_names(path, shape, axes)
+        return state_axes(path, shape, owner)
+
+    def leaf_sharding(key: tuple, leaf: Any) -> NamedSharding:
+        if leaf.ndim == 0:
+            return NamedSharding(mesh, PartitionSpec())
+        path = key_path(key)
+        return NamedSharding(mesh, _leaf_spec(path, leaf, mesh, table, names(path, leaf.shape), replicate_below))
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def parameters(tree: Any, axes: LogicalAxes) -> tuple[Parameter, ...]:
+    """The leaves of a tree of parameters or their shapes, named by the model's table. ValueError for one without a
+    row."""
+    leaves = [(key_path(key), tuple(leaf.shape)) for key, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    return tuple(Parameter(path, shape, axis_names(path, shape, axes)) for path, shape in leaves)
+
+
+def axis_names(path: str, shape: tuple[int, ...], axes: LogicalAxes) -> Names:
+    """What the first row of the table that matches says of the leaf's last dimensions; of a scalar, nothing."""
+    if not shape:
+        return ()
+    names = next((names for pattern, names in axes if re.search(pattern + "$", path)), None)
+    if names is None:
+        raise ValueError(f"no row of the model's table of logical axes matches {path} {shape}")
+    return names
+
+
+def _owner(path: str, parameters: Mapping[str, Parameter]) -> Parameter | None:
+    """The parameter in whose path this one ends; of several the one with the longest path."""
+    parts = path.split("/")
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((parameters[end] for end in ends if end in parameters), None)
 
 
 def rule_table(mesh: Mesh, strategy: str) -> dict[str, str]:
@@ -140,13 +198,8 @@ def key_path(path: tuple) -> str:
 
 
 def _leaf_spec(
-    path: str, leaf: Any, mesh: Mesh, table: dict[str, str], axes: LogicalAxes, replicate_below: int
+    path: str, leaf: Any, mesh: Mesh, table: dict[str, str], names: Names, replicate_below: int
 ) -> PartitionSpec:
-    if leaf.ndim == 0:
-        return PartitionSpec()
-    names = next((names for pattern, names in axes if re.search(pattern + "$", path)), None)
-    if names is None:
-        raise ValueError(f"no row of the model's table of logical axes matches {path} {leaf.shape}")
     small = math.prod(leaf.shape) * leaf.dtype.itemsize < replicate_below
     spec: list[str | None] = [None] * (leaf.ndim - len(names))
     for name, size in zip(names, leaf.shape[-len(names) :]):

@@ -32,14 +32,15 @@ average is at most |Σ x_i p_i - p| times the norm of the parameters' path.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from diffjax.errors import UserError
+from diffjax.options import Leaf, Valid, at_least, between, check, one_of, options
 
 Rate = Callable[[Any], Any]  # the number of an update, int32 and from 1 -> 1 - β
 
@@ -91,9 +92,8 @@ def sigma_rel_of(gamma: Any) -> Any:
 
 def gamma_of(sigma_rel: float) -> float:
     """The γ >= 0 of a relative length, by (4). UserError for a length that no such γ has."""
-    longest = float(sigma_rel_of(0.0))
-    if not 0 < sigma_rel <= longest:
-        raise UserError(f"sigma_rel = {sigma_rel}: valid: above 0 to {longest:.4f}, the mean over all updates")
+    if not 0 < sigma_rel <= LONGEST:
+        raise UserError(f"sigma_rel = {sigma_rel}: valid: above 0 to {LONGEST:.4f}, the mean over all updates")
     q = float(sigma_rel) ** -2
     return float(np.roots([1.0, 7.0, 16.0 - q, 12.0 - q]).real.max())
 
@@ -128,47 +128,75 @@ def combine(trees: Iterable[Any], coefficients: Iterable[float]) -> Any:
     return total
 
 
-def rates(ema: ConfigDict, batch_size: int) -> Rates:
-    """The averages that a config's `ema` section asks for. UserError for what is unknown or contradicts itself."""
-    return Rates(_rate(ema, batch_size), {name: power(length) for name, length in track_lengths(ema).items()})
+@dataclass(frozen=True)
+class Average:
+    """A kind of average: its rate, from the config's section and the batch size, and the fields that it alone reads."""
+
+    build: Callable[["Ema", int], Rate]
+    reads: tuple[str, ...]
 
 
-def _rate(ema: ConfigDict, batch_size: int) -> Rate:
-    if ema.kind == "constant":
-        if not 0 <= ema.decay <= 1:
-            raise UserError(f"ema.decay = {ema.decay}: valid: 0 to 1")
-        if ema.halflife_images:
-            raise UserError(f"ema.halflife_images = {ema.halflife_images} has no effect with ema.kind = 'constant'")
-        return constant(ema.decay)
-    if ema.kind == "halflife":
-        if ema.halflife_images <= 0 or ema.rampup < 0:
-            raise UserError(
-                f"ema.halflife_images = {ema.halflife_images}, ema.rampup = {ema.rampup}: ema.kind = 'halflife' needs "
-                "a half-life above 0, and a ramp-up of 0 (none) or more"
-            )
-        return halflife(ema.halflife_images, ema.rampup, batch_size)
-    raise UserError(f"ema.kind = {ema.kind!r} is unknown; valid: constant, halflife")
+def _halflife(ema: "Ema", batch_size: int) -> Rate:
+    if not ema.halflife_images:
+        raise UserError("ema.halflife_images = 0: ema.kind = 'halflife' needs a half-life above 0")
+    return halflife(ema.halflife_images, ema.rampup, batch_size)
 
 
-def track_lengths(ema: ConfigDict) -> dict[str, float]:
-    """{"0.050": 0.05, ...} of `ema.tracks` = "0.05,0.1": names of the tracks and their relative lengths."""
-    if ema.snapshot_every_steps < 0 or bool(ema.tracks) != bool(ema.snapshot_every_steps):
+AVERAGES: dict[str, Average] = {
+    "constant": Average(lambda ema, batch_size: constant(ema.decay), ("decay",)),
+    "halflife": Average(_halflife, ("halflife_images", "rampup")),
+}
+LONGEST = float(sigma_rel_of(0.0))  # the relative length of the mean over all updates
+
+
+def _different_lengths(tracks: tuple[float, ...]) -> bool:
+    exact = all(0 < length <= LONGEST and float(_track(length)) == length for length in tracks)
+    return exact and len(set(tracks)) == len(tracks)
+
+
+LENGTHS = Valid(f"different lengths above 0 to {LONGEST:.4f}, of up to three decimals", _different_lengths)
+
+
+@dataclass(frozen=True)
+class Ema:
+    """Section `ema` of a config."""
+
+    kind: Annotated[str, Leaf("how the average of the parameters forgets", valid=one_of(AVERAGES))] = "constant"
+    decay: Annotated[float, Leaf("constant: β of equation (1)", valid=between(0, 1))] = 0.9999
+    halflife_images: Annotated[float, Leaf("halflife: H of equation (2), in images", valid=at_least(0))] = 0.0
+    rampup: Annotated[float, Leaf("halflife: at most this part of the images seen", valid=at_least(0, zero="none"))] = (
+        0.05
+    )
+    tracks: Annotated[
+        tuple[float, ...], Leaf("relative lengths of power-function averages to keep besides", valid=LENGTHS)
+    ] = ()
+    snapshot_every_steps: Annotated[
+        int, Leaf("permanent snapshots of the tracks, for averages of any length", valid=at_least(0, zero="never"))
+    ] = 0
+
+
+def rates(ema: Ema, batch_size: int) -> Rates:
+    """The averages that a config asks for. UserError for what is not valid or contradicts itself."""
+    for name, option in options(Ema).items():
+        check(f"ema.{name}", option, getattr(ema, name))
+    if bool(ema.tracks) != bool(ema.snapshot_every_steps):
         raise UserError(
-            f"ema.tracks = {ema.tracks!r}, ema.snapshot_every_steps = {ema.snapshot_every_steps}: tracks need "
-            "snapshots, every 1 or more steps, and snapshots need tracks, such as 0.05,0.10"
+            f"ema.tracks = {ema.tracks}, ema.snapshot_every_steps = {ema.snapshot_every_steps}: tracks need snapshots, "
+            "every 1 or more steps, and snapshots need tracks, such as (0.05, 0.1)"
         )
-    lengths = {}
-    for text in ema.tracks.split(",") if ema.tracks else ():
-        try:
-            length = float(text)
-        except ValueError:
-            raise UserError(f"ema.tracks = {ema.tracks!r}: {text!r} is not a number") from None
-        gamma_of(length)
-        name = f"{length:.3f}"
-        if float(name) != length or name in lengths:
-            raise UserError(f"ema.tracks = {ema.tracks!r}: valid: different lengths of up to three decimals")
-        lengths[name] = length
-    return lengths
+    if ema.halflife_images and "halflife_images" not in AVERAGES[ema.kind].reads:
+        raise UserError(f"ema.halflife_images = {ema.halflife_images} has no effect with ema.kind = {ema.kind!r}")
+    tracks = {name: power(length) for name, length in track_lengths(ema.tracks).items()}
+    return Rates(AVERAGES[ema.kind].build(ema, batch_size), tracks)
+
+
+def track_lengths(tracks: Iterable[float]) -> dict[str, float]:
+    """{"0.050": 0.05, ...}: names of the tracks, as checkpoints have them, and their relative lengths."""
+    return {_track(length): length for length in tracks}
+
+
+def _track(length: float) -> str:
+    return f"{length:.3f}"
 
 
 def _columns(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:

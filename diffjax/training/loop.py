@@ -38,7 +38,7 @@ from diffjax.training.interrupt import StopRequest
 from diffjax.training.metrics import NonFiniteError, Reporter
 from diffjax.training.objective import example
 from diffjax.training.objective.codes import check_made_as_stated
-from diffjax.training.setup import Setup, build
+from diffjax.training.setup import Setup, averages, build
 from diffjax.training.state import TrainState
 
 # Sections that change what is said and kept of a run, not its values.
@@ -170,7 +170,7 @@ def _loop(
         if checkpoints.snapshots:
             pending.flush(reporter)
             reporter.pause()
-            lengths = {"sigma_rel": ema.track_lengths(config.ema)}
+            lengths = {"sigma_rel": ema.track_lengths(averages(config).tracks)}
             checkpoints.snapshots.save(state.tracks, step, {**lengths, **progress(step)})
 
     def save(step: int) -> None:

@@ -17,7 +17,9 @@ from ml_collections import ConfigDict
 
 from diffjax import rng
 from diffjax.errors import UserError
+from diffjax.options import options, parse
 from diffjax.parallel.mesh import batch_sharding, check_batch, check_processes, make_mesh, replicated
+from diffjax.parallel.rules import parameters
 from diffjax.training import ema
 from diffjax.training.objective import (
     EXTRA_AXES,
@@ -29,7 +31,7 @@ from diffjax.training.objective import (
     example,
     init_extra,
 )
-from diffjax.training.optimizer import optimizer
+from diffjax.training.optimizer import OPTIMIZERS, Optim, make
 from diffjax.training.state import TrainState, initial_state, state_shardings, with_shardings
 from diffjax.training.step import train_step
 
@@ -76,15 +78,17 @@ def build(config: ConfigDict, devices: Any = None) -> Setup:
     check_batch(config.batch_size, mesh, config.optim.accumulate)
     check_processes(mesh)
     model, objective = build_model(config), build_objective(config)
-    optim = optimizer(config.optim, config.total_steps)
-    rates = ema.rates(config.ema, config.batch_size)
+    params_key = rng.stream(config.seed, "params")
+    axes = (*EXTRA_AXES, *model.logical_axes)
+    leaves = parameters(jax.eval_shape(lambda key: init_params(model, config, key), params_key), axes)
+    optim, _ = make(Optim(**config.optim), config.total_steps, leaves)
+    rates = ema.rates(averages(config), config.batch_size)
 
     def init(key: jax.Array) -> TrainState:
         return initial_state(init_params(model, config, key), optim, rates.tracks)
 
-    params_key = rng.stream(config.seed, "params")
     shapes = jax.eval_shape(init, params_key)
-    sharding = state_shardings(shapes, mesh, config.parallel, (*EXTRA_AXES, *model.logical_axes))
+    sharding = state_shardings(shapes, mesh, config.parallel, axes, OPTIMIZERS[config.optim.name].state_axes)
     jitted_init = jax.jit(init, out_shardings=sharding)
 
     apply = bind(model)
@@ -105,6 +109,12 @@ def build(config: ConfigDict, devices: Any = None) -> Setup:
         init=lambda: jitted_init(params_key),
         step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, replicated(mesh))),
     )
+
+
+def averages(config: ConfigDict) -> ema.Ema:
+    """The section `ema`, whose tracks are text: "0.05,0.1"."""
+    tracks = parse("ema.tracks", options(ema.Ema)["tracks"], config.ema.tracks)
+    return ema.Ema(**{**config.ema, "tracks": tracks})
 
 
 def init_params(model: nn.Module, config: ConfigDict, key: jax.Array) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from diffjax.parallel.rules import LogicalAxes, shardings
+from diffjax.parallel.rules import LogicalAxes, StateAxes, parameters, shardings
 
 
 @flax.struct.dataclass
@@ -30,9 +30,13 @@ def initial_state(params: Any, optimizer: optax.GradientTransformation, tracks: 
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, dict(zip(tracks, copies)))
 
 
-def state_shardings(abstract: TrainState, mesh: Mesh, parallel: Any, axes: LogicalAxes) -> TrainState:
-    """A TrainState of NamedShardings, by the config's `parallel` section and the model's logical axes."""
-    return shardings(abstract, mesh, parallel.strategy, axes, parallel.replicate_below)
+def state_shardings(
+    abstract: TrainState, mesh: Mesh, parallel: Any, axes: LogicalAxes, state_axes: StateAxes | None = None
+) -> TrainState:
+    """A TrainState of NamedShardings, by the config's `parallel` section, the model's logical axes and the
+    optimizer's `state_axes`."""
+    owners = parameters(abstract.params, axes)
+    return shardings(abstract, mesh, parallel.strategy, axes, parallel.replicate_below, owners, state_axes)
 
 
 def with_shardings(abstract: Any, sharding: Any) -> Any:

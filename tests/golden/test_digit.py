@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
 from diffjax.models.digit import DiGIT
 from diffjax.ops.dictionary import END, MASK, NO_CODE, SPECIALS
 from diffjax.tokens import decoding, losses
-from diffjax.training.optimizer import optimizer, schedule
+from diffjax.training.optimizer import Optim, make, schedule
 from diffjax.weights import from_reference, to_reference
 from tests.golden.cases import cases
 
@@ -242,10 +241,8 @@ def test_top_k_and_top_p(case):
         np.testing.assert_array_equal(np.isfinite(kept), stored > 0, name)
 
 
-def optim(lr, **leaves):
-    values = {"name": "fairseq_adam", "lr": lr, "b1": 0.9, "b2": 0.98, "eps": 1e-8, "weight_decay": 0.01, "clip": 0.0}
-    values |= {"schedule": "constant", "warmup_steps": 0, "warmup_from": 0.0, "decay_after_steps": 0}
-    return ConfigDict({**values, **leaves})
+def optim(lr, **fields):
+    return Optim(**{"name": "fairseq_adam", "lr": lr, "b2": 0.98, "weight_decay": 0.01, **fields})
 
 
 @OPTIMIZER
@@ -253,7 +250,8 @@ def test_adam(case):
     assert case is not None, "no stored cases"
     arrays, adam = case.arrays, case.info["config"]["adam"]
     b1, b2 = adam["betas"]
-    transform = optimizer(optim(adam["lr"], b1=b1, b2=b2, eps=adam["eps"], weight_decay=adam["weight_decay"]), 1)
+    section = optim(adam["lr"], b1=b1, b2=b2, eps=adam["eps"], weight_decay=adam["weight_decay"])
+    transform, _ = make(section, 1, ())
     w = jnp.asarray(arrays["adam_w0"])
     state = transform.init(w)
     for gradient, stored in zip(arrays["adam_grads"], arrays["adam_w"]):

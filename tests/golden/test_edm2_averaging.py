@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from diffjax.training import ema
-from diffjax.training.optimizer import schedule
+from diffjax.training.optimizer import Optim, schedule
 from tests.golden.cases import Case, cases
 
 pytestmark = pytest.mark.golden
@@ -114,6 +113,6 @@ PRESETS = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_learning_rates(case, name):
     """Of the public code: batches of 2048, warm-up over ten million images or none."""
-    learning_rate = schedule(ConfigDict(PRESETS[name] | {"warmup_from": 0.0}), 10)
+    learning_rate = schedule(Optim(**PRESETS[name]), 10)
     rates = [learning_rate(images / 2048) for images in case.arrays["lr_nimg"]]
     np.testing.assert_allclose(rates, case.arrays[f"lr_{name}"], rtol=1e-12)

@@ -14,10 +14,9 @@ from diffjax import models
 from diffjax.errors import UserError
 from diffjax.models.digit import DiGIT
 from diffjax.parallel.mesh import make_mesh
-from diffjax.parallel.rules import STRATEGIES, constrain, key_path, shardings
-from diffjax.training.optimizer import optimizer
+from diffjax.parallel.rules import STRATEGIES, Parameter, constrain, key_path, parameters, shardings
+from diffjax.training.optimizer import OPTIMIZERS, Optim, make
 from diffjax.training.state import initial_state
-from tests.programs import tiny_config
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "shardings"
 MESHES = {"dp": {"data": 8}, "fsdp": {"fsdp": 8}, "fsdp_tp": {"data": 2, "fsdp": 2, "tensor": 2}}
@@ -61,14 +60,68 @@ def test_fsdp_leaves_nothing_large_whole(name):
     assert per_device < total / 8 * 1.01
 
 
-def test_optimizer_and_average_follow_their_parameters():
-    model, params = abstract_params("DiT-S/2")
-    optim = optimizer(tiny_config("optim.clip=1.0").optim, 10)
+def state_specs(name, fields, strategy):
+    """Of the whole training state, with every leaf sharded that can be."""
+    model, params = abstract_params(name)
+    owners = parameters(params, model.logical_axes)
+    optim, _ = make(fields, 10, owners)
     state = jax.eval_shape(lambda p: initial_state(p, optim), params)
-    found = specs(shardings(state, make_mesh({"fsdp": 8}), "fsdp", model.logical_axes, 0))
+    axes = model.logical_axes, 0, owners, OPTIMIZERS[fields.name].state_axes
+    return specs(shardings(state, make_mesh(MESHES[strategy]), strategy, *axes))
+
+
+@pytest.mark.parametrize("name", ["adamw", "fairseq_adam"])
+def test_optimizer_and_average_follow_their_parameters(name):
+    found = state_specs("DiT-S/2", Optim(name=name, clip=1.0), "fsdp")
     weights = {path: spec for path, spec in found.items() if path.endswith("mlp/fc1/kernel")}
     assert len(weights) == 4  # params, mu, nu, ema
     assert set(map(tuple, weights.values())) == {(None, "fsdp", None)}
+    for path, spec in found.items():
+        if "/mu/" in path or "/nu/" in path:
+            assert spec == found["params/" + path.split("u/", 1)[1]]
+
+
+def test_row_and_column_statistics_have_the_axes_of_rows_and_columns():
+    found = state_specs("DiT-S/2", Optim(name="adafactor"), "fsdp_tp")
+    expected = {
+        "blocks/mlp/fc1/kernel": ([None, "fsdp"], [None, "tensor"]),
+        "blocks/mlp/fc2/kernel": ([None, "tensor"], [None, "fsdp"]),
+        "blocks/attention/qkv/kernel": ([None, "fsdp"], [None, "tensor", None, None]),
+        "blocks/attention/out/kernel": ([None, "tensor", None], [None, "fsdp"]),
+        "blocks/modulation/kernel": ([None, "fsdp"], [None, None]),
+        "label_embed/embedding": ([None], ["fsdp"]),
+        "blocks/mlp/fc1/bias": ([], []),  # scalars in the place of what is not needed
+    }
+    for path, (row, column) in expected.items():
+        assert found[f"opt_state/1/0/v_row/{path}"] == row
+        assert found[f"opt_state/1/0/v_col/{path}"] == column
+    assert found["opt_state/1/0/v/blocks/mlp/fc1/kernel"] == []
+    assert found["opt_state/1/0/v/blocks/mlp/fc1/bias"] == found["params/blocks/mlp/fc1/bias"] == [None, "tensor"]
+
+
+def test_parameters_are_listed_with_their_axes():
+    tree = {"blocks": {"mlp": {"kernel": jnp.zeros((3, 4, 5))}}, "scale": jnp.zeros(4), "gain": jnp.zeros(())}
+    assert parameters(tree, ((r"mlp/kernel", ("embed", "mlp")), (r"scale", (None,)))) == (
+        Parameter("blocks/mlp/kernel", (3, 4, 5), ("embed", "mlp")),
+        Parameter("gain", (), ()),
+        Parameter("scale", (4,), (None,)),
+    )
+
+
+def test_the_longest_path_owns_a_leaf_of_the_state():
+    table = ((r"kernel", ("embed", "mlp")),)
+    params = {"kernel": jnp.zeros((8, 16)), "out": {"kernel": jnp.zeros((16, 8))}}
+    owners = []
+
+    def state_axes(path, shape, parameter):
+        owners.append((path, parameter.path))
+        return ("embed",)
+
+    state = {"row": {"kernel": jnp.zeros(8), "out": {"kernel": jnp.zeros(16)}}}
+    axes = table, 0, parameters(params, table), state_axes
+    found = specs(shardings(state, make_mesh({"fsdp": 8}), "fsdp", *axes))
+    assert owners == [("row/kernel", "kernel"), ("row/out/kernel", "out/kernel")]
+    assert found == {"row/kernel": ["fsdp"], "row/out/kernel": ["fsdp"]}
 
 
 def test_heads_that_do_not_divide_are_an_error_naming_the_leaf():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffjax.errors import UserError
+from diffjax.options import options
 from diffjax.training import ema
 from diffjax.training.loop import open_batches
 from diffjax.training.setup import build
@@ -98,26 +99,43 @@ def test_combining_lets_go_of_every_tree():
 
 
 REFUSED = {
-    "kind": (("ema.kind=edm",), "ema.kind = 'edm' is unknown; valid: constant, halflife"),
-    "decay": (("ema.decay=1.5",), "ema.decay = 1.5: valid: 0 to 1"),
-    "halflife-of-constant": (("ema.halflife_images=1e6",), "no effect with ema.kind = 'constant'"),
-    "no-halflife": (("ema.kind=halflife",), "needs a half-life above 0"),
-    "rampup": (("ema.kind=halflife", "ema.halflife_images=1e6", "ema.rampup=-1.0"), "a ramp-up of 0"),
-    "no-snapshots": (("ema.tracks=0.05",), "tracks need snapshots"),
-    "no-tracks": (("ema.snapshot_every_steps=5",), "snapshots need tracks"),
-    "backwards": (("ema.snapshot_every_steps=-5", "ema.tracks=0.05"), "tracks need snapshots, every 1 or more steps"),
-    "text": (("ema.snapshot_every_steps=5", "ema.tracks=0.05,"), "'' is not a number"),
-    "too-long": (("ema.snapshot_every_steps=5", "ema.tracks=0.5"), "sigma_rel = 0.5: valid: above 0 to 0.2887"),
-    "twice": (("ema.snapshot_every_steps=5", "ema.tracks=0.05,0.050"), "different lengths of up to three decimals"),
-    "too-fine": (("ema.snapshot_every_steps=5", "ema.tracks=0.0505"), "different lengths of up to three decimals"),
+    "kind": ({"kind": "edm"}, "ema.kind = 'edm': valid: constant, halflife"),
+    "decay": ({"decay": 1.5}, "ema.decay = 1.5: valid: 0 to 1"),
+    "halflife-of-constant": ({"halflife_images": 1e6}, "no effect with ema.kind = 'constant'"),
+    "no-halflife": ({"kind": "halflife"}, "needs a half-life above 0"),
+    "rampup": ({"kind": "halflife", "halflife_images": 1e6, "rampup": -1.0}, r"ema.rampup = -1.0: valid: 0 \(none\)"),
+    "no-snapshots": ({"tracks": (0.05,)}, "tracks need snapshots"),
+    "no-tracks": ({"snapshot_every_steps": 5}, "snapshots need tracks"),
+    "backwards": ({"snapshot_every_steps": -5, "tracks": (0.05,)}, "ema.snapshot_every_steps = -5: valid: 0"),
+    "text": ({"snapshot_every_steps": 5, "tracks": "0.05"}, "valid: numbers, such as 0.1,0.2"),
+    "too-long": ({"snapshot_every_steps": 5, "tracks": (0.5,)}, "different lengths above 0 to 0.2887"),
+    "twice": ({"snapshot_every_steps": 5, "tracks": (0.05, 0.05)}, "different lengths .* of up to three decimals"),
+    "too-fine": ({"snapshot_every_steps": 5, "tracks": (0.0505,)}, "different lengths .* of up to three decimals"),
 }
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
 def test_what_contradicts_itself_is_refused(mistake):
-    overrides, message = REFUSED[mistake]
+    fields, message = REFUSED[mistake]
     with pytest.raises(UserError, match=message):
-        build(tiny_config(*overrides))
+        ema.rates(ema.Ema(**fields), 64)
+
+
+def test_a_section_s_averages():
+    assert ema.rates(ema.Ema(decay=0.75), 64).ema(3) == 0.25
+    section = ema.Ema(kind="halflife", halflife_images=1e5, tracks=(0.05, 0.1), snapshot_every_steps=5)
+    rates = ema.rates(section, 64)
+    assert rates.ema(10) == ema.halflife(1e5, 0.05, 64)(10)
+    assert {name: rate(10) for name, rate in rates.tracks.items()} == {
+        "0.050": ema.power(0.05)(10),
+        "0.100": ema.power(0.1)(10),
+    }
+    assert ema.track_lengths(section.tracks) == {"0.050": 0.05, "0.100": 0.1}
+
+
+def test_kinds_read_fields_of_the_section():
+    assert {name for kind in ema.AVERAGES.values() for name in kind.reads} <= options(ema.Ema).keys()
+    assert set(ema.AVERAGES["constant"].reads).isdisjoint(ema.AVERAGES["halflife"].reads)
 
 
 TRACKS = ("ema.tracks=0.05,0.1", "ema.snapshot_every_steps=5")
