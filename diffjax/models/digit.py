@@ -17,7 +17,7 @@ model's output at a place predicts the next one and at the last </s>; a masked m
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,16 +27,31 @@ from einops import rearrange
 
 from diffjax import rng
 from diffjax.errors import UserError
-from diffjax.models.layers import DTYPES, REMAT_POLICIES, check_choices, check_counts, drop, normal, stacked, uniform
-from diffjax.ops.attention import IMPLEMENTATIONS, attention, cached_attention
+from diffjax.models.layers import (
+    DTYPES,
+    Attention,
+    Depth,
+    Dtype,
+    Heads,
+    MlpRatio,
+    Remat,
+    Width,
+    check_counts,
+    check_options,
+    drop,
+    normal,
+    stacked,
+    uniform,
+)
+from diffjax.ops.attention import attention, cached_attention
 from diffjax.ops.dictionary import END, MASK, NO_CODE, PAD, SPECIALS
+from diffjax.options import Leaf, at_least, fraction, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain
 
 # Depth, width, heads, codes of stage 1. The heads of L are not published; they change no parameter count.
 SIZES = {"B": (16, 1024, 16, 8192), "L": (24, 1536, 16, 16384)}
 VQGAN_CODES = 1024  # of stage 2
 
-NORMS = ("post", "pre")
 FIRST_PLACE = PAD + 1  # the tables of positions begin with rows that no place has, as fairseq's do
 
 LOGICAL_AXES: LogicalAxes = (
@@ -169,53 +184,46 @@ class DiGITBlock(nn.Module):
 
 
 class DiGIT(nn.Module):
-    """The backbone; see the module docstring. Codes are 0 .. codes - 1, in and out; a code out of range gives NaN.
+    """The backbone; see the module docstring. Codes are 0 .. codes - 1, in and out; a code out of range gives NaN."""
 
-    Attributes:
-        codes: how many there are to predict; logits have a column for each, after those of the `SPECIALS`.
-        mlp_ratio: hidden width of the feed-forward network over `width`.
-        source_codes: of a second stage, how many codes its source has; 0: a first stage, without a source.
-        num_classes: of a first stage; 0 for an unconditional model.
-        null_class: one more label, index `num_classes`, for classifier-free guidance, which the paper does not use.
-        length: places that a source, or a target with its start, may have.
-        norm: "post": a LayerNorm after every sum, none at the end; "pre": before every map, and one at the end.
-        causal: each place sees itself and what precedes it; without, all places, for decoding of hidden codes.
-        dropout: rate for the embeddings and for what each block adds, in training.
-        dtype: compute dtype, "float32" or "bfloat16"; logits are float32.
-        remat: what a block keeps for its backward pass: "none" = everything, "dots" = matrix products without batch
-            dimensions, "full" = nothing but its input.
-        attention: implementation of `diffjax.ops.attention`.
-    """
-
-    codes: int
-    depth: int
-    width: int
-    heads: int
-    mlp_ratio: float = 4.0
-    source_codes: int = 0
-    num_classes: int = 0
-    null_class: bool = False
-    length: int = 1024
-    norm: str = "post"
-    causal: bool = True
-    dropout: float = 0.1
-    dtype: str = "float32"
-    remat: str = "dots"
-    attention: str = "xla"
+    codes: int  # to predict; logits have a column for each, after those of the `SPECIALS`
+    depth: Depth
+    width: Width
+    heads: Heads
+    mlp_ratio: MlpRatio = 4.0
+    source_codes: int = 0  # codes of the source of a second stage; 0: a first stage
+    num_classes: int = 0  # of a first stage; 0: an unconditional model
+    null_class: bool = False  # one more label, index `num_classes`, for classifier-free guidance: not in the paper
+    length: Annotated[
+        int, Leaf("largest length of a source, and of a target with its start", valid=at_least(1), fixed=True)
+    ] = 1024
+    norm: Annotated[
+        str,
+        Leaf(
+            "LayerNorm after every sum (post), or before every map and once at the end (pre)",
+            valid=one_of(("post", "pre")),
+            fixed=True,
+        ),
+    ] = "post"
+    causal: Annotated[
+        bool, Leaf("attend to preceding tokens only; without, to all, for decoding of masked tokens", fixed=True)
+    ] = True
+    dropout: Annotated[
+        float,
+        Leaf("rate for the embeddings and for what each block adds, in training", valid=fraction(), fixed=True),
+    ] = 0.1
+    dtype: Dtype = "float32"
+    remat: Remat = "dots"
+    attention: Attention = "xla"
 
     logical_axes = LOGICAL_AXES
 
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
-        choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": IMPLEMENTATIONS, "norm": NORMS}
-        check_choices("DiGIT", self, choices)
-        check_counts(self, ("codes", "depth", "width", "heads", "length"))
-        if not isinstance(self.source_codes, int) or self.source_codes < 0:
-            raise UserError(f"DiGIT: source_codes = {self.source_codes!r}; valid: 0 (no source) or a positive integer")
+        check_options("DiGIT", self)
+        check_counts("DiGIT", self, codes=1, source_codes=0, num_classes=0)
         if self.width % self.heads:
             raise UserError(f"DiGIT: width = {self.width} is not divisible by heads = {self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"DiGIT: dropout = {self.dropout}; valid: 0 to below 1")
         if self.source_codes and self.num_classes:
             raise UserError(f"DiGIT: a model with a source takes no labels; num_classes = {self.num_classes}, valid: 0")
         if self.null_class and not self.num_classes:

@@ -16,7 +16,7 @@ The published depth is not the number of blocks: there are depth // 2 blocks on 
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -29,10 +29,14 @@ from diffjax.errors import UserError
 from diffjax.models import layers
 from diffjax.models.layers import (
     DTYPES,
+    Dtype,
     LabelEmbed,
+    Patch,
+    Remat,
     TimeEmbed,
-    check_choices,
+    Width,
     check_counts,
+    check_options,
     layer_norm,
     modulate,
     patchify,
@@ -43,13 +47,11 @@ from diffjax.models.layers import (
     zeros,
 )
 from diffjax.ops.selective_scan import IMPLEMENTATIONS, selective_scan
+from diffjax.options import Leaf, at_least, fraction, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain
 
 # Depth and width of the published sizes; S is no multiple of 64.
 SIZES = {"S": (24, 368), "B": (24, 768), "M": (48, 768), "L": (48, 1024), "H": (48, 1536)}
-
-SKIPS = ("concat", "none")
-NORMS = ("rms", "layer")
 
 LOGICAL_AXES: LogicalAxes = (
     (r"positions", (None, None, "embed")),
@@ -215,54 +217,59 @@ class FinalLayer(nn.Module):
 
 
 class DiS(nn.Module):
-    """The backbone; see the module docstring. It is made for one image size, that of its table of positions.
+    """The backbone; see the module docstring. It is made for one image size, that of its table of positions."""
 
-    Attributes:
-        patch: side of a patch in pixels (or latent pixels).
-        depth: as published; the number of blocks is 2 (depth // 2) + 1.
-        channels: of the input; the output has twice as many with `learn_sigma`.
-        num_classes: 0 for an unconditional model.
-        null_class: one more label, index `num_classes`, for classifier-free guidance.
-        d_state: states of a channel. d_conv: taps of the convolution. expand: channels of the mixer per width.
-        skip: what the last half of the blocks does with the outputs of the first: "concat" (and a linear map), "none".
-        norm: before each mixer and at the end: "rms" or "layer".
-        time_mlp: two linear layers on the sinusoidal features of the time; without them these are the time token.
-        drop_path: largest rate at which an example drops a block's input to the residual stream, in training.
-        dtype: compute dtype, "float32" or "bfloat16"; the residual stream and the state are always float32.
-        remat: what a block keeps for its backward pass: "none" = everything, "dots" = its wide products and the
-            results of the scans, "full" = nothing but its input.
-        scan: implementation of `diffjax.ops.selective_scan`; None or "" lets the backend choose.
-    """
-
-    patch: int
-    depth: int
-    width: int
-    channels: int = 4
-    num_classes: int = 1000
-    null_class: bool = True
+    patch: Patch
+    depth: Annotated[
+        int, Leaf("published depth; the number of blocks is 2 (depth // 2) + 1", valid=at_least(1), fixed=True)
+    ]
+    width: Width
+    channels: int = 4  # of the input; the output has twice as many with `learn_sigma`
+    num_classes: int = 1000  # 0: an unconditional model
+    null_class: bool = True  # one more label, index `num_classes`, for classifier-free guidance
     learn_sigma: bool = True
-    d_state: int = 16
-    d_conv: int = 4
-    expand: int = 2
-    skip: str = "concat"
-    norm: str = "rms"
-    time_mlp: bool = True
-    drop_path: float = 0.1
-    dtype: str = "float32"
-    remat: str = "dots"
-    scan: str | None = None
+    d_state: Annotated[int, Leaf("states of a channel", valid=at_least(1), fixed=True)] = 16
+    d_conv: Annotated[int, Leaf("taps of the depthwise convolution", valid=at_least(1), fixed=True)] = 4
+    expand: Annotated[int, Leaf("channels of the mixer per channel of a token", valid=at_least(1), fixed=True)] = 2
+    skip: Annotated[
+        str,
+        Leaf(
+            "how the last half of the blocks takes the outputs of the first: concatenated and mapped (concat), or not",
+            valid=one_of(("concat", "none")),
+            fixed=True,
+        ),
+    ] = "concat"
+    norm: Annotated[str, Leaf("norm before each mixer and at the end", valid=one_of(("rms", "layer")), fixed=True)] = (
+        "rms"
+    )
+    time_mlp: Annotated[
+        bool, Leaf("two linear layers on the sinusoidal features of the time; without, these are the token", fixed=True)
+    ] = True
+    drop_path: Annotated[
+        float,
+        Leaf(
+            "largest rate at which an example drops a block's input to the residual stream, in training",
+            valid=fraction(),
+            fixed=True,
+        ),
+    ] = 0.1
+    dtype: Dtype = "float32"
+    remat: Remat = "dots"
+    scan: Annotated[
+        str | None,
+        Leaf(
+            "implementation of the selective scan; none: chosen by the backend",
+            "compute",
+            one_of((*IMPLEMENTATIONS, "")),
+        ),
+    ] = None
 
     logical_axes = LOGICAL_AXES
 
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
-        choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "skip": SKIPS, "norm": NORMS}
-        if self.scan:
-            choices["scan"] = IMPLEMENTATIONS
-        check_choices("DiS", self, choices)
-        check_counts(self, ("patch", "depth", "width", "channels", "d_state", "d_conv", "expand"))
-        if not 0 <= self.drop_path < 1:
-            raise UserError(f"DiS: drop_path = {self.drop_path}; valid: 0 to below 1")
+        check_options("DiS", self)
+        check_counts("DiS", self, channels=1, num_classes=0)
 
     def check_input(self, height: int, width: int) -> None:
         """Raise UserError unless an image of this size is square and can be cut into patches."""

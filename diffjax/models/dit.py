@@ -17,13 +17,20 @@ import jax.numpy as jnp
 from diffjax.errors import UserError
 from diffjax.models.layers import (
     DTYPES,
-    REMAT_POLICIES,
+    Attention,
+    Depth,
+    Dtype,
+    Heads,
     LabelEmbed,
     Mlp,
+    MlpRatio,
+    Patch,
+    Remat,
     SelfAttention,
     TimeEmbed,
-    check_choices,
+    Width,
     check_counts,
+    check_options,
     layer_norm,
     modulate,
     patchify,
@@ -34,7 +41,6 @@ from diffjax.models.layers import (
     xavier,
     zeros,
 )
-from diffjax.ops.attention import IMPLEMENTATIONS
 from diffjax.parallel.rules import LogicalAxes, constrain
 
 # Table 1 of the paper: depth, width, heads.
@@ -88,39 +94,27 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The backbone; see the module docstring.
+    """The backbone; see the module docstring."""
 
-    Attributes:
-        patch: side of a patch in pixels (or latent pixels).
-        channels: of the input; the output has twice as many with `learn_sigma`.
-        num_classes: 0 for an unconditional model.
-        null_class: one more label, index `num_classes`, for classifier-free guidance.
-        dtype: compute dtype, "float32" or "bfloat16".
-        remat: what a block keeps for its backward pass: "none" = everything, "dots" = matrix products without batch
-            dimensions, "full" = nothing but its input. "dots" recomputes attention weights and elementwise functions
-            and keeps a third of the memory, which on a CPU is also the fastest.
-        attention: implementation of `diffjax.ops.attention`.
-    """
-
-    patch: int
-    depth: int
-    width: int
-    heads: int
-    mlp_ratio: float = 4.0
-    channels: int = 4
-    num_classes: int = 1000
-    null_class: bool = True
+    patch: Patch
+    depth: Depth
+    width: Width
+    heads: Heads
+    mlp_ratio: MlpRatio = 4.0
+    channels: int = 4  # of the input; the output has twice as many with `learn_sigma`
+    num_classes: int = 1000  # 0: an unconditional model
+    null_class: bool = True  # one more label, index `num_classes`, for classifier-free guidance
     learn_sigma: bool = True
-    dtype: str = "float32"
-    remat: str = "dots"
-    attention: str = "xla"
+    dtype: Dtype = "float32"
+    remat: Remat = "dots"
+    attention: Attention = "xla"
 
     logical_axes = LOGICAL_AXES
 
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
-        check_choices("DiT", self, {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": IMPLEMENTATIONS})
-        check_counts(self, ("patch", "depth", "width", "heads", "channels"))
+        check_options("DiT", self)
+        check_counts("DiT", self, channels=1, num_classes=0)
         if self.width % self.heads:
             raise UserError(f"DiT: width = {self.width} is not divisible by heads = {self.heads}")
         if self.width % 4:

@@ -5,8 +5,7 @@ Parameters are float32; `dtype` is the compute dtype. Norm statistics, softmax a
 
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -15,16 +14,38 @@ import numpy as np
 from einops import rearrange
 
 from diffjax.errors import UserError
-from diffjax.ops.attention import attention
+from diffjax.ops.attention import IMPLEMENTATIONS, attention
+from diffjax.options import Leaf, above, at_least, check, one_of, options
 from diffjax.parallel.rules import constrain
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
+# "dots" recomputes attention weights and elementwise functions and keeps a third of the memory of "none", which on a
+# CPU is also the fastest.
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+# Options that several backbones have.
+Patch = Annotated[int, Leaf("side of a patch in pixels or latent pixels", valid=at_least(1), fixed=True)]
+Depth = Annotated[int, Leaf("number of blocks", valid=at_least(1), fixed=True)]
+Width = Annotated[int, Leaf("channels of a token", valid=at_least(1), fixed=True)]
+Heads = Annotated[int, Leaf("attention heads; they divide the width", valid=at_least(1), fixed=True)]
+MlpRatio = Annotated[
+    float, Leaf("hidden channels of the feed-forward networks per channel of a token", valid=above(0), fixed=True)
+]
+Dtype = Annotated[str, Leaf("compute dtype; parameters are always float32", "compute", one_of(DTYPES))]
+Remat = Annotated[
+    str,
+    Leaf(
+        "what a block keeps for its backward pass: everything (none), its large products (dots) or its input (full)",
+        "compute",
+        one_of(REMAT_POLICIES),
+    ),
+]
+Attention = Annotated[str, Leaf("implementation of attention", "compute", one_of(IMPLEMENTATIONS))]
 
 xavier = nn.initializers.xavier_uniform()
 normal = nn.initializers.normal
@@ -53,20 +74,19 @@ def stacked(block: Any, depth: int, remat: str, in_axes: Any = 0) -> Any:
     )
 
 
-def check_choices(model: str, module: nn.Module, choices: Mapping[str, Collection[str]]) -> None:
-    """Raise UserError, in the name of `model`, unless every option is one of its choices."""
-    for option, valid in choices.items():
-        if getattr(module, option) not in valid:
-            raise UserError(f"{model}: {option} = {getattr(module, option)!r} is unknown; valid: {', '.join(valid)}")
+def check_options(model: str, module: nn.Module) -> None:
+    """Raise UserError, in the name of `model`, unless the value of every option of `module` is valid."""
+    for name, option in options(type(module)).items():
+        check(f"{model}: {name}", option, getattr(module, name))
 
 
-def check_counts(module: nn.Module, options: Sequence[str]) -> None:
-    """Raise UserError unless these options are positive integers, and `num_classes` is one or 0."""
-    for option, least in {**dict.fromkeys(options, 1), "num_classes": 0}.items():
-        value = getattr(module, option)
-        if not isinstance(value, int) or value < least:
-            valid = "a positive integer" if least else "0 (unconditional) or a positive integer"
-            raise UserError(f"{type(module).__name__}: {option} = {value!r}; valid: {valid}")
+def check_counts(model: str, module: nn.Module, **least: int) -> None:
+    """Raise UserError unless these fields, which are no options, are integers of at least 1 or 0, as given."""
+    for name, low in least.items():
+        value = getattr(module, name)
+        if not isinstance(value, int) or value < low:
+            valid = "a positive integer" if low else "0 (none) or a positive integer"
+            raise UserError(f"{model}: {name} = {value!r}; valid: {valid}")
 
 
 def sincos_positions(height: int, width: int, d: int) -> np.ndarray:
