@@ -35,10 +35,12 @@ from diffjax.models.layers import (
     Width,
     check_counts,
     check_options,
+    check_see,
     drop,
     normal,
     patchify,
     per_example,
+    run_stack,
     sincos_positions,
     sinusoidal_time,
     stacked,
@@ -217,6 +219,11 @@ class DiffiT(nn.Module):
 
     logical_axes = LOGICAL_AXES
 
+    @property
+    def blocks_to_see(self) -> int:
+        """How many values `see` can have: one per block."""
+        return self.depth
+
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
         check_options("DiffiT", self)
@@ -237,13 +244,21 @@ class DiffiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array | None,
+        train: bool = False,
+        keys: jax.Array | None = None,
+        see: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """x [b, h, h, c], t [b] in 0..999, y [b] int32 or None -> float32 [b, h, h, c or 2c].
 
-        `train` and `keys` change nothing here: there is no dropout but that of labels, which happens before.
+        `train` and `keys` change nothing here: there is no dropout but that of labels, which happens before. With `see`
+        also the output of that block, 0 the first: [b, n, d] in the compute dtype.
         """
         del train, keys
+        check_see("DiffiT", self, see)
         dtype, side = DTYPES[self.dtype], self.window
         self.check_input(*x.shape[1:3])
         x = nn.Dense(self.width, kernel_init=xavier, dtype=dtype, name="patch_embed")(patchify(x, self.patch))
@@ -253,13 +268,16 @@ class DiffiT(nn.Module):
             if y is None:
                 raise UserError(f"this DiffiT has {self.num_classes} classes: it needs labels y, not None")
             c = c + LabelEmbed(self.num_classes + self.null_class, self.width, name="label_embed")(y)
-        x, _ = self._blocks()(x, constrain(c, "batch", "embed"))
+        x, seen = self._blocks(x, constrain(c, "batch", "embed"), see)
         x = nn.silu(norm(affine=False, dtype=dtype, name=None)(x))
         features = self.patch**2 * self.channels * (1 + self.learn_sigma)
         x = nn.Dense(features, kernel_init=zeros, dtype=dtype, name="final")(x)
-        return unpatchify(x, self.patch, side, side).astype(jnp.float32)
+        out = unpatchify(x, self.patch, side, side).astype(jnp.float32)
+        return out if seen is None else (out, seen)
 
-    def _blocks(self) -> nn.Module:
+    def _blocks(self, x: jax.Array, c: jax.Array, see: int | None) -> tuple[jax.Array, jax.Array | None]:
         stack = stacked(DiffiTBlock, self.depth, self.remat, nn.broadcast)
         hidden = int(self.width * self.mlp_ratio)
-        return stack(self.heads, hidden, DTYPES[self.dtype], self.attention, self.time_in, name="blocks")
+        blocks = stack(self.heads, hidden, DTYPES[self.dtype], self.attention, self.time_in, name="blocks")
+        x, _, seen = run_stack(blocks, DiffiTBlock, x, c, remat=self.remat, see=see, broadcast=True)
+        return x, seen

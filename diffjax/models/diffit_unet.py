@@ -44,6 +44,7 @@ from diffjax.models.layers import (
     TimeEmbed,
     check_counts,
     check_options,
+    check_see,
     xavier,
     zeros,
 )
@@ -186,6 +187,11 @@ class DiffiTUNet(nn.Module):
 
     logical_axes = LOGICAL_AXES
 
+    @property
+    def blocks_to_see(self) -> int:
+        """How many values `see` can have: one per stage."""
+        return 2 * len(self.widths) - 1
+
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
         check_options("DiffiT-UNet", self)
@@ -222,29 +228,35 @@ class DiffiTUNet(nn.Module):
         train: bool = False,
         keys: jax.Array | None = None,
         augment: jax.Array | None = None,
-    ) -> jax.Array:
+        see: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """x [b, h, w, c], t [b] = ln(sigma) / 4, y [b] int32 or None -> float32 [b, h, w, c or 2c].
 
         With `train` and `dropout` the typed keys [b], one per example, say what is dropped. augment [b, augment_labels]
-        says how each image was augmented; None: not at all, which is zeros.
+        says how each image was augmented; None: not at all, which is zeros. With `see` also the output of that stage,
+        from encoder 0 down to the lowest and up to decoder 0: [b, h / s, w / s, d] in the compute dtype.
         """
+        check_see("DiffiT-UNet", self, see)
         self.check_input(*x.shape[1:3])
         if train and self.dropout and keys is None:
             raise UserError("DiffiT: training with dropout above 0 needs keys, one per example")
         keys = rng.fold_name(keys, "dropout") if keys is not None and train and self.dropout else None
-        dtype, c, skips = DTYPES[self.dtype], self._condition(t, y, augment), []
+        dtype, c, maps = DTYPES[self.dtype], self._condition(t, y, augment), []
         lowest = len(self.widths) - 1
         x = conv3(self.widths[0], dtype, "image_embed")(x)
         for i in range(lowest):
             x = self._stage(f"encoder_{i}", i, x, c, keys)
-            skips.append(x)
+            maps.append(x)
             x = conv3(self.widths[i], dtype, f"down_{i}", stride=2)(x)
         x = self._stage(f"encoder_{lowest}", lowest, x, c, keys)
+        maps.append(x)
         for i in reversed(range(lowest)):
             x = conv3(self.widths[i + 1], dtype, f"up_{i}")(x.repeat(2, axis=1).repeat(2, axis=2))
-            x = self._stage(f"decoder_{i}", i, jnp.concatenate([x, skips[i]], axis=-1), c, keys)
+            x = self._stage(f"decoder_{i}", i, jnp.concatenate([x, maps[i]], axis=-1), c, keys)
+            maps.append(x)
         x = nn.silu(group_norm(self.groups, dtype, "norm")(x))
-        return conv3(self.channels * (1 + self.learn_sigma), dtype, "final", init=zeros)(x).astype(jnp.float32)
+        x = conv3(self.channels * (1 + self.learn_sigma), dtype, "final", init=zeros)(x).astype(jnp.float32)
+        return x if see is None else (x, maps[see])
 
     def _condition(self, t: jax.Array, y: jax.Array | None, augment: jax.Array | None) -> jax.Array:
         """c, float32 [b, time_width], of time, augmentation and label."""

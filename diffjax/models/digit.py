@@ -38,8 +38,10 @@ from diffjax.models.layers import (
     Width,
     check_counts,
     check_options,
+    check_see,
     drop,
     normal,
+    run_stack,
     stacked,
     uniform,
 )
@@ -218,6 +220,11 @@ class DiGIT(nn.Module):
 
     logical_axes = LOGICAL_AXES
 
+    @property
+    def blocks_to_see(self) -> int:
+        """How many values `see` can have: one per block."""
+        return self.depth
+
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
         check_options("DiGIT", self)
@@ -265,20 +272,25 @@ class DiGIT(nn.Module):
         source: jax.Array | None = None,
         train: bool = False,
         keys: jax.Array | None = None,
-    ) -> jax.Array:
+        see: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Logits of all predictions.
 
         Args:
             codes: int32 [b, n]; of a masked model those that are hidden are `NO_CODE`.
             y: int32 [b], for a model with classes. source: int32 [b, m], for a second stage.
             keys: typed keys [b], one per example, which say what each drops; with `train` and dropout.
+            see: a block, 0 the first.
 
         Returns:
             float32 [b, n + 1, SPECIALS + codes], row i for code i and the last for the end; of a masked model
-            [b, n, SPECIALS + codes], row i for code i.
+            [b, n, SPECIALS + codes], row i for code i. With `see` also the output of that block at all positions,
+            source first: [b, m + 1 + n, d] in the compute dtype, before the last norm of "pre".
         """
-        x, _ = self.hidden(codes, y, source, train, keys)
-        return self.logits(x[:, -codes.shape[1] - self.causal :])
+        check_see("DiGIT", self, see)
+        x, _, seen = self._hidden(codes, y, source, train, keys, see)
+        logits = self.logits(x[:, -codes.shape[1] - self.causal :])
+        return logits if seen is None else (logits, seen)
 
     def features(self, codes: jax.Array, y: jax.Array | None = None, source: jax.Array | None = None) -> jax.Array:
         """What a linear probe sees: the input of each block, averaged over all places; float32 [layers, b, d]."""
@@ -293,6 +305,18 @@ class DiGIT(nn.Module):
         keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """What logits are made of, at all places, source first: [b, m + 1 + n, d]; and the `features`."""
+        x, means, _ = self._hidden(codes, y, source, train, keys, None)
+        return x, means
+
+    def _hidden(
+        self,
+        codes: jax.Array,
+        y: jax.Array | None,
+        source: jax.Array | None,
+        train: bool,
+        keys: jax.Array | None,
+        see: int | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         x = self.embed(codes, y, source)
         if not (train and self.dropout):
             keys = None
@@ -301,8 +325,8 @@ class DiGIT(nn.Module):
         else:
             keys = rng.fold_name(keys, "dropout")
             x = drop(x, self.dropout, rng.fold_name(keys, "embed"))
-        x, _, means = self._run(x, None, keys)
-        return x, means
+        x, _, means, seen = self._run(x, None, keys, see)
+        return x, means, seen
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., d] -> float32 [..., SPECIALS + codes]."""
@@ -351,17 +375,28 @@ class DiGIT(nn.Module):
 
     def _next(self, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         n = x.shape[1]
-        x, full, _ = self._run(x, cache, None)
+        x, full, _, _ = self._run(x, cache, None, None)
         # All that is embedded at once ends with the start of the target, or is one code of it.
         return self.logits(x[:, -1]), full._replace(filled=full.filled + n, target=full.target + 1)
 
-    def _run(self, x: jax.Array, cache: Any, keys: jax.Array | None) -> tuple[jax.Array, Any, jax.Array]:
+    def _run(
+        self, x: jax.Array, cache: Any, keys: jax.Array | None, see: int | None
+    ) -> tuple[jax.Array, Any, jax.Array, jax.Array | None]:
         layers = jnp.arange(self.depth)
         if keys is not None:
             base = rng.fold_name(keys, "blocks")
             keys = jax.vmap(lambda layer: rng.fold(base, layer))(layers)
-        (x, cache), means = self.blocks((x.astype(DTYPES[self.dtype]), cache), layers, keys)
-        return self.final_norm(x) if self.norm == "pre" else x, cache, means
+        (x, cache), means, seen = run_stack(
+            self.blocks,
+            DiGITBlock,
+            (x.astype(DTYPES[self.dtype]), cache),
+            layers,
+            keys,
+            remat=self.remat,
+            see=see,
+            output=lambda carry: carry[0],
+        )
+        return self.final_norm(x) if self.norm == "pre" else x, cache, means, seen
 
     def _start(self, batch: int, y: jax.Array | None) -> jax.Array:
         """What every target begins with, [b, 1]: the end of the previous one, or the row of the class."""

@@ -31,9 +31,11 @@ from diffjax.models.layers import (
     Width,
     check_counts,
     check_options,
+    check_see,
     layer_norm,
     modulate,
     patchify,
+    run_stack,
     sincos_positions,
     sinusoidal_time,
     stacked,
@@ -111,6 +113,11 @@ class DiT(nn.Module):
 
     logical_axes = LOGICAL_AXES
 
+    @property
+    def blocks_to_see(self) -> int:
+        """How many values `see` can have: one per block."""
+        return self.depth
+
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
         check_options("DiT", self)
@@ -127,13 +134,21 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array | None,
+        train: bool = False,
+        keys: jax.Array | None = None,
+        see: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """x [b, h, w, c], t [b] in 0..999, y [b] int32 or None -> float32 [b, h, w, c or 2c].
 
-        `train` and `keys` change nothing here: DiT has no dropout but that of labels, which happens before.
+        `train` and `keys` change nothing here: DiT has no dropout but that of labels, which happens before. With `see`
+        also the output of that block, 0 the first: [b, n, d] in the compute dtype.
         """
         del train, keys
+        check_see("DiT", self, see)
         dtype = DTYPES[self.dtype]
         height, width = x.shape[1] // self.patch, x.shape[2] // self.patch
         self.check_input(*x.shape[1:3])
@@ -145,12 +160,15 @@ class DiT(nn.Module):
                 raise UserError(f"this DiT has {self.num_classes} classes: it needs labels y, not None")
             c = c + LabelEmbed(self.num_classes + self.null_class, self.width, name="label_embed")(y)
         c = constrain(nn.silu(c), "batch", "embed")
-        x, _ = self._blocks()(x, c)
+        x, seen = self._blocks(x, c, see)
         out_channels = self.channels * (1 + self.learn_sigma)
         x = FinalLayer(self.patch**2 * out_channels, dtype, name="final")(x, c)
-        return unpatchify(x, self.patch, height, width).astype(jnp.float32)
+        out = unpatchify(x, self.patch, height, width).astype(jnp.float32)
+        return out if seen is None else (out, seen)
 
-    def _blocks(self) -> nn.Module:
+    def _blocks(self, x: jax.Array, c: jax.Array, see: int | None) -> tuple[jax.Array, jax.Array | None]:
         stack = stacked(DiTBlock, self.depth, self.remat, nn.broadcast)
         hidden = int(self.width * self.mlp_ratio)
-        return stack(self.heads, hidden, DTYPES[self.dtype], self.attention, name="blocks")
+        blocks = stack(self.heads, hidden, DTYPES[self.dtype], self.attention, name="blocks")
+        x, _, seen = run_stack(blocks, DiTBlock, x, c, remat=self.remat, see=see, broadcast=True)
+        return x, seen

@@ -3,8 +3,10 @@
 Parameters are float32; `dtype` is the compute dtype. Norm statistics, softmax and the time embedding stay float32.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import flax.linen as nn
@@ -72,6 +74,56 @@ def stacked(block: Any, depth: int, remat: str, in_axes: Any = 0) -> Any:
         in_axes=in_axes,
         length=depth,
     )
+
+
+def run_stack(
+    stack: nn.Module,
+    block: Any,
+    carry: Any,
+    *inputs: Any,
+    remat: str,
+    see: int | None,
+    broadcast: bool = False,
+    output: Callable[[Any], jax.Array] = lambda carry: carry,
+) -> tuple[Any, Any, jax.Array | None]:
+    """Run a scanned stack and see the output of one block: (carry, stacked outputs, seen).
+
+    With `see` None this calls `stack`, and seen is None. Else the scan runs over the same parameters with one buffer
+    more, which the step of block `see` overwrites. The buffer lies outside the rematerialised block, so that neither
+    the outputs nor the residuals of the scan grow by [depth, ...]; intermediates of the blocks are not collected.
+
+    stack: of `stacked(block, depth, remat, ...)`, bound. block: its class. inputs: besides the carry; of every block
+    the same if `broadcast`, else [depth, ...]. output: the block's output out of the carry that it returns.
+    """
+    if see is None:
+        return *stack(carry, *inputs), None
+    if stack.is_initializing():
+        stack(carry, *inputs)  # creates the parameters
+    names = [f.name for f in dataclasses.fields(block) if f.name not in ("parent", "name")]
+    single = block(**{name: getattr(stack, name) for name in names}, parent=None)
+
+    def call(params: Any, carry: Any, *inputs: Any) -> Any:
+        return single.apply({"params": params}, carry, *inputs)
+
+    if remat != "none":
+        call = jax.checkpoint(call, policy=REMAT_POLICIES[remat], prevent_cse=False)
+
+    def step(state: Any, layer: Any) -> Any:
+        (carry, seen), (index, params, scanned) = state, layer
+        carry, stacked_output = call(params, carry, *(inputs if broadcast else scanned))
+        return (carry, jnp.where(index == see, output(carry), seen)), stacked_output
+
+    params = stack.variables["params"]
+    indices = jnp.arange(len(jax.tree.leaves(params)[0]))
+    start = carry, jnp.zeros_like(output(carry))
+    (carry, seen), outputs = jax.lax.scan(step, start, (indices, params, () if broadcast else inputs))
+    return carry, outputs, seen
+
+
+def check_see(model: str, module: Any, see: int | None) -> None:
+    """Raise UserError unless `see` is None or the index of a block, of which there are `module.blocks_to_see`."""
+    if see is not None and not (isinstance(see, int) and 0 <= see < module.blocks_to_see):
+        raise UserError(f"{model}: see = {see!r}: valid: 0 to {module.blocks_to_see - 1}, or None")
 
 
 def check_options(model: str, module: nn.Module) -> None:

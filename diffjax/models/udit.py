@@ -43,6 +43,7 @@ from diffjax.models.layers import (
     TimeEmbed,
     check_counts,
     check_options,
+    check_see,
     layer_norm,
     modulate,
     per_example,
@@ -374,6 +375,11 @@ class UDiT(nn.Module):
         """The down-sampling factor of each stage."""
         return (self.down_factor,) * 5 if isinstance(self.down_factor, int) else tuple(self.down_factor)
 
+    @property
+    def blocks_to_see(self) -> int:
+        """How many values `see` can have: one per stage."""
+        return len(STAGES)
+
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
         check_options("U-DiT", self)
@@ -410,25 +416,34 @@ class UDiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array | None,
+        train: bool = False,
+        keys: jax.Array | None = None,
+        see: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """x [b, h, w, c], t [b] in 0..999, y [b] int32 or None -> float32 [b, h, w, c or 2c].
 
         With `train` and `label_drop_per_level` the typed keys [b], one per example, say which levels drop its label.
+        With `see` also the output of that stage of `STAGES`: [b, h / s, w / s, d] in the compute dtype.
         """
+        check_see("U-DiT", self, see)
         dtype = DTYPES[self.dtype]
         self.check_input(*x.shape[1:3])
         c1, c2, c3 = self._conditions(t, y, train, keys)
         x = conv3(self.width, dtype, "image_embed", init=xavier_as_matrix)(x)
         e1 = self._stage(0, x, c1)
         e2 = self._stage(1, Shrink(dtype, name="shrink_1")(e1), c2)
-        x = self._stage(2, Shrink(dtype, name="shrink_2")(e2), c3)
-        x = jnp.concatenate([Grow(dtype, name="grow_2")(x), e2], axis=-1)
-        x = self._stage(3, dense(2 * self.width, dtype, "reduce_2")(x), c2)
-        x = jnp.concatenate([Grow(dtype, name="grow_1")(x), e1], axis=-1)
-        x = self._stage(4, dense(2 * self.width, dtype, "reduce_1")(x), c2)
-        x = conv3(2 * self.width, dtype, "output")(constrain(x, "batch", None, None, "embed"))
-        return FinalLayer(self.channels * (1 + self.learn_sigma), dtype, name="final")(x, c2).astype(jnp.float32)
+        m = self._stage(2, Shrink(dtype, name="shrink_2")(e2), c3)
+        x = jnp.concatenate([Grow(dtype, name="grow_2")(m), e2], axis=-1)
+        d2 = self._stage(3, dense(2 * self.width, dtype, "reduce_2")(x), c2)
+        x = jnp.concatenate([Grow(dtype, name="grow_1")(d2), e1], axis=-1)
+        d1 = self._stage(4, dense(2 * self.width, dtype, "reduce_1")(x), c2)
+        x = conv3(2 * self.width, dtype, "output")(constrain(d1, "batch", None, None, "embed"))
+        out = FinalLayer(self.channels * (1 + self.learn_sigma), dtype, name="final")(x, c2).astype(jnp.float32)
+        return out if see is None else (out, (e1, e2, m, d2, d1)[see])
 
     def _conditions(self, t: jax.Array, y: jax.Array | None, train: bool, keys: jax.Array | None) -> list[jax.Array]:
         """SiLU(time + label) of the three levels, float32 [b, D], [b, 2 D] and [b, 4 D]."""

@@ -222,7 +222,7 @@ def test_every_addition_drops_by_its_own_row():
         @nn.compact
         def __call__(self, x, t, y):
             kept = self._kept(keys)
-            h, r = self._all_blocks(self._tokens(x, t, y)[0], kept)
+            (h, r), _ = self._all_blocks(self._tokens(x, t, y)[0], kept)
             return add(r, h, kept[-1])
 
     fields = {name: getattr(model, name) for name in DiS.__dataclass_fields__ if name not in ("parent", "name")}
