@@ -1,5 +1,6 @@
 """The trainable backbones and the table of their published sizes."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,7 @@ import flax.linen as nn
 
 from diffjax.errors import UserError
 from diffjax.models import diffit, diffit_unet, digit, dis, dit, udit
+from diffjax.options import Option, options
 
 FAMILIES: dict[str, type[nn.Module]] = {
     "DiT": dit.DiT,
@@ -154,6 +156,24 @@ def create(name: str, **kwargs: Any) -> nn.Module:
         raise UserError(f"model {name!r}: {error}".replace("__init__() ", "")) from error
     model.validate()
     return model
+
+
+def family_of(name: str) -> str:
+    """The family that a published name belongs to; of a family's own name the name as `FAMILIES` has it."""
+    return _resolve(name)[0]
+
+
+def option_table(name: str) -> dict[str, Option]:
+    """The options of a published model, its sizes as defaults, or of a family, whose sizes have none.
+
+    The fields that follow from the data and the training method (channels, classes ...) are not among them.
+
+    Raises:
+        UserError: unknown name.
+    """
+    family, sizes = _resolve(name)
+    table = options(FAMILIES[family])
+    return {key: dataclasses.replace(option, default=sizes.get(key, option.default)) for key, option in table.items()}
 
 
 def fused(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:

@@ -14,7 +14,7 @@ What c adds to the keys changes no output, as it adds the same to all logits of 
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -23,15 +23,24 @@ import jax.numpy as jnp
 from diffjax.errors import UserError
 from diffjax.models.layers import (
     DTYPES,
-    REMAT_POLICIES,
+    Attention,
+    Depth,
+    Dtype,
+    Heads,
     LabelEmbed,
+    MlpRatio,
+    Patch,
+    Remat,
     TimeEmbed,
-    check_choices,
+    Width,
     check_counts,
+    check_options,
+    check_see,
     drop,
     normal,
     patchify,
     per_example,
+    run_stack,
     sincos_positions,
     sinusoidal_time,
     stacked,
@@ -40,13 +49,22 @@ from diffjax.models.layers import (
     zeros,
 )
 from diffjax.ops import windows
-from diffjax.ops.attention import IMPLEMENTATIONS, attention
+from diffjax.ops.attention import attention
+from diffjax.options import Leaf, at_least, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain
 
 # Depth, width, heads. The paper writes depth 30, which agrees with neither its 561 M parameters nor the release: 28.
 SIZES = {"XL": (28, 1152, 16)}
 
-TIME_IN = ("attention", "values", "mlp")
+# Tables 6 and 7 of the paper. "values" is what a separate attention to the time token gives.
+TimeIn = Annotated[
+    str,
+    Leaf(
+        "where the time enters: queries, keys and values (attention), values alone, or the feed-forward networks (mlp)",
+        valid=one_of(("attention", "values", "mlp")),
+        fixed=True,
+    ),
+]
 
 BLOCK_AXES: LogicalAxes = (
     (r"attention/qkv(_time)?/kernel", ("embed", "heads", None, "kv")),
@@ -179,48 +197,39 @@ class DiffiTBlock(nn.Module):
 
 
 class DiffiT(nn.Module):
-    """The latent model; see the module docstring. It is made for one image size, `patch * window`.
+    """The latent model; see the module docstring. It is made for one image size, `patch * window`."""
 
-    Attributes:
-        patch: side of a patch in (latent) pixels.
-        window: tokens along a side of the image, all of which attend to each other: the size of the tables of B.
-        channels: of the input; the output has twice as many with `learn_sigma`.
-        num_classes: 0 for an unconditional model.
-        null_class: one more label, index `num_classes`, for classifier-free guidance.
-        time_in: where c enters (tables 6 and 7 of the paper): "attention"; "values" alone, as by a separate attention
-            to the time token; "mlp" = before the GELU of the feed-forward networks instead.
-        dtype: compute dtype, "float32" or "bfloat16".
-        remat: what a block keeps for its backward pass: "none" = everything, "dots" = matrix products without batch
-            dimensions, "full" = nothing but its input.
-        attention: implementation of `diffjax.ops.attention`.
-    """
-
-    patch: int
-    depth: int
-    width: int
-    heads: int
-    window: int
-    mlp_ratio: float = 4.0
-    channels: int = 4
-    num_classes: int = 1000
-    null_class: bool = True
+    patch: Patch
+    depth: Depth
+    width: Width
+    heads: Heads
+    window: Annotated[
+        int,
+        Leaf("tokens along a side of the image, all of which attend to each other", valid=at_least(1), fixed=True),
+    ]
+    mlp_ratio: MlpRatio = 4.0
+    channels: int = 4  # of the input; the output has twice as many with `learn_sigma`
+    num_classes: int = 1000  # 0: an unconditional model
+    null_class: bool = True  # one more label, index `num_classes`, for classifier-free guidance
     learn_sigma: bool = True
-    time_in: str = "attention"
-    dtype: str = "float32"
-    remat: str = "dots"
-    attention: str = "xla"
+    time_in: TimeIn = "attention"
+    dtype: Dtype = "float32"
+    remat: Remat = "dots"
+    attention: Attention = "xla"
 
     logical_axes = LOGICAL_AXES
 
+    @property
+    def blocks_to_see(self) -> int:
+        """How many values `see` can have: one per block."""
+        return self.depth
+
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
-        choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": IMPLEMENTATIONS, "time_in": TIME_IN}
-        check_choices("DiffiT", self, choices)
-        check_counts(self, ("patch", "depth", "width", "heads", "window", "channels"))
+        check_options("DiffiT", self)
+        check_counts("DiffiT", self, channels=1, num_classes=0)
         if self.width % self.heads:
             raise UserError(f"DiffiT: width = {self.width} is not divisible by heads = {self.heads}")
-        if self.mlp_ratio <= 0:
-            raise UserError(f"DiffiT: mlp_ratio = {self.mlp_ratio}; valid: above 0")
         if self.width % 4:
             raise UserError(f"DiffiT: width = {self.width} is not divisible by 4, as its sine-cosine positions need")
 
@@ -235,13 +244,21 @@ class DiffiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array | None,
+        train: bool = False,
+        keys: jax.Array | None = None,
+        see: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """x [b, h, h, c], t [b] in 0..999, y [b] int32 or None -> float32 [b, h, h, c or 2c].
 
-        `train` and `keys` change nothing here: there is no dropout but that of labels, which happens before.
+        `train` and `keys` change nothing here: there is no dropout but that of labels, which happens before. With `see`
+        also the output of that block, 0 the first: [b, n, d] in the compute dtype.
         """
         del train, keys
+        check_see("DiffiT", self, see)
         dtype, side = DTYPES[self.dtype], self.window
         self.check_input(*x.shape[1:3])
         x = nn.Dense(self.width, kernel_init=xavier, dtype=dtype, name="patch_embed")(patchify(x, self.patch))
@@ -251,13 +268,16 @@ class DiffiT(nn.Module):
             if y is None:
                 raise UserError(f"this DiffiT has {self.num_classes} classes: it needs labels y, not None")
             c = c + LabelEmbed(self.num_classes + self.null_class, self.width, name="label_embed")(y)
-        x, _ = self._blocks()(x, constrain(c, "batch", "embed"))
+        x, seen = self._blocks(x, constrain(c, "batch", "embed"), see)
         x = nn.silu(norm(affine=False, dtype=dtype, name=None)(x))
         features = self.patch**2 * self.channels * (1 + self.learn_sigma)
         x = nn.Dense(features, kernel_init=zeros, dtype=dtype, name="final")(x)
-        return unpatchify(x, self.patch, side, side).astype(jnp.float32)
+        out = unpatchify(x, self.patch, side, side).astype(jnp.float32)
+        return out if seen is None else (out, seen)
 
-    def _blocks(self) -> nn.Module:
+    def _blocks(self, x: jax.Array, c: jax.Array, see: int | None) -> tuple[jax.Array, jax.Array | None]:
         stack = stacked(DiffiTBlock, self.depth, self.remat, nn.broadcast)
         hidden = int(self.width * self.mlp_ratio)
-        return stack(self.heads, hidden, DTYPES[self.dtype], self.attention, self.time_in, name="blocks")
+        blocks = stack(self.heads, hidden, DTYPES[self.dtype], self.attention, self.time_in, name="blocks")
+        x, _, seen = run_stack(blocks, DiffiTBlock, x, c, remat=self.remat, see=see, broadcast=True)
+        return x, seen

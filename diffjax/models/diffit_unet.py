@@ -22,7 +22,7 @@ and 7, but for "in the bias alone", of which the paper says no more) and its fea
 other networks (TMSA in DDPM++, table 5; encoders and decoders of ViT and SETR, table 4).
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -33,10 +33,23 @@ from jax.ad_checkpoint import checkpoint_name
 from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.models import layers
-from diffjax.models.diffit import BLOCK_AXES, TIME_IN, DiffiTBlock
-from diffjax.models.layers import DTYPES, LabelEmbed, TimeEmbed, check_choices, check_counts, xavier, zeros
+from diffjax.models.diffit import BLOCK_AXES, DiffiTBlock, TimeIn
+from diffjax.models.layers import (
+    DTYPES,
+    Attention,
+    Dtype,
+    LabelEmbed,
+    MlpRatio,
+    Remat,
+    TimeEmbed,
+    check_counts,
+    check_options,
+    check_see,
+    xavier,
+    zeros,
+)
 from diffjax.ops import windows
-from diffjax.ops.attention import IMPLEMENTATIONS
+from diffjax.options import Leaf, Valid, at_least, fraction, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain
 
 # Widths and blocks of the stages, window, dropout: table S.2 (all but `_l2`), appendix I.1 (`_l2`); EDM's dropout.
@@ -56,13 +69,7 @@ REMAT_POLICIES = layers.REMAT_POLICIES | {
     )
 }
 
-CHOICES = {
-    "time_in": TIME_IN,
-    "time_features": ("positional", "fourier"),
-    "dtype": tuple(DTYPES),
-    "remat": tuple(REMAT_POLICIES),
-    "attention": IMPLEMENTATIONS,
-}
+PER_STAGE = Valid("a positive integer per stage", lambda values: bool(values) and min(values) >= 1)
 
 LOGICAL_AXES: LogicalAxes = (
     *((rf"block/{pattern}", axes) for pattern, axes in BLOCK_AXES),
@@ -135,67 +142,71 @@ class ResBlock(nn.Module):
 
 
 class DiffiTUNet(nn.Module):
-    """The image-space model; see the module docstring.
+    """The image-space model; see the module docstring."""
 
-    Attributes:
-        widths: channels of the stages, from the largest map to the smallest. depth: their blocks.
-        window: largest side of the windows of attention.
-        head_width: channels of a head.
-        time_width: of c.
-        groups: of every GroupNorm.
-        channels: of the images; the output has twice as many with `learn_sigma`.
-        num_classes: 0 for an unconditional model.
-        null_class: one more label, index `num_classes`, for classifier-free guidance.
-        augment_labels: numbers per example that say how it was augmented; 0: a model that is not told.
-        dropout: rate at which hidden values of the feed-forward networks are dropped in training.
-        time_in: where c enters, see `DiffiT` (tables 6 and 7). time_features: "positional" or "fourier" (table 8).
-        dtype: compute dtype, "float32" or "bfloat16".
-        remat: what a block keeps for its backward pass: "none" = everything, "dots" = results of linear maps and
-            convolutions, "full" = nothing but its input.
-        attention: implementation of `diffjax.ops.attention`.
-    """
-
-    widths: tuple[int, ...]
-    depth: tuple[int, ...]
-    window: int
-    head_width: int = 32
-    mlp_ratio: float = 4.0
-    time_width: int = 512
-    groups: int = 32
-    channels: int = 3
-    num_classes: int = 0
-    null_class: bool = True
+    widths: Annotated[
+        tuple[int, ...],
+        Leaf("channels of the stages, from the largest map to the smallest", valid=PER_STAGE, fixed=True),
+    ]
+    depth: Annotated[tuple[int, ...], Leaf("blocks of the stages", valid=PER_STAGE, fixed=True)]
+    window: Annotated[int, Leaf("largest side of the windows of attention", valid=at_least(1), fixed=True)]
+    head_width: Annotated[
+        int, Leaf("channels of an attention head; they divide every width", valid=at_least(1), fixed=True)
+    ] = 32
+    mlp_ratio: MlpRatio = 4.0
+    time_width: Annotated[
+        int, Leaf("channels of the vector of time, augmentation and label", valid=at_least(1), fixed=True)
+    ] = 512
+    groups: Annotated[
+        int, Leaf("groups of every GroupNorm; they divide every width", valid=at_least(1), fixed=True)
+    ] = 32
+    channels: int = 3  # of the images; the output has twice as many with `learn_sigma`
+    num_classes: int = 0  # 0: an unconditional model
+    null_class: bool = True  # one more label, index `num_classes`, for classifier-free guidance
     learn_sigma: bool = False
-    augment_labels: int = 9
-    dropout: float = 0.0
-    time_in: str = "attention"
-    time_features: str = "positional"
-    dtype: str = "float32"
-    remat: str = "dots"
-    attention: str = "xla"
+    augment_labels: Annotated[
+        int,
+        Leaf("numbers per example that describe its augmentation", valid=at_least(0, "no such input"), fixed=True),
+    ] = 9
+    dropout: Annotated[
+        float,
+        Leaf(
+            "rate at which hidden values of the feed-forward networks are dropped in training",
+            valid=fraction(),
+            fixed=True,
+        ),
+    ] = 0.0
+    time_in: TimeIn = "attention"
+    time_features: Annotated[
+        str,
+        Leaf("features of the time (table 8 of the paper)", valid=one_of(("positional", "fourier")), fixed=True),
+    ] = "positional"
+    dtype: Dtype = "float32"
+    remat: Remat = "dots"
+    attention: Attention = "xla"
 
     logical_axes = LOGICAL_AXES
 
+    @property
+    def blocks_to_see(self) -> int:
+        """How many values `see` can have: one per stage."""
+        return 2 * len(self.widths) - 1
+
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
-        check_choices("DiffiT", self, CHOICES)
-        check_counts(self, ("window", "head_width", "time_width", "groups", "channels"))
-        for option in ("widths", "depth"):
-            values = getattr(self, option)
-            if len(values) != len(self.widths) or not values or min(values) < 1:
-                raise UserError(f"DiffiT: {option} = {tuple(values)}; valid: a positive integer per stage")
+        check_options("DiffiT-UNet", self)
+        check_counts("DiffiT-UNet", self, channels=1, num_classes=0)
+        if len(self.depth) != len(self.widths):
+            raise UserError(
+                f"DiffiT-UNet: depth = {tuple(self.depth)}: valid: {PER_STAGE.words}, of which widths = "
+                f"{tuple(self.widths)} has {len(self.widths)}"
+            )
         for width in self.widths:
             for option in ("head_width", "groups"):
                 if width % getattr(self, option):
                     raise UserError(
-                        f"DiffiT: a width of {width} is not divisible by {option} = {getattr(self, option)}"
+                        f"DiffiT-UNet: a width of {width} is not divisible by {option} = {getattr(self, option)}"
                     )
-        if self.mlp_ratio <= 0:
-            raise UserError(f"DiffiT: mlp_ratio = {self.mlp_ratio}; valid: above 0")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"DiffiT: dropout = {self.dropout}; valid: 0 to below 1")
-        if not isinstance(self.augment_labels, int) or self.augment_labels < 0:
-            raise UserError(f"DiffiT: augment_labels = {self.augment_labels!r}; valid: 0 (none) or a positive integer")
 
     def check_input(self, height: int, width: int) -> None:
         """Raise UserError unless the map of every stage can be cut into windows, or is one."""
@@ -217,29 +228,35 @@ class DiffiTUNet(nn.Module):
         train: bool = False,
         keys: jax.Array | None = None,
         augment: jax.Array | None = None,
-    ) -> jax.Array:
+        see: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """x [b, h, w, c], t [b] = ln(sigma) / 4, y [b] int32 or None -> float32 [b, h, w, c or 2c].
 
         With `train` and `dropout` the typed keys [b], one per example, say what is dropped. augment [b, augment_labels]
-        says how each image was augmented; None: not at all, which is zeros.
+        says how each image was augmented; None: not at all, which is zeros. With `see` also the output of that stage,
+        from encoder 0 down to the lowest and up to decoder 0: [b, h / s, w / s, d] in the compute dtype.
         """
+        check_see("DiffiT-UNet", self, see)
         self.check_input(*x.shape[1:3])
         if train and self.dropout and keys is None:
             raise UserError("DiffiT: training with dropout above 0 needs keys, one per example")
         keys = rng.fold_name(keys, "dropout") if keys is not None and train and self.dropout else None
-        dtype, c, skips = DTYPES[self.dtype], self._condition(t, y, augment), []
+        dtype, c, maps = DTYPES[self.dtype], self._condition(t, y, augment), []
         lowest = len(self.widths) - 1
         x = conv3(self.widths[0], dtype, "image_embed")(x)
         for i in range(lowest):
             x = self._stage(f"encoder_{i}", i, x, c, keys)
-            skips.append(x)
+            maps.append(x)
             x = conv3(self.widths[i], dtype, f"down_{i}", stride=2)(x)
         x = self._stage(f"encoder_{lowest}", lowest, x, c, keys)
+        maps.append(x)
         for i in reversed(range(lowest)):
             x = conv3(self.widths[i + 1], dtype, f"up_{i}")(x.repeat(2, axis=1).repeat(2, axis=2))
-            x = self._stage(f"decoder_{i}", i, jnp.concatenate([x, skips[i]], axis=-1), c, keys)
+            x = self._stage(f"decoder_{i}", i, jnp.concatenate([x, maps[i]], axis=-1), c, keys)
+            maps.append(x)
         x = nn.silu(group_norm(self.groups, dtype, "norm")(x))
-        return conv3(self.channels * (1 + self.learn_sigma), dtype, "final", init=zeros)(x).astype(jnp.float32)
+        x = conv3(self.channels * (1 + self.learn_sigma), dtype, "final", init=zeros)(x).astype(jnp.float32)
+        return x if see is None else (x, maps[see])
 
     def _condition(self, t: jax.Array, y: jax.Array | None, augment: jax.Array | None) -> jax.Array:
         """c, float32 [b, time_width], of time, augmentation and label."""

@@ -17,7 +17,7 @@ model's output at a place predicts the next one and at the last </s>; a masked m
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,16 +27,33 @@ from einops import rearrange
 
 from diffjax import rng
 from diffjax.errors import UserError
-from diffjax.models.layers import DTYPES, REMAT_POLICIES, check_choices, check_counts, drop, normal, stacked, uniform
-from diffjax.ops.attention import IMPLEMENTATIONS, attention, cached_attention
+from diffjax.models.layers import (
+    DTYPES,
+    Attention,
+    Depth,
+    Dtype,
+    Heads,
+    MlpRatio,
+    Remat,
+    Width,
+    check_counts,
+    check_options,
+    check_see,
+    drop,
+    normal,
+    run_stack,
+    stacked,
+    uniform,
+)
+from diffjax.ops.attention import attention, cached_attention
 from diffjax.ops.dictionary import END, MASK, NO_CODE, PAD, SPECIALS
+from diffjax.options import Leaf, at_least, fraction, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain
 
 # Depth, width, heads, codes of stage 1. The heads of L are not published; they change no parameter count.
 SIZES = {"B": (16, 1024, 16, 8192), "L": (24, 1536, 16, 16384)}
 VQGAN_CODES = 1024  # of stage 2
 
-NORMS = ("post", "pre")
 FIRST_PLACE = PAD + 1  # the tables of positions begin with rows that no place has, as fairseq's do
 
 LOGICAL_AXES: LogicalAxes = (
@@ -169,53 +186,51 @@ class DiGITBlock(nn.Module):
 
 
 class DiGIT(nn.Module):
-    """The backbone; see the module docstring. Codes are 0 .. codes - 1, in and out; a code out of range gives NaN.
+    """The backbone; see the module docstring. Codes are 0 .. codes - 1, in and out; a code out of range gives NaN."""
 
-    Attributes:
-        codes: how many there are to predict; logits have a column for each, after those of the `SPECIALS`.
-        mlp_ratio: hidden width of the feed-forward network over `width`.
-        source_codes: of a second stage, how many codes its source has; 0: a first stage, without a source.
-        num_classes: of a first stage; 0 for an unconditional model.
-        null_class: one more label, index `num_classes`, for classifier-free guidance, which the paper does not use.
-        length: places that a source, or a target with its start, may have.
-        norm: "post": a LayerNorm after every sum, none at the end; "pre": before every map, and one at the end.
-        causal: each place sees itself and what precedes it; without, all places, for decoding of hidden codes.
-        dropout: rate for the embeddings and for what each block adds, in training.
-        dtype: compute dtype, "float32" or "bfloat16"; logits are float32.
-        remat: what a block keeps for its backward pass: "none" = everything, "dots" = matrix products without batch
-            dimensions, "full" = nothing but its input.
-        attention: implementation of `diffjax.ops.attention`.
-    """
-
-    codes: int
-    depth: int
-    width: int
-    heads: int
-    mlp_ratio: float = 4.0
-    source_codes: int = 0
-    num_classes: int = 0
-    null_class: bool = False
-    length: int = 1024
-    norm: str = "post"
-    causal: bool = True
-    dropout: float = 0.1
-    dtype: str = "float32"
-    remat: str = "dots"
-    attention: str = "xla"
+    codes: int  # to predict; logits have a column for each, after those of the `SPECIALS`
+    depth: Depth
+    width: Width
+    heads: Heads
+    mlp_ratio: MlpRatio = 4.0
+    source_codes: int = 0  # codes of the source of a second stage; 0: a first stage
+    num_classes: int = 0  # of a first stage; 0: an unconditional model
+    null_class: bool = False  # one more label, index `num_classes`, for classifier-free guidance: not in the paper
+    length: Annotated[
+        int, Leaf("largest length of a source, and of a target with its start", valid=at_least(1), fixed=True)
+    ] = 1024
+    norm: Annotated[
+        str,
+        Leaf(
+            "LayerNorm after every sum (post), or before every map and once at the end (pre)",
+            valid=one_of(("post", "pre")),
+            fixed=True,
+        ),
+    ] = "post"
+    causal: Annotated[
+        bool, Leaf("attend to preceding tokens only; without, to all, for decoding of masked tokens", fixed=True)
+    ] = True
+    dropout: Annotated[
+        float,
+        Leaf("rate for the embeddings and for what each block adds, in training", valid=fraction(), fixed=True),
+    ] = 0.1
+    dtype: Dtype = "float32"
+    remat: Remat = "dots"
+    attention: Attention = "xla"
 
     logical_axes = LOGICAL_AXES
 
+    @property
+    def blocks_to_see(self) -> int:
+        """How many values `see` can have: one per block."""
+        return self.depth
+
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
-        choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": IMPLEMENTATIONS, "norm": NORMS}
-        check_choices("DiGIT", self, choices)
-        check_counts(self, ("codes", "depth", "width", "heads", "length"))
-        if not isinstance(self.source_codes, int) or self.source_codes < 0:
-            raise UserError(f"DiGIT: source_codes = {self.source_codes!r}; valid: 0 (no source) or a positive integer")
+        check_options("DiGIT", self)
+        check_counts("DiGIT", self, codes=1, source_codes=0, num_classes=0)
         if self.width % self.heads:
             raise UserError(f"DiGIT: width = {self.width} is not divisible by heads = {self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"DiGIT: dropout = {self.dropout}; valid: 0 to below 1")
         if self.source_codes and self.num_classes:
             raise UserError(f"DiGIT: a model with a source takes no labels; num_classes = {self.num_classes}, valid: 0")
         if self.null_class and not self.num_classes:
@@ -257,20 +272,25 @@ class DiGIT(nn.Module):
         source: jax.Array | None = None,
         train: bool = False,
         keys: jax.Array | None = None,
-    ) -> jax.Array:
+        see: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Logits of all predictions.
 
         Args:
             codes: int32 [b, n]; of a masked model those that are hidden are `NO_CODE`.
             y: int32 [b], for a model with classes. source: int32 [b, m], for a second stage.
             keys: typed keys [b], one per example, which say what each drops; with `train` and dropout.
+            see: a block, 0 the first.
 
         Returns:
             float32 [b, n + 1, SPECIALS + codes], row i for code i and the last for the end; of a masked model
-            [b, n, SPECIALS + codes], row i for code i.
+            [b, n, SPECIALS + codes], row i for code i. With `see` also the output of that block at all positions,
+            source first: [b, m + 1 + n, d] in the compute dtype, before the last norm of "pre".
         """
-        x, _ = self.hidden(codes, y, source, train, keys)
-        return self.logits(x[:, -codes.shape[1] - self.causal :])
+        check_see("DiGIT", self, see)
+        x, _, seen = self._hidden(codes, y, source, train, keys, see)
+        logits = self.logits(x[:, -codes.shape[1] - self.causal :])
+        return logits if seen is None else (logits, seen)
 
     def features(self, codes: jax.Array, y: jax.Array | None = None, source: jax.Array | None = None) -> jax.Array:
         """What a linear probe sees: the input of each block, averaged over all places; float32 [layers, b, d]."""
@@ -285,6 +305,18 @@ class DiGIT(nn.Module):
         keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """What logits are made of, at all places, source first: [b, m + 1 + n, d]; and the `features`."""
+        x, means, _ = self._hidden(codes, y, source, train, keys, None)
+        return x, means
+
+    def _hidden(
+        self,
+        codes: jax.Array,
+        y: jax.Array | None,
+        source: jax.Array | None,
+        train: bool,
+        keys: jax.Array | None,
+        see: int | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         x = self.embed(codes, y, source)
         if not (train and self.dropout):
             keys = None
@@ -293,8 +325,8 @@ class DiGIT(nn.Module):
         else:
             keys = rng.fold_name(keys, "dropout")
             x = drop(x, self.dropout, rng.fold_name(keys, "embed"))
-        x, _, means = self._run(x, None, keys)
-        return x, means
+        x, _, means, seen = self._run(x, None, keys, see)
+        return x, means, seen
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., d] -> float32 [..., SPECIALS + codes]."""
@@ -343,17 +375,28 @@ class DiGIT(nn.Module):
 
     def _next(self, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         n = x.shape[1]
-        x, full, _ = self._run(x, cache, None)
+        x, full, _, _ = self._run(x, cache, None, None)
         # All that is embedded at once ends with the start of the target, or is one code of it.
         return self.logits(x[:, -1]), full._replace(filled=full.filled + n, target=full.target + 1)
 
-    def _run(self, x: jax.Array, cache: Any, keys: jax.Array | None) -> tuple[jax.Array, Any, jax.Array]:
+    def _run(
+        self, x: jax.Array, cache: Any, keys: jax.Array | None, see: int | None
+    ) -> tuple[jax.Array, Any, jax.Array, jax.Array | None]:
         layers = jnp.arange(self.depth)
         if keys is not None:
             base = rng.fold_name(keys, "blocks")
             keys = jax.vmap(lambda layer: rng.fold(base, layer))(layers)
-        (x, cache), means = self.blocks((x.astype(DTYPES[self.dtype]), cache), layers, keys)
-        return self.final_norm(x) if self.norm == "pre" else x, cache, means
+        (x, cache), means, seen = run_stack(
+            self.blocks,
+            DiGITBlock,
+            (x.astype(DTYPES[self.dtype]), cache),
+            layers,
+            keys,
+            remat=self.remat,
+            see=see,
+            output=lambda carry: carry[0],
+        )
+        return self.final_norm(x) if self.norm == "pre" else x, cache, means, seen
 
     def _start(self, batch: int, y: jax.Array | None) -> jax.Array:
         """What every target begins with, [b, 1]: the end of the previous one, or the row of the class."""

@@ -16,7 +16,7 @@ The published depth is not the number of blocks: there are depth // 2 blocks on 
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -29,13 +29,19 @@ from diffjax.errors import UserError
 from diffjax.models import layers
 from diffjax.models.layers import (
     DTYPES,
+    Dtype,
     LabelEmbed,
+    Patch,
+    Remat,
     TimeEmbed,
-    check_choices,
+    Width,
     check_counts,
+    check_options,
+    check_see,
     layer_norm,
     modulate,
     patchify,
+    run_stack,
     sinusoidal_time,
     stacked,
     uniform,
@@ -43,13 +49,11 @@ from diffjax.models.layers import (
     zeros,
 )
 from diffjax.ops.selective_scan import IMPLEMENTATIONS, selective_scan
+from diffjax.options import Leaf, at_least, fraction, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain
 
 # Depth and width of the published sizes; S is no multiple of 64.
 SIZES = {"S": (24, 368), "B": (24, 768), "M": (48, 768), "L": (48, 1024), "H": (48, 1536)}
-
-SKIPS = ("concat", "none")
-NORMS = ("rms", "layer")
 
 LOGICAL_AXES: LogicalAxes = (
     (r"positions", (None, None, "embed")),
@@ -184,6 +188,12 @@ def add(r: jax.Array, h: jax.Array, kept: jax.Array | None) -> jax.Array:
     return r + (h if kept is None else h * kept[:, None, None])
 
 
+def stream(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The output of the block that returned carry = (h, r): r + h, float32 [b, n, d]."""
+    h, r = carry
+    return add(r, h, None)
+
+
 class DiSBlock(nn.Module):
     norm: str
     mixer: dict[str, Any]
@@ -215,54 +225,64 @@ class FinalLayer(nn.Module):
 
 
 class DiS(nn.Module):
-    """The backbone; see the module docstring. It is made for one image size, that of its table of positions.
+    """The backbone; see the module docstring. It is made for one image size, that of its table of positions."""
 
-    Attributes:
-        patch: side of a patch in pixels (or latent pixels).
-        depth: as published; the number of blocks is 2 (depth // 2) + 1.
-        channels: of the input; the output has twice as many with `learn_sigma`.
-        num_classes: 0 for an unconditional model.
-        null_class: one more label, index `num_classes`, for classifier-free guidance.
-        d_state: states of a channel. d_conv: taps of the convolution. expand: channels of the mixer per width.
-        skip: what the last half of the blocks does with the outputs of the first: "concat" (and a linear map), "none".
-        norm: before each mixer and at the end: "rms" or "layer".
-        time_mlp: two linear layers on the sinusoidal features of the time; without them these are the time token.
-        drop_path: largest rate at which an example drops a block's input to the residual stream, in training.
-        dtype: compute dtype, "float32" or "bfloat16"; the residual stream and the state are always float32.
-        remat: what a block keeps for its backward pass: "none" = everything, "dots" = its wide products and the
-            results of the scans, "full" = nothing but its input.
-        scan: implementation of `diffjax.ops.selective_scan`; None or "" lets the backend choose.
-    """
-
-    patch: int
-    depth: int
-    width: int
-    channels: int = 4
-    num_classes: int = 1000
-    null_class: bool = True
+    patch: Patch
+    depth: Annotated[
+        int, Leaf("published depth; the number of blocks is 2 (depth // 2) + 1", valid=at_least(1), fixed=True)
+    ]
+    width: Width
+    channels: int = 4  # of the input; the output has twice as many with `learn_sigma`
+    num_classes: int = 1000  # 0: an unconditional model
+    null_class: bool = True  # one more label, index `num_classes`, for classifier-free guidance
     learn_sigma: bool = True
-    d_state: int = 16
-    d_conv: int = 4
-    expand: int = 2
-    skip: str = "concat"
-    norm: str = "rms"
-    time_mlp: bool = True
-    drop_path: float = 0.1
-    dtype: str = "float32"
-    remat: str = "dots"
-    scan: str | None = None
+    d_state: Annotated[int, Leaf("states of a channel", valid=at_least(1), fixed=True)] = 16
+    d_conv: Annotated[int, Leaf("taps of the depthwise convolution", valid=at_least(1), fixed=True)] = 4
+    expand: Annotated[int, Leaf("channels of the mixer per channel of a token", valid=at_least(1), fixed=True)] = 2
+    skip: Annotated[
+        str,
+        Leaf(
+            "how the last half of the blocks takes the outputs of the first: concatenated and mapped (concat), or not",
+            valid=one_of(("concat", "none")),
+            fixed=True,
+        ),
+    ] = "concat"
+    norm: Annotated[str, Leaf("norm before each mixer and at the end", valid=one_of(("rms", "layer")), fixed=True)] = (
+        "rms"
+    )
+    time_mlp: Annotated[
+        bool, Leaf("two linear layers on the sinusoidal features of the time; without, these are the token", fixed=True)
+    ] = True
+    drop_path: Annotated[
+        float,
+        Leaf(
+            "largest rate at which an example drops a block's input to the residual stream, in training",
+            valid=fraction(),
+            fixed=True,
+        ),
+    ] = 0.1
+    dtype: Dtype = "float32"
+    remat: Remat = "dots"
+    scan: Annotated[
+        str | None,
+        Leaf(
+            "implementation of the selective scan; none: chosen by the backend",
+            "compute",
+            one_of((*IMPLEMENTATIONS, "")),
+        ),
+    ] = None
 
     logical_axes = LOGICAL_AXES
 
+    @property
+    def blocks_to_see(self) -> int:
+        """How many values `see` can have: one per block."""
+        return 2 * (self.depth // 2) + 1
+
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
-        choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "skip": SKIPS, "norm": NORMS}
-        if self.scan:
-            choices["scan"] = IMPLEMENTATIONS
-        check_choices("DiS", self, choices)
-        check_counts(self, ("patch", "depth", "width", "channels", "d_state", "d_conv", "expand"))
-        if not 0 <= self.drop_path < 1:
-            raise UserError(f"DiS: drop_path = {self.drop_path}; valid: 0 to below 1")
+        check_options("DiS", self)
+        check_counts("DiS", self, channels=1, num_classes=0)
 
     def check_input(self, height: int, width: int) -> None:
         """Raise UserError unless an image of this size is square and can be cut into patches."""
@@ -273,23 +293,33 @@ class DiS(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array | None,
+        train: bool = False,
+        keys: jax.Array | None = None,
+        see: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """x [b, h, h, c], t [b] in 0..999, y [b] int32 or None -> float32 [b, h, h, c or 2c].
 
-        With `train` and a positive `drop_path` the typed keys [b], one per example, say what each example drops.
+        With `train` and a positive `drop_path` the typed keys [b], one per example, say what each example drops. With
+        `see` also the output of that block, 0 the first and `depth // 2` the middle one: r + h, the residual stream
+        with all that the block adds to it, float32 [b, n, d], the tokens of label and time first.
         """
+        check_see("DiS", self, see)
         dtype = DTYPES[self.dtype]
         self.check_input(*x.shape[1:3])
         side = x.shape[1] // self.patch
         tokens, c = self._tokens(x, t, y)
         kept = self._kept(keys) if train and self.drop_path else None
-        h, r = self._all_blocks(tokens, kept)
+        (h, r), seen = self._all_blocks(tokens, kept, see)
         h = Norm(self.norm, dtype, name="norm")(add(r, h, None if kept is None else kept[-1]))
         out_channels = self.channels * (1 + self.learn_sigma)
         final = FinalLayer(self.patch**2 * out_channels, dtype, name="final")
         h = final(h, constrain(nn.silu(c), "batch", "embed") if self.num_classes else None)
-        return unpatchify(h[:, -(side**2) :], self.patch, side, side).astype(jnp.float32)
+        out = unpatchify(h[:, -(side**2) :], self.patch, side, side).astype(jnp.float32)
+        return out if seen is None else (out, seen)
 
     def _tokens(self, x: jax.Array, t: jax.Array, y: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Label, time and patches with positions, and time + label: float32 [b, n, d] and [b, d]."""
@@ -336,25 +366,37 @@ class DiS(nn.Module):
         draws = jax.vmap(lambda j: rng.uniform(rng.fold(keys, j)))(jnp.arange(len(rates)))
         return jnp.where(draws < rates[:, None], 0.0, 1 / (1 - rates[:, None]))
 
-    def _all_blocks(self, tokens: jax.Array, kept: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """h and r after the last block. The blocks of either side are one scanned module, compiled once."""
+    def _all_blocks(
+        self, tokens: jax.Array, kept: jax.Array | None, see: int | None = None
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
+        """(h, r) after the last block, and the output of block `see`. The blocks of either side are one scanned module,
+        compiled once."""
         half = self.depth // 2
         before, middle, after = (None,) * 3 if kept is None else (kept[:half], kept[half], kept[half + 1 : -1])
         # Starting with r = tokens and h = 0 the first block adds like the others, and r begins in float32.
         carry: Any = jnp.zeros_like(tokens, DTYPES[self.dtype]), tokens
         skips: Any = None
+        seen = None
         if half:
-            carry, skips = self._stack("in_blocks")(carry, before, None)
+            see_before = see if see is not None and see < half else None
+            carry, skips, seen = self._side("in_blocks", carry, before, None, see_before)
         carry, _ = self._block()(*self._block_fields(), name="mid_block")(carry, middle, None)
+        if see == half:
+            seen = stream(carry)
         if half:
             skips = skips[::-1] if self.skip == "concat" else None
-            carry, _ = self._stack("out_blocks")(carry, after, skips)
-        return carry
+            see_after = see - half - 1 if see is not None and see > half else None
+            carry, _, seen_after = self._side("out_blocks", carry, after, skips, see_after)
+            seen = seen if seen_after is None else seen_after
+        return carry, seen
 
-    def _stack(self, name: str) -> nn.Module:
-        """depth // 2 blocks as one scanned module, which also returns every block's h: parameters [depth // 2, ...]."""
-        stack = stacked(DiSBlock, self.depth // 2, self.remat)
-        return stack(*self._block_fields(), name=name)
+    def _side(
+        self, name: str, carry: Any, kept: jax.Array | None, skips: Any, see: int | None
+    ) -> tuple[Any, jax.Array, jax.Array | None]:
+        """depth // 2 blocks as one scanned module, parameters [depth // 2, ...]: (carry, every block's h, output of
+        block `see` of these)."""
+        stack = stacked(DiSBlock, self.depth // 2, self.remat)(*self._block_fields(), name=name)
+        return run_stack(stack, DiSBlock, carry, kept, skips, remat=self.remat, see=see, output=stream)
 
     def _block(self) -> Any:
         return DiSBlock if self.remat == "none" else nn.remat(DiSBlock, policy=REMAT_POLICIES[self.remat])

@@ -17,16 +17,25 @@ import jax.numpy as jnp
 from diffjax.errors import UserError
 from diffjax.models.layers import (
     DTYPES,
-    REMAT_POLICIES,
+    Attention,
+    Depth,
+    Dtype,
+    Heads,
     LabelEmbed,
     Mlp,
+    MlpRatio,
+    Patch,
+    Remat,
     SelfAttention,
     TimeEmbed,
-    check_choices,
+    Width,
     check_counts,
+    check_options,
+    check_see,
     layer_norm,
     modulate,
     patchify,
+    run_stack,
     sincos_positions,
     sinusoidal_time,
     stacked,
@@ -34,7 +43,6 @@ from diffjax.models.layers import (
     xavier,
     zeros,
 )
-from diffjax.ops.attention import IMPLEMENTATIONS
 from diffjax.parallel.rules import LogicalAxes, constrain
 
 # Table 1 of the paper: depth, width, heads.
@@ -88,39 +96,32 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The backbone; see the module docstring.
+    """The backbone; see the module docstring."""
 
-    Attributes:
-        patch: side of a patch in pixels (or latent pixels).
-        channels: of the input; the output has twice as many with `learn_sigma`.
-        num_classes: 0 for an unconditional model.
-        null_class: one more label, index `num_classes`, for classifier-free guidance.
-        dtype: compute dtype, "float32" or "bfloat16".
-        remat: what a block keeps for its backward pass: "none" = everything, "dots" = matrix products without batch
-            dimensions, "full" = nothing but its input. "dots" recomputes attention weights and elementwise functions
-            and keeps a third of the memory, which on a CPU is also the fastest.
-        attention: implementation of `diffjax.ops.attention`.
-    """
-
-    patch: int
-    depth: int
-    width: int
-    heads: int
-    mlp_ratio: float = 4.0
-    channels: int = 4
-    num_classes: int = 1000
-    null_class: bool = True
+    patch: Patch
+    depth: Depth
+    width: Width
+    heads: Heads
+    mlp_ratio: MlpRatio = 4.0
+    channels: int = 4  # of the input; the output has twice as many with `learn_sigma`
+    num_classes: int = 1000  # 0: an unconditional model
+    null_class: bool = True  # one more label, index `num_classes`, for classifier-free guidance
     learn_sigma: bool = True
-    dtype: str = "float32"
-    remat: str = "dots"
-    attention: str = "xla"
+    dtype: Dtype = "float32"
+    remat: Remat = "dots"
+    attention: Attention = "xla"
 
     logical_axes = LOGICAL_AXES
 
+    @property
+    def blocks_to_see(self) -> int:
+        """How many values `see` can have: one per block."""
+        return self.depth
+
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
-        check_choices("DiT", self, {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": IMPLEMENTATIONS})
-        check_counts(self, ("patch", "depth", "width", "heads", "channels"))
+        check_options("DiT", self)
+        check_counts("DiT", self, channels=1, num_classes=0)
         if self.width % self.heads:
             raise UserError(f"DiT: width = {self.width} is not divisible by heads = {self.heads}")
         if self.width % 4:
@@ -133,13 +134,21 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array | None,
+        train: bool = False,
+        keys: jax.Array | None = None,
+        see: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """x [b, h, w, c], t [b] in 0..999, y [b] int32 or None -> float32 [b, h, w, c or 2c].
 
-        `train` and `keys` change nothing here: DiT has no dropout but that of labels, which happens before.
+        `train` and `keys` change nothing here: DiT has no dropout but that of labels, which happens before. With `see`
+        also the output of that block, 0 the first: [b, n, d] in the compute dtype.
         """
         del train, keys
+        check_see("DiT", self, see)
         dtype = DTYPES[self.dtype]
         height, width = x.shape[1] // self.patch, x.shape[2] // self.patch
         self.check_input(*x.shape[1:3])
@@ -151,12 +160,15 @@ class DiT(nn.Module):
                 raise UserError(f"this DiT has {self.num_classes} classes: it needs labels y, not None")
             c = c + LabelEmbed(self.num_classes + self.null_class, self.width, name="label_embed")(y)
         c = constrain(nn.silu(c), "batch", "embed")
-        x, _ = self._blocks()(x, c)
+        x, seen = self._blocks(x, c, see)
         out_channels = self.channels * (1 + self.learn_sigma)
         x = FinalLayer(self.patch**2 * out_channels, dtype, name="final")(x, c)
-        return unpatchify(x, self.patch, height, width).astype(jnp.float32)
+        out = unpatchify(x, self.patch, height, width).astype(jnp.float32)
+        return out if seen is None else (out, seen)
 
-    def _blocks(self) -> nn.Module:
+    def _blocks(self, x: jax.Array, c: jax.Array, see: int | None) -> tuple[jax.Array, jax.Array | None]:
         stack = stacked(DiTBlock, self.depth, self.remat, nn.broadcast)
         hidden = int(self.width * self.mlp_ratio)
-        return stack(self.heads, hidden, DTYPES[self.dtype], self.attention, name="blocks")
+        blocks = stack(self.heads, hidden, DTYPES[self.dtype], self.attention, name="blocks")
+        x, _, seen = run_stack(blocks, DiTBlock, x, c, remat=self.remat, see=see, broadcast=True)
+        return x, seen

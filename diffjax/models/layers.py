@@ -3,10 +3,11 @@
 Parameters are float32; `dtype` is the compute dtype. Norm statistics, softmax and the time embedding stay float32.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -15,16 +16,38 @@ import numpy as np
 from einops import rearrange
 
 from diffjax.errors import UserError
-from diffjax.ops.attention import attention
+from diffjax.ops.attention import IMPLEMENTATIONS, attention
+from diffjax.options import Leaf, above, at_least, check, one_of, options
 from diffjax.parallel.rules import constrain
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
+# "dots" recomputes attention weights and elementwise functions and keeps a third of the memory of "none", which on a
+# CPU is also the fastest.
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+# Options that several backbones have.
+Patch = Annotated[int, Leaf("side of a patch in pixels or latent pixels", valid=at_least(1), fixed=True)]
+Depth = Annotated[int, Leaf("number of blocks", valid=at_least(1), fixed=True)]
+Width = Annotated[int, Leaf("channels of a token", valid=at_least(1), fixed=True)]
+Heads = Annotated[int, Leaf("attention heads; they divide the width", valid=at_least(1), fixed=True)]
+MlpRatio = Annotated[
+    float, Leaf("hidden channels of the feed-forward networks per channel of a token", valid=above(0), fixed=True)
+]
+Dtype = Annotated[str, Leaf("compute dtype; parameters are always float32", "compute", one_of(DTYPES))]
+Remat = Annotated[
+    str,
+    Leaf(
+        "what a block keeps for its backward pass: everything (none), its large products (dots) or its input (full)",
+        "compute",
+        one_of(REMAT_POLICIES),
+    ),
+]
+Attention = Annotated[str, Leaf("implementation of attention", "compute", one_of(IMPLEMENTATIONS))]
 
 xavier = nn.initializers.xavier_uniform()
 normal = nn.initializers.normal
@@ -53,20 +76,69 @@ def stacked(block: Any, depth: int, remat: str, in_axes: Any = 0) -> Any:
     )
 
 
-def check_choices(model: str, module: nn.Module, choices: Mapping[str, Collection[str]]) -> None:
-    """Raise UserError, in the name of `model`, unless every option is one of its choices."""
-    for option, valid in choices.items():
-        if getattr(module, option) not in valid:
-            raise UserError(f"{model}: {option} = {getattr(module, option)!r} is unknown; valid: {', '.join(valid)}")
+def run_stack(
+    stack: nn.Module,
+    block: Any,
+    carry: Any,
+    *inputs: Any,
+    remat: str,
+    see: int | None,
+    broadcast: bool = False,
+    output: Callable[[Any], jax.Array] = lambda carry: carry,
+) -> tuple[Any, Any, jax.Array | None]:
+    """Run a scanned stack and see the output of one block: (carry, stacked outputs, seen).
+
+    With `see` None this calls `stack`, and seen is None. Else the scan runs over the same parameters with one buffer
+    more, which the step of block `see` overwrites. The buffer lies outside the rematerialised block, so that neither
+    the outputs nor the residuals of the scan grow by [depth, ...]; intermediates of the blocks are not collected.
+
+    stack: of `stacked(block, depth, remat, ...)`, bound. block: its class. inputs: besides the carry; of every block
+    the same if `broadcast`, else [depth, ...]. output: the block's output out of the carry that it returns.
+    """
+    if see is None:
+        return *stack(carry, *inputs), None
+    if stack.is_initializing():
+        stack(carry, *inputs)  # creates the parameters
+    names = [f.name for f in dataclasses.fields(block) if f.name not in ("parent", "name")]
+    single = block(**{name: getattr(stack, name) for name in names}, parent=None)
+
+    def call(params: Any, carry: Any, *inputs: Any) -> Any:
+        return single.apply({"params": params}, carry, *inputs)
+
+    if remat != "none":
+        call = jax.checkpoint(call, policy=REMAT_POLICIES[remat], prevent_cse=False)
+
+    def step(state: Any, layer: Any) -> Any:
+        (carry, seen), (index, params, scanned) = state, layer
+        carry, stacked_output = call(params, carry, *(inputs if broadcast else scanned))
+        return (carry, jnp.where(index == see, output(carry), seen)), stacked_output
+
+    params = stack.variables["params"]
+    indices = jnp.arange(len(jax.tree.leaves(params)[0]))
+    start = carry, jnp.zeros_like(output(carry))
+    (carry, seen), outputs = jax.lax.scan(step, start, (indices, params, () if broadcast else inputs))
+    return carry, outputs, seen
 
 
-def check_counts(module: nn.Module, options: Sequence[str]) -> None:
-    """Raise UserError unless these options are positive integers, and `num_classes` is one or 0."""
-    for option, least in {**dict.fromkeys(options, 1), "num_classes": 0}.items():
-        value = getattr(module, option)
-        if not isinstance(value, int) or value < least:
-            valid = "a positive integer" if least else "0 (unconditional) or a positive integer"
-            raise UserError(f"{type(module).__name__}: {option} = {value!r}; valid: {valid}")
+def check_see(model: str, module: Any, see: int | None) -> None:
+    """Raise UserError unless `see` is None or the index of a block, of which there are `module.blocks_to_see`."""
+    if see is not None and not (isinstance(see, int) and 0 <= see < module.blocks_to_see):
+        raise UserError(f"{model}: see = {see!r}: valid: 0 to {module.blocks_to_see - 1}, or None")
+
+
+def check_options(model: str, module: nn.Module) -> None:
+    """Raise UserError, in the name of `model`, unless the value of every option of `module` is valid."""
+    for name, option in options(type(module)).items():
+        check(f"{model}: {name}", option, getattr(module, name))
+
+
+def check_counts(model: str, module: nn.Module, **least: int) -> None:
+    """Raise UserError unless these fields, which are no options, are integers of at least 1 or 0, as given."""
+    for name, low in least.items():
+        value = getattr(module, name)
+        if not isinstance(value, int) or value < low:
+            valid = "a positive integer" if low else "0 (none) or a positive integer"
+            raise UserError(f"{model}: {name} = {value!r}; valid: {valid}")
 
 
 def sincos_positions(height: int, width: int, d: int) -> np.ndarray:

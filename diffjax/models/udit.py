@@ -23,7 +23,7 @@ and deployed as GELU(W x), one 5 x 5 convolution and one linear map: exactly `fu
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -35,11 +35,15 @@ from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.models.layers import (
     DTYPES,
-    REMAT_POLICIES,
+    Dtype,
     LabelEmbed,
     Mlp,
+    MlpRatio,
+    Remat,
     TimeEmbed,
-    check_choices,
+    check_counts,
+    check_options,
+    check_see,
     layer_norm,
     modulate,
     per_example,
@@ -48,9 +52,9 @@ from diffjax.models.layers import (
     xavier,
     zeros,
 )
-from diffjax.ops import depthwise
 from diffjax.ops.attention import attention
-from diffjax.ops.depthwise import add_kernels, depthwise_conv
+from diffjax.ops.depthwise import IMPLEMENTATIONS, add_kernels, depthwise_conv
+from diffjax.options import Leaf, Valid, at_least, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain
 
 # Width, heads and blocks per stage. T is in the published code alone: no row of the paper has its cost.
@@ -67,14 +71,12 @@ STAGES = ("encoder_1", "encoder_2", "latent", "decoder_2", "decoder_1")
 WIDTHS = (1, 2, 4, 2, 2)  # of the stages, in multiples of `width`
 SCALES = (1, 2, 4, 2, 1)  # how much smaller than the input their maps are
 
-CHOICES = {
-    "similarity": ("cosine", "dot"),
-    "positions": ("rope", "none"),
-    "rope_rows": ("sqrt", "width"),
-    "ffn": ("rep", "single", "basic"),
-    "dtype": tuple(DTYPES),
-    "remat": tuple(REMAT_POLICIES),
-}
+FIVE = Valid("five positive integers, one per stage", lambda values: len(values) == len(STAGES) and min(values) >= 1)
+ONE_OR_FIVE = Valid(
+    "a positive integer, or five positive integers, one per stage",
+    lambda value: value >= 1 if isinstance(value, int) else FIVE.test(value),
+)
+ODD_OR_0 = Valid("an odd number, or 0 for no convolution", lambda side: side == 0 or (side > 0 and side % 2 == 1))
 
 LOGICAL_AXES: LogicalAxes = (
     (r"image_embed/kernel", (None, None, None, "embed")),
@@ -299,55 +301,72 @@ class FinalLayer(nn.Module):
 
 
 class UDiT(nn.Module):
-    """The backbone; see the module docstring.
+    """The backbone; see the module docstring."""
 
-    Attributes:
-        width: of the first stage. heads: of every stage.
-        depth: blocks of the stages encoder 1, encoder 2, latent, decoder 2, decoder 1.
-        mlp_ratio: hidden channels of the feed-forward networks per width.
-        channels: of the input; the output has twice as many with `learn_sigma`.
-        num_classes: 0 for an unconditional model.
-        null_class: one more label, index `num_classes`, for classifier-free guidance.
-        similarity: "cosine" = normalised queries and keys and a learned scale per head; "dot" = q k / sqrt(k).
-        positions: "rope" or "none".
-        rope_rows: "sqrt", as published, or "width": differs on maps that are not square, see `rope_angles`.
-        logit_clamp: largest logarithm of the learned scale; the published 4.6052 is not quite log 100.
-        down_factor: the attention's sub-images are s x s; one number, or one per stage. 1: plain self-attention.
-        down_kernel: side of the depthwise convolution before them. 0: none (the paper's pixel shuffle, table 7).
-        down_shortcut: whether its input is added to it; without a convolution there is nothing to add to.
-        ffn: "rep" = the form of the paper that is trained; "single" = with one layer for each of its groups of
-            parallel and successive ones, the form that `fuse` gives; "basic" = DiT's, without convolution.
-        label_drop_per_level: in training each of the three label tables replaces the label by the null class on its
-            own, as published, so that all of them do so in one of a thousand cases only. The labels of the batch are
-            then to be given undropped.
-        label_drop: the probability of that.
-        dtype: compute dtype, "float32" or "bfloat16".
-        remat: what a layer keeps for its backward pass: "none" = everything, "dots" = results of linear maps, "full" =
-            nothing but its input.
-        depthwise: implementation of `diffjax.ops.depthwise`; None or "" lets the backend choose.
-    """
-
-    width: int
-    heads: int
-    depth: tuple[int, ...]
-    mlp_ratio: float = 2.0
-    channels: int = 4
-    num_classes: int = 1000
-    null_class: bool = True
+    width: Annotated[int, Leaf("channels of the first stage", valid=at_least(1), fixed=True)]
+    heads: Annotated[int, Leaf("attention heads of every stage; they divide the width", valid=at_least(1), fixed=True)]
+    depth: Annotated[
+        tuple[int, ...],
+        Leaf("blocks of the stages encoder 1, encoder 2, latent, decoder 2, decoder 1", valid=FIVE, fixed=True),
+    ]
+    mlp_ratio: MlpRatio = 2.0
+    channels: int = 4  # of the input; the output has twice as many with `learn_sigma`
+    num_classes: int = 1000  # 0: an unconditional model
+    null_class: bool = True  # one more label, index `num_classes`, for classifier-free guidance
     learn_sigma: bool = True
-    similarity: str = "cosine"
-    positions: str = "rope"
-    rope_rows: str = "sqrt"
-    logit_clamp: float = 4.6052
-    down_factor: int | tuple[int, ...] = 2
-    down_kernel: int = 5
-    down_shortcut: bool = True
-    ffn: str = "rep"
-    label_drop_per_level: bool = True
-    label_drop: float = 0.1
-    dtype: str = "float32"
-    remat: str = "dots"
-    depthwise: str | None = None
+    similarity: Annotated[
+        str,
+        Leaf(
+            "cosine: normalised queries and keys, a learned scale per head; dot: q k / sqrt(k)",
+            valid=one_of(("cosine", "dot")),
+            fixed=True,
+        ),
+    ] = "cosine"
+    positions: Annotated[str, Leaf("2-D rotary positions, or none", valid=one_of(("rope", "none")), fixed=True)] = (
+        "rope"
+    )
+    rope_rows: Annotated[
+        str,
+        Leaf(
+            "row length that positions are computed with: sqrt of the tokens, as published, or the map's width",
+            valid=one_of(("sqrt", "width")),
+            fixed=True,
+        ),
+    ] = "sqrt"
+    logit_clamp: Annotated[
+        float, Leaf("largest logarithm of the learned scale; the published 4.6052 is about log 100", fixed=True)
+    ] = 4.6052
+    down_factor: Annotated[
+        int | tuple[int, ...],
+        Leaf("attention runs in s x s interleaved sub-images; 1: plain self-attention", valid=ONE_OR_FIVE, fixed=True),
+    ] = 2
+    down_kernel: Annotated[
+        int, Leaf("side of the depthwise convolution before the sub-images are taken", valid=ODD_OR_0, fixed=True)
+    ] = 5
+    down_shortcut: Annotated[bool, Leaf("add the input of that convolution to its output", fixed=True)] = True
+    ffn: Annotated[
+        str,
+        Leaf(
+            "feed-forward network: the trained form (rep), the fused form (single), DiT's without convolution (basic)",
+            valid=one_of(("rep", "single", "basic")),
+            fixed=True,
+        ),
+    ] = "rep"
+    # As published: so all three levels drop the label in one of a thousand cases only.
+    label_drop_per_level: Annotated[
+        bool, Leaf("each level's label table draws on its own whether to drop the label, in training", fixed=True)
+    ] = True
+    label_drop: float = 0.1  # with `label_drop_per_level`: the probability, for labels that the batch has undropped
+    dtype: Dtype = "float32"
+    remat: Remat = "dots"
+    depthwise: Annotated[
+        str | None,
+        Leaf(
+            "implementation of depthwise convolutions; none: chosen by the backend",
+            "compute",
+            one_of((*IMPLEMENTATIONS, "")),
+        ),
+    ] = None
 
     logical_axes = LOGICAL_AXES
 
@@ -356,18 +375,15 @@ class UDiT(nn.Module):
         """The down-sampling factor of each stage."""
         return (self.down_factor,) * 5 if isinstance(self.down_factor, int) else tuple(self.down_factor)
 
+    @property
+    def blocks_to_see(self) -> int:
+        """How many values `see` can have: one per stage."""
+        return len(STAGES)
+
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
-        choices = CHOICES | ({"depthwise": depthwise.IMPLEMENTATIONS} if self.depthwise else {})
-        check_choices("U-DiT", self, choices)
-        for option in ("width", "heads", "channels"):
-            if getattr(self, option) < 1:
-                raise UserError(f"U-DiT: {option} = {getattr(self, option)}; valid: a positive integer")
-        for option, values in (("depth", self.depth), ("down_factor", self.factors)):
-            if len(values) != 5 or min(values) < 1:
-                raise UserError(f"U-DiT: {option} = {values}; valid: five positive integers, one per stage")
-        if self.down_kernel < 0 or (self.down_kernel and self.down_kernel % 2 == 0):
-            raise UserError(f"U-DiT: down_kernel = {self.down_kernel}; valid: an odd number, or 0 for no convolution")
+        check_options("U-DiT", self)
+        check_counts("U-DiT", self, channels=1, num_classes=0)
         if not 0 <= self.label_drop < 1:
             raise UserError(f"U-DiT: label_drop = {self.label_drop}; valid: 0 to below 1")
         self._validate_width()
@@ -400,25 +416,34 @@ class UDiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, y: jax.Array | None, train: bool = False, keys: jax.Array | None = None
-    ) -> jax.Array:
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array | None,
+        train: bool = False,
+        keys: jax.Array | None = None,
+        see: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """x [b, h, w, c], t [b] in 0..999, y [b] int32 or None -> float32 [b, h, w, c or 2c].
 
         With `train` and `label_drop_per_level` the typed keys [b], one per example, say which levels drop its label.
+        With `see` also the output of that stage of `STAGES`: [b, h / s, w / s, d] in the compute dtype.
         """
+        check_see("U-DiT", self, see)
         dtype = DTYPES[self.dtype]
         self.check_input(*x.shape[1:3])
         c1, c2, c3 = self._conditions(t, y, train, keys)
         x = conv3(self.width, dtype, "image_embed", init=xavier_as_matrix)(x)
         e1 = self._stage(0, x, c1)
         e2 = self._stage(1, Shrink(dtype, name="shrink_1")(e1), c2)
-        x = self._stage(2, Shrink(dtype, name="shrink_2")(e2), c3)
-        x = jnp.concatenate([Grow(dtype, name="grow_2")(x), e2], axis=-1)
-        x = self._stage(3, dense(2 * self.width, dtype, "reduce_2")(x), c2)
-        x = jnp.concatenate([Grow(dtype, name="grow_1")(x), e1], axis=-1)
-        x = self._stage(4, dense(2 * self.width, dtype, "reduce_1")(x), c2)
-        x = conv3(2 * self.width, dtype, "output")(constrain(x, "batch", None, None, "embed"))
-        return FinalLayer(self.channels * (1 + self.learn_sigma), dtype, name="final")(x, c2).astype(jnp.float32)
+        m = self._stage(2, Shrink(dtype, name="shrink_2")(e2), c3)
+        x = jnp.concatenate([Grow(dtype, name="grow_2")(m), e2], axis=-1)
+        d2 = self._stage(3, dense(2 * self.width, dtype, "reduce_2")(x), c2)
+        x = jnp.concatenate([Grow(dtype, name="grow_1")(d2), e1], axis=-1)
+        d1 = self._stage(4, dense(2 * self.width, dtype, "reduce_1")(x), c2)
+        x = conv3(2 * self.width, dtype, "output")(constrain(d1, "batch", None, None, "embed"))
+        out = FinalLayer(self.channels * (1 + self.learn_sigma), dtype, name="final")(x, c2).astype(jnp.float32)
+        return out if see is None else (out, (e1, e2, m, d2, d1)[see])
 
     def _conditions(self, t: jax.Array, y: jax.Array | None, train: bool, keys: jax.Array | None) -> list[jax.Array]:
         """SiLU(time + label) of the three levels, float32 [b, D], [b, 2 D] and [b, 4 D]."""

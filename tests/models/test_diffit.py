@@ -200,12 +200,13 @@ def test_unconditional_and_without_learned_sigma():
     [
         ({"heads": 5}, "width = 48 is not divisible by heads = 5"),
         ({"width": 45, "heads": 3}, "not divisible by 4"),
-        ({"window": 0}, "window = 0; valid: a positive integer"),
-        ({"time_in": "bias"}, "time_in = 'bias' is unknown; valid: attention, values, mlp"),
+        ({"window": 0}, "DiffiT: window = 0: valid: 1 or more"),
+        ({"time_in": "bias"}, "time_in = 'bias': valid: attention, values, mlp"),
         ({"dtype": "float16"}, "valid: float32, bfloat16"),
         ({"remat": "some"}, "valid: none, full, dots"),
         ({"attention": "fast"}, "valid: xla, cudnn"),
         ({"num_classes": -1}, "num_classes = -1"),
+        ({"mlp_ratio": 0}, "mlp_ratio = 0: valid: above 0"),
     ],
 )
 def test_bad_arguments_are_one_clear_error(kwargs, words):

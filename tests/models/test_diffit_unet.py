@@ -236,10 +236,10 @@ def test_what_is_sharded(name):
     [
         ({"head_width": 12}, "a width of 16 is not divisible by head_width = 12"),
         ({"groups": 32}, "a width of 16 is not divisible by groups = 32"),
-        ({"depth": (1,)}, r"depth = \(1,\); valid: a positive integer per stage"),
+        ({"depth": (1,)}, r"depth = \(1,\): valid: a positive integer per stage"),
         ({"depth": (1, 0)}, r"depth = \(1, 0\)"),
         ({"window": 0}, "window = 0"),
-        ({"dropout": 1.0}, "dropout = 1.0; valid: 0 to below 1"),
+        ({"dropout": 1.0}, "dropout = 1.0: valid: 0 to below 1"),
         ({"augment_labels": -1}, "augment_labels = -1"),
         ({"time_features": "sine"}, "valid: positional, fourier"),
         ({"time_in": "bias"}, "valid: attention, values, mlp"),

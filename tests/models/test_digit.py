@@ -204,11 +204,11 @@ def test_small_integer_types_do_not_overflow():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: tiny(norm="middle"), "norm = 'middle' is unknown; valid: post, pre"),
+        (lambda: tiny(norm="middle"), "norm = 'middle': valid: post, pre"),
         (lambda: tiny(heads=5), "width = 32 is not divisible by heads = 5"),
         (lambda: tiny(codes=0), "codes = 0; valid: a positive integer"),
         (lambda: tiny(source_codes=-1), "source_codes = -1; valid: 0"),
-        (lambda: tiny(dropout=1.0), "dropout = 1.0; valid: 0 to below 1"),
+        (lambda: tiny(dropout=1.0), "dropout = 1.0: valid: 0 to below 1"),
         (lambda: tiny(**SOURCE, num_classes=3), "a model with a source takes no labels; num_classes = 3"),
         (lambda: tiny(null_class=True), "null_class = True needs num_classes"),
         (lambda: tiny().init_cache(1, 10), "a target of 10 places .* valid: up to 9"),

@@ -222,7 +222,7 @@ def test_every_addition_drops_by_its_own_row():
         @nn.compact
         def __call__(self, x, t, y):
             kept = self._kept(keys)
-            h, r = self._all_blocks(self._tokens(x, t, y)[0], kept)
+            (h, r), _ = self._all_blocks(self._tokens(x, t, y)[0], kept)
             return add(r, h, kept[-1])
 
     fields = {name: getattr(model, name) for name in DiS.__dataclass_fields__ if name not in ("parent", "name")}
@@ -337,10 +337,10 @@ def test_time_features_of_odd_width_end_in_zero():
         ({"norm": "batch"}, "valid: rms, layer"),
         ({"scan": "fast"}, "valid: sequential, associative, chunked, pallas"),
         ({"depth": 0}, "depth = 0"),
-        ({"depth": 3.5}, "depth = 3.5; valid: a positive integer"),
-        ({"num_classes": -1}, "num_classes = -1; valid: 0 \\(unconditional\\) or a positive integer"),
+        ({"depth": 3.5}, "DiS: depth = 3.5: valid: a whole number"),
+        ({"num_classes": -1}, "num_classes = -1; valid: 0 \\(none\\) or a positive integer"),
         ({"d_state": 0}, "d_state = 0"),
-        ({"drop_path": 1.0}, "drop_path = 1.0; valid: 0 to below 1"),
+        ({"drop_path": 1.0}, "drop_path = 1.0: valid: 0 to below 1"),
         ({"heads": 4}, "has no argument heads"),
     ],
 )

@@ -123,7 +123,7 @@ def test_training_checkpoints(state_dict, wrap):
         ({"ssm_cfg": {"dt_rank": 7}}, "ssm_cfg: dt_rank = 7 contradicts"),
         ({"ssm_cfg": {"states": 8}}, "ssm_cfg has no argument states; valid: d_state"),
         ({"bimamba_type": "v1"}, "bimamba_type = v1 is not supported; valid: v2"),
-        ({"drop_path_rate": 1.5}, "drop_path = 1.5; valid: 0 to below 1"),
+        ({"drop_path_rate": 1.5}, "drop_path = 1.5: valid: 0 to below 1"),
         ({"hidden_size": 24}, "no argument hidden_size; valid: img_size, patch_size"),
     ],
 )
