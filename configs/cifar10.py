@@ -14,7 +14,7 @@ def get_config(arg: str | None = None):
     c = common.base()
     c.total_steps = 400_000
     c.batch_size = 256
-    common.backbone(c, options.model)
+    common.published(c, options.model)
 
     common.tfds_images(c, "cifar10", 32, num_classes=10)
     c.data.crop = "none"
@@ -22,7 +22,7 @@ def get_config(arg: str | None = None):
 
     c.diffusion.label_drop = 0.1
     c.sampling.sampler, c.sampling.steps, c.sampling.clip = "ddpm", 250, True
-    c.sampling.guidance = 1.5
+    c.sampling.guidance.scale = 1.5
 
     c.optim.lr = 1e-4
     c.ema.decay = 0.9999

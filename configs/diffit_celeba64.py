@@ -16,7 +16,7 @@ from configs import common
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="diffit-ffhq64", batch=256, runlocal=False)
     c = common.base()
-    common.backbone(c, options.model)
+    common.published(c, options.model)
     c.model.window, c.model.time_width = 8, 512  # what figure 8 and table 3 vary
     c.model.dropout = 0.05
     common.tfds_images(c, "celeb_a", 64, num_classes=0)

@@ -19,7 +19,7 @@ from configs import common
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="diffit-cifar10", batch=512, runlocal=False)
     c = common.base()
-    common.backbone(c, options.model)
+    common.published(c, options.model)
     c.model.window, c.model.time_width = 4, 512  # what figure 8 and table 3 vary
     c.model.dropout = 0.13
     common.tfds_images(c, "cifar10", 32, num_classes=0)

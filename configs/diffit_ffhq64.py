@@ -19,7 +19,7 @@ from configs import common
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="diffit-ffhq64", batch=256, runlocal=False)
     c = common.base()
-    common.backbone(c, options.model)
+    common.published(c, options.model)
     c.model.window, c.model.time_width = 8, 512  # what figure 8 and table 3 vary
     c.model.dropout = 0.05
     c.data.name, c.data.dir, c.data.crop = "folder", "data/ffhq64", "none"

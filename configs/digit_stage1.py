@@ -43,14 +43,14 @@ def get_config(arg: str | None = None):
         raise ValueError(f"config argument model={options.model!r} is unknown; valid: {', '.join(MODELS)}")
     encoder, weights, codes, top_k, lr = MODELS[options.model]
     c = common.base()
-    common.backbone(c, options.model)
+    common.published(c, options.model)
     common.tfds_images(c, "imagenet2012", 256, num_classes=1000)
     common.codes(c, encoder, options.codes or codes, grid=16)
     c.data.dir = f"data/imagenet256-{encoder}-{c.data.codes}"
     c.data.num_classes = 1000 if options.classes else 0
     c.tokens.weights, c.tokens.fit_images = weights, 128_000
     common.digit_recipe(c, lr, updates=125_000, batch_size=2048)
-    c.sampling.top_k = 300 if options.classes and options.model == "digit-b" else top_k
+    c.sampling.tokens.top_k = 300 if options.classes and options.model == "digit-b" else top_k
     if options.runlocal:
         common.run_local(c)
     return c

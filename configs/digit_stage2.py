@@ -25,7 +25,7 @@ def get_config(arg: str | None = None):
         if options[name] not in valid:
             raise ValueError(f"config argument {name}={options[name]!r} is unknown; valid: {', '.join(valid)}")
     c = common.base()
-    common.backbone(c, f"{options.model}-stage2-{options.decoding}")
+    common.published(c, f"{options.model}-stage2-{options.decoding}")
     common.tfds_images(c, "imagenet2012", 256, num_classes=1000)
     weights, codes = ENCODERS[options.model]
     common.codes(c, "dinov2", codes, grid=16)
@@ -37,9 +37,9 @@ def get_config(arg: str | None = None):
     common.digit_recipe(c, 5e-4, updates, batch_size)
     if options.decoding == "nar":
         c.optim.accumulate = 2
-        c.sampling.rounds = 8
+        c.sampling.tokens.rounds = 8
     else:
-        c.sampling.top_p = 0.8
+        c.sampling.tokens.top_p = 0.8
     if options.runlocal:
         common.run_local(c)
     return c

@@ -13,7 +13,7 @@ from configs import common
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="dis-s-4", runlocal=False)
     c = common.base()
-    common.backbone(c, options.model)
+    common.published(c, options.model)
 
     common.tfds_images(c, "celeb_a", 64, num_classes=0)
     c.data.workers, c.data.threads = 4, 4

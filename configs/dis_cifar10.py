@@ -14,7 +14,7 @@ from configs import common
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="dis-s-2", labels=False, runlocal=False)
     c = common.base()
-    common.backbone(c, options.model)
+    common.published(c, options.model)
 
     common.tfds_images(c, "cifar10", 32, num_classes=10 if options.labels else 0)
     c.data.crop = "none"

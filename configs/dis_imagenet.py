@@ -17,7 +17,7 @@ from configs import common
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="dis-h-2", pixels=256, runlocal=False)
     c = common.base()
-    common.backbone(c, options.model)
+    common.published(c, options.model)
     common.imagenet_latents(c, options.pixels)
     common.dis_recipe(c, examples=1_281_167)
     c.parallel.strategy = "fsdp"

@@ -19,13 +19,12 @@ could name: 16 % of the samples are nearest to training images of their class (h
 from configs import common
 
 MODELS = {
-    "dit": {"name": "DiT", "patch": 4, "depth": 8, "width": 256, "heads": 8} | common.DIT,
-    "dis": {"name": "DiS", "patch": 4, "depth": 8, "width": 256} | common.DIS,
-    "udit": {"name": "U-DiT", "width": 64, "heads": 4, "depth": (2, 2, 2, 2, 2)} | common.UDIT,
+    "dit": {"name": "DiT", "patch": 4, "depth": 8, "width": 256, "heads": 8},
+    "dis": {"name": "DiS", "patch": 4, "depth": 8, "width": 256},
+    "udit": {"name": "U-DiT", "width": 64, "heads": 4, "depth": (2, 2, 2, 2, 2)},
     "diffit": {"name": "DiffiT-UNet", "widths": (32, 64, 64), "depth": (1, 2, 2), "window": 4}
-    | {"head_width": 16, "groups": 8, "time_width": 256, "dropout": 0.05}
-    | common.DIFFIT_UNET,
-    "diffit-latent": {"name": "DiffiT", "patch": 4, "depth": 8, "width": 256, "heads": 8, "window": 8} | common.DIFFIT,
+    | {"head_width": 16, "groups": 8, "time_width": 256, "dropout": 0.05},
+    "diffit-latent": {"name": "DiffiT", "patch": 4, "depth": 8, "width": 256, "heads": 8, "window": 8},
 }
 LOCAL = {
     "dit": {"depth": 2, "width": 48, "heads": 3},
@@ -43,15 +42,14 @@ def get_config(arg: str | None = None):
     c = common.base()
     c.total_steps = 20_000
     c.batch_size = 64
-    c.model.update(MODELS[options.model])
+    common.backbone(c, **MODELS[options.model])
 
     c.data.name = "emoji32"
     c.data.size, c.data.channels, c.data.num_classes = 32, 3, 9
-    c.data.crop = "none"
     c.data.threads = 1
 
     c.sampling.sampler, c.sampling.steps, c.sampling.clip = "ddim", 50, True
-    c.sampling.guidance = 1.5
+    c.sampling.guidance.scale = 1.5
 
     c.optim.lr, c.optim.warmup_steps, c.optim.schedule = 5e-4, 500, "cosine"
     c.ema.decay = 0.999
@@ -59,7 +57,7 @@ def get_config(arg: str | None = None):
     if options.model == "diffit":
         c.total_steps, c.batch_size, c.optim.lr = 3000, 32, 1e-3
         c.data.augment = 0.12
-        c.diffusion.process, c.diffusion.options = "edm", "sigma_data=0.6"
+        c.diffusion.process, c.diffusion.edm.sigma_data = "edm", 0.6
         c.sampling.sampler, c.sampling.steps, c.sampling.clip = "edm", 18, False
     c.evals.samples.every_steps, c.evals.samples.num = 1000, 90
 

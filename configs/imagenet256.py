@@ -28,7 +28,7 @@ from configs import common
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="dit-xl-2", runlocal=False)
     c = common.base()
-    common.backbone(c, options.model)
+    common.published(c, options.model)
     common.imagenet_latents(c, 256)
     common.dit_recipe(c)
     if options.runlocal:

@@ -9,15 +9,13 @@
 from configs import common
 
 MODELS = {
-    "dit": {"name": "DiT", "patch": 2, "depth": 4, "width": 96, "heads": 3} | common.DIT,
-    "dis": {"name": "DiS", "patch": 2, "depth": 4, "width": 64, "d_state": 8} | common.DIS | {"drop_path": 0.0},
-    "udit": {"name": "U-DiT", "width": 24, "heads": 2, "depth": (1, 1, 1, 1, 1)} | common.UDIT,
+    "dit": {"name": "DiT", "patch": 2, "depth": 4, "width": 96, "heads": 3},
+    "dis": {"name": "DiS", "patch": 2, "depth": 4, "width": 64, "d_state": 8, "drop_path": 0.0},
+    "udit": {"name": "U-DiT", "width": 24, "heads": 2, "depth": (1, 1, 1, 1, 1)},
     "diffit": {"name": "DiffiT-UNet", "widths": (32, 64), "depth": (1, 2), "window": 4}
-    | {"head_width": 16, "groups": 8, "time_width": 128}
-    | {"dropout": 0.0}
-    | common.DIFFIT_UNET,
-    "diffit-latent": {"name": "DiffiT", "patch": 2, "depth": 4, "width": 96, "heads": 3, "window": 4} | common.DIFFIT,
-    "digit": {"name": "DiGIT", "depth": 4, "width": 96, "heads": 4, "length": 32} | common.DIGIT,
+    | {"head_width": 16, "groups": 8, "time_width": 128},
+    "diffit-latent": {"name": "DiffiT", "patch": 2, "depth": 4, "width": 96, "heads": 3, "window": 4},
+    "digit": {"name": "DiGIT", "depth": 4, "width": 96, "heads": 4, "length": 32},
 }
 # steps, batch size, learning rate. The label reaches DiS's patches by way of the scan alone: that takes more steps.
 TRAINING = {
@@ -29,7 +27,7 @@ TRAINING = {
     "digit": (1000, 128, 2e-3),
 }
 
-PROCESSES = {"gaussian": "", "edm": "sigma_data=0.75", "flow_linear": ""}  # the digits in [-1, 1] vary by 0.752
+SIGMA_DATA = 0.75  # the digits in [-1, 1] vary by 0.752
 SAMPLERS = {"gaussian": ("ddim", 50, True), "edm": ("edm", 18, True), "flow_linear": ("heun", 16, False)}
 
 LOCAL = {
@@ -47,15 +45,14 @@ def get_config(arg: str | None = None):
     if options.model not in MODELS:
         raise ValueError(f"config argument model={options.model!r} is unknown; valid: {', '.join(MODELS)}")
     process = options.process or ("edm" if options.model == "diffit" else "gaussian")
-    if process not in PROCESSES:
-        raise ValueError(f"config argument process={process!r} is unknown; valid: {', '.join(PROCESSES)}")
+    if process not in SAMPLERS:
+        raise ValueError(f"config argument process={process!r} is unknown; valid: {', '.join(SAMPLERS)}")
     c = common.base()
     c.total_steps, c.batch_size, c.optim.lr = TRAINING[options.model]
-    c.model.update(MODELS[options.model])
+    common.backbone(c, **MODELS[options.model])
 
     c.data.name = "digits"
     c.data.size, c.data.channels, c.data.num_classes = 8, 1, 10
-    c.data.crop = "none"
     c.data.threads = 1
 
     if options.model == "digit":
@@ -63,9 +60,11 @@ def get_config(arg: str | None = None):
         c.data.dir = "runs/quickstart-digit/tokens"
         c.tokens.patch, c.tokens.label_drop = 2, 0.1
     else:
-        c.diffusion.process, c.diffusion.options = process, PROCESSES[process]
+        c.diffusion.process = process
+        if process == "edm":
+            c.diffusion.edm.sigma_data = SIGMA_DATA
         c.sampling.sampler, c.sampling.steps, c.sampling.clip = SAMPLERS[process]
-    c.sampling.guidance = 1.5
+    c.sampling.guidance.scale = 1.5
 
     c.optim.warmup_steps, c.optim.schedule = 100, "cosine"
     c.optim.clip = 1.0

@@ -33,7 +33,7 @@ VANILLA = {"similarity": "dot", "positions": "none", "ffn": "basic"}  # table 10
 def get_config(arg: str | None = None):
     options = common.parse(arg, model="u-dit-b", pixels=256, vanilla=False, runlocal=False)
     c = common.base()
-    common.backbone(c, options.model)
+    common.published(c, options.model)
     if options.vanilla:
         c.model.update(VANILLA)
     common.imagenet_latents(c, options.pixels)

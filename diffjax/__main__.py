@@ -1,4 +1,4 @@
-"""`python -m diffjax VERB --flag=value ...`: flags, start-up of several hosts, dispatch to a verb.
+"""`python -m diffjax COMMAND --flag=value ...`: flags, start-up of several hosts, dispatch to a command.
 
 Exit codes: 0 done; 2 the user's mistake, one line on stderr; 1 anything else, with its traceback.
 """
@@ -12,7 +12,7 @@ from absl import flags, logging
 
 from diffjax.errors import UserError, refused_write
 
-VERBS = {
+COMMANDS = {
     "train": "train a config in a run folder; the same command again resumes",
     "sample": "images from a run folder or from converted parameters",
     "evaluate": "score a samples file, or compare two result files",
@@ -28,13 +28,17 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "fatal")
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb that `argv` (without the program's name) asks for; returns the exit code."""
+    """Run the command that `argv` (without the program's name) asks for; returns the exit code."""
     try:
         _set_logging(os.environ.get("DIFFJAX_LOG", "fatal"))
         _run(argv)
+        sys.stdout.flush()
     except UserError as error:
         print(f"diffjax: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read has seen enough: `inspect | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if reason := refused_write(error):
             print(f"diffjax: cannot write {error.filename or 'a file'}: {reason}", file=sys.stderr)
@@ -60,7 +64,7 @@ def _set_logging(level: str) -> None:
 
 
 class _Printer(python_logging.Handler):
-    """Writes to what sys.stdout is at the time, which a verb may have redirected."""
+    """Writes to what sys.stdout is at the time, which a command may have redirected."""
 
     def emit(self, record: python_logging.LogRecord) -> None:
         print(record.getMessage(), flush=True)
@@ -68,18 +72,22 @@ class _Printer(python_logging.Handler):
 
 def _run(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "--helpfull"):
-        print("python -m diffjax VERB --flag=value ...   (VERB --help lists its flags)\n")
-        print("\n".join(f"  {name:<10} {text}" for name, text in VERBS.items()))
+        print("python -m diffjax COMMAND --flag=value ...\n")
+        print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
+        print("\nCOMMAND --help lists its flags, train --help-config all leaves of a config")
         return
-    verb, rest = argv[0], argv[1:]
-    if verb not in VERBS:
-        raise UserError(f"verb {verb!r} is unknown; valid: {', '.join(VERBS)}")
-    module = importlib.import_module(f"diffjax.verbs.{verb}")
+    command, rest = argv[0], argv[1:]
+    if command not in COMMANDS:
+        raise UserError(f"command {command!r} is unknown; valid: {', '.join(COMMANDS)}")
+    module = importlib.import_module(f"diffjax.commands.{command}")
     values = flags.FlagValues()
     flags.DEFINE_enum(
         "distributed", "auto", ["auto", "on", "off"], "join the other processes of this job", flag_values=values
     )
     module.define_flags(values)
+    if "--help-config" in rest:
+        print_leaves(rest)
+        return
     if "--help" in rest:
         print(f"{module.__doc__}\n{values.get_help()}")
         return
@@ -87,20 +95,32 @@ def _run(argv: list[str]) -> None:
     try:
         positional = values(["diffjax", *(_underscored(argument, values) for argument in own)])[1:]
     except flags.Error as error:
-        raise UserError(f"{verb}: {' '.join(str(error).split())}; see `python -m diffjax {verb} --help`") from error
+        raise UserError(
+            f"{command}: {' '.join(str(error).split())}; see `python -m diffjax {command} --help`"
+        ) from error
     if positional and (name := getattr(module, "REST", None)) and values[name].present:
         values[name].value = getattr(values, name) + positional
     elif positional:
-        raise UserError(f"{verb}: {positional[0]!r} is not a flag; write --name=value")
+        raise UserError(f"{command}: {positional[0]!r} is not a flag; write --name=value")
     overrides = [argument for argument in rest if argument not in own]
     if overrides and "config" not in values:
-        raise UserError(f"{verb}: {overrides[0]} has no effect, {verb} takes no --config")
+        raise UserError(f"{command}: {overrides[0]} has no effect, {command} takes no --config")
     flags.FLAGS(["diffjax"], known_only=True)  # libraries read their own flags from the global table
 
     from diffjax.parallel import hosts
 
     hosts.start(values.distributed)
     module.run(values, overrides)
+
+
+def print_leaves(arguments: list[str]) -> None:
+    """All leaves of a config; of the backbone of --config where it is given."""
+    from diffjax.config import describe, load
+
+    recipe = next((text.partition("=")[2] for text in arguments if text.startswith("--config=")), "")
+    overrides = [text for text in arguments if text.lstrip("-").startswith(("config.", "noconfig."))]
+    config = load(recipe, overrides) if recipe else None
+    print(describe.text(config))
 
 
 def _underscored(argument: str, values: flags.FlagValues) -> str:

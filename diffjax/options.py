@@ -11,6 +11,7 @@ An option is a field of a dataclass or a keyword-only parameter of a function, a
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 import types
@@ -42,8 +43,12 @@ REQUIRED = Required()
 class Valid:
     """Which values an option takes: in words ("0 to below 1"), and as a test."""
 
-    words: str
+    describe: Callable[[], str]
     test: Callable[[Any], bool]
+
+    @property
+    def words(self) -> str:
+        return self.describe()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Leaf:
     Attributes:
         doc: one line.
         kind: one of KINDS.
-        valid: None: any value of its type (numbers: finite ones).
+        valid: None: any value of its type. Numbers are finite in any case.
         fixed: it cannot change within a run, whose saved state and data position stand on it.
     """
 
@@ -74,34 +79,60 @@ class Option:
 
 
 def one_of(names: Collection[Any]) -> Valid:
-    return Valid(", ".join(str(name) or "''" for name in names), lambda value: value in tuple(names))
+    """One of a collection, which may still grow: a table of components."""
+    return Valid(lambda: ", ".join(str(name) or "''" for name in names), lambda value: value in tuple(names))
 
 
 def at_least(low: float, zero: str = "") -> Valid:
     """Numbers from `low` on; `zero` says in words what 0 means."""
     words = f"0 ({zero}) or more" if zero and low == 0 else f"{low} or more"
-    return Valid(words, lambda value: value >= low)
+    return Valid(lambda: words, lambda value: value >= low)
 
 
 def above(low: float) -> Valid:
-    return Valid(f"above {low}", lambda value: value > low)
+    return Valid(lambda: f"above {low}", lambda value: value > low)
 
 
 def between(low: float, high: float, zero: str = "") -> Valid:
-    """Numbers from `low` to `high`, both included."""
+    """Numbers from `low` to `high`, both included; `zero` says in words what 0 means."""
     first = f"0 ({zero})" if zero and low == 0 else f"{low}"
-    return Valid(f"{first} to {high}", lambda value: low <= value <= high)
+    return Valid(lambda: f"{first} to {high}", lambda value: low <= value <= high)
 
 
 def fraction(zero: str = "") -> Valid:
-    """Probabilities from 0 to below 1."""
-    return Valid(f"0 ({zero}) to below 1" if zero else "0 to below 1", lambda value: 0 <= value < 1)
+    """Numbers from 0 to below 1; `zero` says in words what 0 means."""
+    return Valid(lambda: f"0 ({zero}) to below 1" if zero else "0 to below 1", lambda value: 0 <= value < 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Annotates a field that holds the options of one component of a table, the one that another field names.
+
+    Attributes:
+        by: the field beside it that names the component.
+        table: name -> a dataclass of options, a function with options, or a record with `options`.
+        flat: whether the options are leaves of the section itself; else each component has a sub-section of its name.
+    """
+
+    by: str
+    table: Mapping[str, Any]
+    flat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Each:
+    """Annotates a field that holds the options of every component of a table, by name, each in a sub-section."""
+
+    table: Mapping[str, Any]
 
 
 def options(owner: Any) -> dict[str, Option]:
     """The options of a dataclass or function, by name and in order; what is not annotated with a Leaf is none."""
+    if isinstance(own := getattr(owner, "options", None), dict):  # a record that says it itself
+        return own
     found = {}
-    hints = typing.get_type_hints(owner, include_extras=True)
+    annotated = owner.func if isinstance(owner, functools.partial) else owner
+    hints = typing.get_type_hints(annotated, include_extras=True)
     for name, default in _defaults(owner).items():
         if name in hints and (leaf := _leaf(hints[name])) is not None:
             found[name] = Option(name, typing.get_args(hints[name])[0], default, leaf)
@@ -127,7 +158,10 @@ def check(path: str, option: Option, value: Any) -> Any:
     type and for a value that is not valid."""
     converted = convert(value, option.type)
     if converted is REQUIRED:
-        raise UserError(f"{path} = {value!r}: valid: {type_in_words(option.type)}")
+        words = type_in_words(option.type)
+        if isinstance(value, float) and not math.isfinite(value):
+            words = words.replace("a number", "a finite number")
+        raise UserError(f"{path} = {value!r}: valid: {words}")
     valid = option.leaf.valid
     if valid and converted is not None and not valid.test(converted):
         raise UserError(f"{path} = {value!r}: valid: {valid.words}")
@@ -147,7 +181,7 @@ def convert(value: Any, kind: Any) -> Any:
         items = [convert(item, typing.get_args(kind)[0]) for item in value]
         return REQUIRED if any(item is REQUIRED for item in items) else tuple(items)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if not math.isnan(value) else REQUIRED
+        return float(value) if math.isfinite(value) else REQUIRED
     if kind is int and isinstance(value, bool):
         return REQUIRED
     return value if isinstance(value, kind) else REQUIRED

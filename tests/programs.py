@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from diffjax.training import config as configs
-from diffjax.verbs.tokenize import tokenize
+from diffjax.commands.tokenize import tokenize
+from diffjax.config import Config, load
+from diffjax.contracts import Method
+from diffjax.experiment import data_spec, model_maker
+from diffjax.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 BACKBONES = ("dit", "dis", "udit", "diffit", "diffit-latent", "digit")  # rows of the quickstart
@@ -23,10 +24,16 @@ TINY = "configs/quickstart.py:model=dit,runlocal"
 QUIET = ("evals.samples.every_steps=0", "log.tensorboard=false")
 
 
-def tiny_config(*overrides: str, model: str = "dit") -> ConfigDict:
+def tiny_config(*overrides: str, model: str = "dit") -> Config:
     """Seconds on a CPU: two or three blocks of width 48 on the digits; no pictures, no TensorBoard unless asked for."""
     recipe = ROOT / TINY.replace("=dit", f"={model}")
-    return configs.load(str(recipe), [f"--config.{o}" for o in (*QUIET, *_data(model), *overrides)])
+    return load(str(recipe), [f"--config.{o}" for o in (*QUIET, *_data(model), *overrides)])
+
+
+def method_of(config: Config) -> Method:
+    """The method of a config, without the rest of the experiment."""
+    make_model = model_maker(config.model.name, config.model.options)
+    return METHODS[config.method].build(make_model, data_spec(config), config.settings)
 
 
 def train_arguments(workdir: Path, *overrides: str, model: str = "dit") -> list[str]:
@@ -45,7 +52,7 @@ def codes_of_digits() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="codes-of-digits-"))
     atexit.register(shutil.rmtree, folder)
     recipe = ROOT / TINY.replace("=dit", "=digit")
-    tokenize(configs.load(str(recipe), ["--config.tokens.iterations=1"]), folder)
+    tokenize(load(str(recipe), ["--config.tokens.iterations=1"]), folder)
     return folder
 
 

@@ -14,7 +14,10 @@ def test_import_contracts_hold():
 
 def test_importing_the_package_touches_no_device_and_no_heavy_library():
     script = (
-        "import sys, diffjax.verbs.train, diffjax.verbs.sample, diffjax.verbs.evaluate, jax;"
+        "import importlib, pkgutil, sys, jax, diffjax.__main__, diffjax.commands as commands;"
+        "names = [m.name for m in pkgutil.iter_modules(commands.__path__, 'diffjax.commands.')];"
+        "[importlib.import_module(name) for name in names];"
+        "assert {'diffjax.commands.train', 'diffjax.commands.sample', 'diffjax.commands.evaluate'} < set(names), names;"
         "bad = [m for m in ('tensorflow', 'tensorflow_datasets', 'torch') if m in sys.modules];"
         "from jax._src import xla_bridge;"
         "assert not bad, bad; assert not xla_bridge._backends, 'a backend was started'"

@@ -25,6 +25,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from diffjax.contracts import Batch
 from diffjax.data import draws
 from diffjax.data.sources import Source
 from diffjax.errors import UserError
@@ -34,9 +35,7 @@ from diffjax.trees import leaves
 class Batches:
     """An iterator of host-local batches, resumable at any batch number.
 
-    Each batch: `image` float32 [b, h, w, c] (pixels in [-1, 1]; of codes int32 [b, streams, n]), `label` int32 [b],
-    `index` int32 [b], the place of the example within the global batch, so that (batch number, index) names it whatever
-    the number of hosts.
+    Each is a `contracts.Batch`; (batch number, index) names an example whatever the number of hosts.
 
     batch_size  examples of all hosts together; divisible by `process_count`
     flip        mirror left-right with probability 1/2
@@ -69,10 +68,10 @@ class Batches:
         self._started, self._next_batch = False, start
         self._open(start)
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> Batch:
         if self._started:
             batch = next(self._iterator)
         else:  # here Grain starts its processes
@@ -114,6 +113,28 @@ class Batches:
         self._next_batch = start
 
 
+def collate(
+    source: Source,
+    examples: list[dict[str, Any]],
+    index: np.ndarray,
+    mirrored: np.ndarray,
+    positions: np.ndarray,
+    seed: int,
+) -> Batch:
+    """Stored examples as training sees them, numpy; see `Source.draw` for mirrored, positions and seed."""
+
+    def stack(name: str) -> np.ndarray:
+        return np.stack([example[name] for example in examples])
+
+    x = source.draw(stack("image"), mirrored, positions, seed)
+    dtype = source.condition.dtype if source.condition and not source.separate else np.int32
+    condition = stack("label").astype(dtype)
+    if source.separate:
+        x, condition = source.separate(x, condition)
+    aux = {name: prepare(stack(name), mirrored) for name, prepare in source.aux.items()}
+    return Batch(x, condition, index.astype(np.int32), aux)
+
+
 @dataclass(frozen=True)
 class Stream:
     """The endless stream as a random-access list of host-local batches; see the module's docstring."""
@@ -128,19 +149,14 @@ class Stream:
     def __len__(self) -> int:
         return 2**40  # batches; never reached
 
-    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, number: int) -> Batch:
         rows = np.arange(self.process_index, self.batch_size, self.process_count)
         first = number * self.batch_size
         mirrored = np.zeros(len(rows), bool)
         if self.flip:
             mirrored = draws.coins(self.seed, "flip", first, self.batch_size)[rows]
         examples = [self.source.examples[i] for i in self._example_numbers(first + rows)]
-        stored = np.stack([example["image"] for example in examples])
-        return {
-            "image": self.source.draw(stored, mirrored, first + rows, self.seed),
-            "label": np.array([example["label"] for example in examples], np.int32),
-            "index": rows.astype(np.int32),
-        }
+        return collate(self.source, examples, rows, mirrored, first + rows, self.seed)
 
     def _example_numbers(self, positions: np.ndarray) -> list[int]:
         length = len(self.source.examples)

@@ -1,28 +1,42 @@
 """What a data set is: a name, random access to its examples, and an identity.
 
-`load(data)` reads the data section of a config. A source only describes and reads; order, flips and batches are the
-pipeline's (pipeline.py).
+`load` opens one by its name and options. A source only describes and reads; order, flips and batches are the
+pipeline's (pipeline.py). The options of a source are the keyword parameters of its function below; `size`, `channels`,
+`num_classes`, `condition`, `condition_size` and `flip`, which every data set has, are checked against what is found.
 """
 
 import hashlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from diffjax import contracts
+from diffjax.contracts import Condition
 from diffjax.data import draws, embedded, shards
+from diffjax.data.arrays import ArrayExamples, check_conditions, read_arrays
 from diffjax.data.images import SUFFIXES, FolderExamples, PreparedExamples, class_names, list_images
 from diffjax.data.latents import LatentExamples, Sample, read_manifest
 from diffjax.data.tokens import TokenExamples, choose_view, kinds
 from diffjax.data.tokens import read_manifest as read_token_manifest
 from diffjax.errors import UserError
+from diffjax.files import file_sha256
+from diffjax.options import Leaf, Value, at_least
+
+Dir = Annotated[str, Leaf("folder of the data", "place")]
+Split = Annotated[str, Leaf("part of the data set; of a folder: the sub-folder to read", fixed=True)]
+Crop = Annotated[str, Leaf("how images reach `size`: adm, a centre crop; none: they have it", fixed=True)]
+Count = Annotated[int, Leaf("how many different tokens there are", valid=at_least(0), fixed=True)]
 
 
 class RandomAccess(Protocol):
-    """Examples by number: {"image": array, "label": int}. Picklable, since worker processes receive a copy."""
+    """Examples by number: {"image": array, "label": integer, tokens [n] or vector [k], and auxiliary arrays by name}.
+
+    Picklable, since worker processes receive a copy.
+    """
 
     def __len__(self) -> int: ...
 
@@ -38,33 +52,71 @@ def pixels(images: np.ndarray, mirrored: np.ndarray, positions: np.ndarray, seed
     return flipped.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
+def mirror(images: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    """Maps [b, h, w, ...] of any dtype, left-right mirrored where `mirrored` bool [b]."""
+    return np.where(mirrored.reshape(-1, *(1,) * (images.ndim - 1)), images[:, :, ::-1], images)
+
+
 @dataclass(frozen=True)
 class Source:
+    """A data set.
+
+    Attributes:
+        size: side of the square image, latent or grid of tokens.
+        num_classes: 0: unlabelled, every label is 0.
+        fingerprint: json-able identity: another data set, split or file list has another one.
+        draw: (stored [b, ...], mirrored bool [b], stream positions int64 [b], seed) -> what training sees: float32
+            [b, h, w, c], or tokens int32 [b, streams, n].
+        given: what the examples are conditioned on, where that is not their label.
+        aux: auxiliary arrays of the examples by name, each with its (stored [b, ...], mirrored bool [b]) -> [b, ...].
+        separate: (drawn, conditions) -> (x, conditions), where a part of what is drawn conditions the rest.
+    """
+
     name: str
     examples: RandomAccess = field(repr=False)
-    size: int  # side of the square image or latent
+    size: int
     channels: int
-    num_classes: int  # 0: unlabelled, every label is 0
-    fingerprint: dict[str, Any]  # json-able identity: another data set, split or file list has another one
-    # (stored [b, ...], mirrored bool [b], stream positions int64 [b], seed) -> what training sees: float32
-    # [b, h, w, c], or of codes int32 [b, streams, n]
+    num_classes: int
+    fingerprint: dict[str, Any]
     draw: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray] = pixels
+    given: Condition | None = None
+    aux: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = field(default_factory=dict)
+    separate: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+
+    @property
+    def condition(self) -> Condition | None:
+        return self.given or contracts.labels(self.num_classes)
 
 
-def load(data: ConfigDict) -> Source:
-    """The source that the config's data section describes.
+def load(
+    name: str,
+    *,
+    size: int,
+    channels: int,
+    num_classes: int,
+    condition: str = "labels",
+    condition_size: int = 0,
+    flip: bool = False,
+    **options: Value,
+) -> Source:
+    """The source `name`, one of SOURCES.
 
-    Every source reads `name, split, size, channels, num_classes`; what else it reads is said in its own docstring
-    below. `UserError` for an unknown name, missing files, and sizes or classes that the data contradicts.
+    options: those of its function below. `UserError` for an unknown name, missing files, and sizes or conditions that
+    the data contradicts.
     """
-    if data.name not in SOURCES:
-        raise UserError(f"data.name={data.name!r} is not a data source; valid: {', '.join(sorted(SOURCES))}")
-    source = SOURCES[data.name](data)
+    if name not in SOURCES:
+        raise UserError(f"data.name={name!r} is not a data source; valid: {', '.join(sorted(SOURCES))}")
+    every = {"size": size, "channels": channels, "num_classes": num_classes, "condition": condition}
+    every |= {"condition_size": condition_size, "flip": flip}
+    taken = inspect.signature(SOURCES[name]).parameters
+    source = SOURCES[name](**{leaf: value for leaf, value in every.items() if leaf in taken}, **options)
     if len(source.examples) == 0:
-        raise UserError(f"data source {source.name}, split {data.split!r}, has no examples")
+        raise UserError(f"data source {source.name}, split {options.get('split')!r}, has no examples")
     for leaf in ("size", "channels", "num_classes"):
-        if getattr(source, leaf) != data[leaf]:
-            raise UserError(f"data.{leaf}={data[leaf]}, but {source.name} has {leaf}={getattr(source, leaf)}")
+        if getattr(source, leaf) != every[leaf]:
+            raise UserError(f"data.{leaf}={every[leaf]}, but {source.name} has {leaf}={getattr(source, leaf)}")
+    if condition != "labels" and (source.given is None or source.given.kind != condition):
+        raise UserError(f"data.condition={condition!r}, but {source.name} holds labels; valid: labels")
     return source
 
 
@@ -79,28 +131,14 @@ def arrays(source: Source, limit: int | None = None) -> tuple[np.ndarray, np.nda
     )
 
 
-@dataclass(frozen=True)
-class ArrayExamples:
-    """Examples held in memory: images uint8 [n, h, w, c], labels [n]."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.images[index], "label": int(self.labels[index])}
-
-
-def digits(data: ConfigDict) -> Source:
+def digits(*, split: Split = "train") -> Source:
     """Handwritten digits, 8x8x1, 10 classes, embedded in the package: splits train (1,500) and test (297)."""
-    return _embedded("digits", "digits8.npz", data.split, held_out=297)
+    return _embedded("digits", "digits8.npz", split, held_out=297)
 
 
-def emoji32(data: ConfigDict) -> Source:
+def emoji32(*, split: Split = "train") -> Source:
     """Noto emoji, 32x32x3, 9 classes, embedded in the package: splits train (1,700) and test (206)."""
-    return _embedded("emoji32", "emoji32.npz", data.split, held_out=206)
+    return _embedded("emoji32", "emoji32.npz", split, held_out=206)
 
 
 def _embedded(name: str, file: str, split: str, held_out: int) -> Source:
@@ -129,92 +167,97 @@ def stratified_split(labels: np.ndarray, held_out: int) -> tuple[np.ndarray, np.
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def folder(data: ConfigDict) -> Source:
-    """Image files below `data.dir` (below its folder `data.split` when that is not "").
+def folder(*, size: int, num_classes: int, dir: Dir = "", split: Split = "train", crop: Crop = "adm") -> Source:
+    """Image files below `dir` (below its folder `split` when that is not "").
 
-    `data.crop` is "adm" (centre crop to `data.size`) or "none" (every image must have that size).
+    `crop` is "adm" (centre crop to `size`) or "none" (every image must have that size).
 
-    The class is the rank of the top-level sub-folder. Without sub-folders, or when `data.num_classes` is 0, the source
-    is unlabelled.
+    The class is the rank of the top-level sub-folder. Without sub-folders, or when `num_classes` is 0, the source is
+    unlabelled.
     """
-    root = Path(data.dir) / data.split
-    if not data.dir or not root.is_dir():
+    root = Path(dir) / split
+    if not dir or not root.is_dir():
         raise UserError(
-            f"data.dir={data.dir!r} with data.split={data.split!r} is no folder; it should hold images "
+            f"data.dir={dir!r} with data.split={split!r} is no folder; it should hold images "
             f"({', '.join(SUFFIXES)}), for labels in one sub-folder per class"
         )
-    _check_crop(data)
+    _check_crop(crop)
     files = list_images(root)
-    names = class_names(files) if data.num_classes else []
+    names = class_names(files) if num_classes else []
     ranks = {name: rank for rank, name in enumerate(names)}
     labels = np.array([ranks.get(file.split("/")[0], 0) for file in files], np.int32)
     identity = {
         "name": "folder",
-        "split": data.split,
-        "size": data.size,
-        "crop": data.crop,
+        "split": split,
+        "size": size,
+        "crop": crop,
         "length": len(files),
         "files_sha256": hashlib.sha256("\n".join(files).encode()).hexdigest(),
         "classes": len(names),
     }
-    examples = FolderExamples(root, files, labels, data.size, data.crop == "adm")
-    return Source("folder", examples, data.size, 3, len(names), identity)
+    examples = FolderExamples(root, files, labels, size, crop == "adm")
+    return Source("folder", examples, size, 3, len(names), identity)
 
 
-def _check_crop(data: ConfigDict) -> None:
-    if data.crop not in ("adm", "none"):
-        raise UserError(f"data.crop={data.crop!r} is not a crop; valid: adm, none")
+def _check_crop(crop: str) -> None:
+    if crop not in ("adm", "none"):
+        raise UserError(f"data.crop={crop!r} is not a crop; valid: adm, none")
 
 
-def tfds(data: ConfigDict) -> Source:
+def tfds(
+    *,
+    size: int,
+    num_classes: int,
+    dir: Dir = "",
+    dataset: Annotated[str, Leaf("name of the data set in tensorflow-datasets", fixed=True)] = "",
+    split: Split = "train",
+    crop: Crop = "adm",
+) -> Source:
     """A data set prepared by tensorflow_datasets as ArrayRecord, read without tensorflow.
 
-    `data.dataset` is its name, under `data.dir` ("": the default folder of tensorflow_datasets); with "" as its name
-    `data.dir` is the folder of the prepared version itself. `data.split` may be an expression like "train[:90%]".
-    `data.crop` is "adm" (centre crop to `data.size`) or "none" (every image must have that size).
-    With `data.num_classes` 0 the labels are not read.
+    `dataset` is its name, under `dir` ("": the default folder of tensorflow_datasets); with "" as its name
+    `dir` is the folder of the prepared version itself. `split` may be an expression like "train[:90%]".
+    `crop` is "adm" (centre crop to `size`) or "none" (every image must have that size).
+    With `num_classes` 0 the labels are not read.
     """
-    _check_crop(data)
-    builder = _prepared(data)
+    _check_crop(crop)
+    builder = _prepared(dataset, dir)
     features = builder.info.features
     shape = features["image"].shape
     channels = 1 if shape[-1] == 1 else 3
-    num_classes = features["label"].num_classes if data.num_classes and "label" in features else 0
-    found = data.size if data.crop == "adm" or shape[0] is None else shape[0]
-    records = _records(builder, data.split)
-    examples = PreparedExamples(records, data.size, channels, data.crop == "adm", num_classes > 0)
+    num_classes = features["label"].num_classes if num_classes and "label" in features else 0
+    found = size if crop == "adm" or shape[0] is None else shape[0]
+    records = _records(builder, split)
+    examples = PreparedExamples(records, size, channels, crop == "adm", num_classes > 0)
     identity = {
         "name": "tfds",
         "dataset": builder.info.full_name,
-        "split": data.split,
+        "split": split,
         "length": len(records),
-        "size": data.size,
-        "crop": data.crop,
+        "size": size,
+        "crop": crop,
         "classes": num_classes,
     }
     return Source("tfds", examples, found, channels, num_classes, identity)
 
 
-def _prepared(data: ConfigDict) -> Any:
+def _prepared(dataset: str, dir: str) -> Any:
     """The builder of a data set that lies ready on disk as ArrayRecord, with an image in each example."""
     import tensorflow_datasets as tfds
 
-    place = f"data_dir={data.dir!r}, " if data.dir else ""
-    call = f"tfds.builder({data.dataset or '<name>'!r}, {place}file_format='array_record').download_and_prepare()"
+    place = f"data_dir={dir!r}, " if dir else ""
+    call = f"tfds.builder({dataset or '<name>'!r}, {place}file_format='array_record').download_and_prepare()"
     advice = (
         f"prepare it once with: pip install -e '.[prepare]' && python -c \"import tensorflow_datasets as tfds; {call}\""
     )
     try:
-        if data.dataset:
-            builder = tfds.builder(data.dataset, data_dir=data.dir or None)
-        else:
-            builder = tfds.builder_from_directory(data.dir)
+        builder = tfds.builder(dataset, data_dir=dir or None) if dataset else tfds.builder_from_directory(dir)
     except (OSError, ValueError) as error:  # no such folder; no such name
         reason = str(error).partition("\n")[0]
-        raise UserError(f"data.dataset={data.dataset!r}, data.dir={data.dir!r}: {reason}; {advice}") from error
+        raise UserError(f"data.dataset={dataset!r}, data.dir={dir!r}: {reason}; {advice}") from error
     if not builder.is_prepared():
         if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-            advice += f" after placing its files in {data.dir or '~/tensorflow_datasets'}/downloads/manual"
+            advice += f" after placing its files in {dir or '~/tensorflow_datasets'}/downloads/manual"
         raise UserError(f"{builder.info.full_name} is not prepared in {builder.data_path}; {advice}")
     if builder.info.file_format.value != "array_record":
         raise UserError(
@@ -236,62 +279,125 @@ def _records(builder: Any, split: str) -> Any:
         raise UserError(f"data.split={split!r} is not a split of {builder.info.full_name}; valid: {known}") from error
 
 
-def latents(data: ConfigDict) -> Source:
-    """Latents in `data.dir` (in its folder `data.split` when that is not ""), sampled anew at each visit.
+def latents(
+    *,
+    num_classes: int,
+    flip: bool,
+    dir: Dir = "",
+    split: Split = "train",
+    scale: Annotated[float, Leaf("latents: the model sees the autoencoder's output times this", fixed=True)] = 0.18215,
+) -> Source:
+    """Latents in `dir` (in its folder `split` when that is not ""), sampled anew at each visit.
 
-    `data.scale` must be the one in the manifest; it is applied here unless it was when the latents were written.
-    `data.flip` needs latents written with their mirror images. With `data.num_classes` 0 the labels are not read.
+    `scale` must be the one in the manifest; it is applied here unless it was when the latents were written.
+    `flip` needs latents written with their mirror images. With `num_classes` 0 the labels are not read.
     """
-    root = Path(data.dir) / data.split
+    root = Path(dir) / split
     manifest = read_manifest(root)
-    if data.scale != manifest["scale"]:
-        raise UserError(f"data.scale={data.scale}, but the latents in {root} have scale={manifest['scale']}")
-    if data.flip and manifest["views"] == 1:
+    if scale != manifest["scale"]:
+        raise UserError(f"data.scale={scale}, but the latents in {root} have scale={manifest['scale']}")
+    if flip and manifest["views"] == 1:
         raise UserError(f"data.flip=True, but the latents in {root} hold no mirror images; set data.flip=False")
     records = shards.open_records(root, manifest)
     height, width, channels = manifest["shape"]
-    num_classes = manifest["num_classes"] if data.num_classes else 0
+    num_classes = manifest["num_classes"] if num_classes else 0
     examples = LatentExamples(records, (height, width, channels), num_classes > 0)
-    identity = {"name": "latents", "split": data.split, "classes": num_classes}
+    identity = {"name": "latents", "split": split, "classes": num_classes}
     identity |= {key: manifest[key] for key in ("count", "records_sha256", "scale")}
-    draw = Sample(1.0 if manifest["scale_applied"] else data.scale)
+    draw = Sample(1.0 if manifest["scale_applied"] else scale)
     return Source("latents", examples, height, channels, num_classes, identity, draw)
 
 
-def tokens(data: ConfigDict) -> Source:
-    """Codes of images in `data.dir`, made by `tokenize`.
+def tokens(
+    *,
+    channels: int,
+    num_classes: int,
+    flip: bool,
+    dir: Dir = "",
+    encoder: Annotated[str, Leaf("what made the features of the tokens: pixels, dinov2, vqgan", fixed=True)] = "",
+    codes: Count = 0,
+    decoder_codes: Count = 0,
+) -> Source:
+    """Codes of images in `dir`, made by `tokenize`.
 
-    `data.encoder` and `data.codes` must be those of the first stream in the manifest, `data.size` its grid; with
-    `data.channels` 2 the codes of a decoder, `data.decoder_codes`, are read besides. `data.flip` needs codes of the
-    mirrored images. With `data.num_classes` 0 the labels are not read.
+    `encoder` and `codes` must be those of the first stream in the manifest, `size` its grid; with
+    `channels` 2 the codes of a decoder, `decoder_codes`, are read besides. `flip` needs codes of the
+    mirrored images. With `num_classes` 0 the labels are not read.
     """
-    root = Path(data.dir)
+    root = Path(dir)
     manifest = read_token_manifest(root)
     streams = manifest["streams"]
-    if data.channels > len(streams):
-        raise UserError(f"data.channels={data.channels}, but the codes in {root} are of {len(streams)} kind(s) alone")
+    if channels > len(streams):
+        raise UserError(f"data.channels={channels}, but the codes in {root} are of {len(streams)} kind(s) alone")
+    given = {"encoder": encoder, "codes": codes, "decoder_codes": decoder_codes}
     found = {"encoder": streams[0]["encoder"]["name"], "codes": streams[0]["codes"]}
-    if data.channels == 2:
+    if channels == 2:
         found["decoder_codes"] = streams[1]["codes"]
-    if wrong := [f"data.{leaf}={data[leaf]}, not {value}" for leaf, value in found.items() if data[leaf] != value]:
+    if wrong := [f"data.{leaf}={given[leaf]}, not {value}" for leaf, value in found.items() if given[leaf] != value]:
         raise UserError(f"the codes in {root} are others than the config says: {'; '.join(wrong)}")
-    if data.flip and manifest["views"] == 1:
+    if flip and manifest["views"] == 1:
         raise UserError(f"data.flip=True, but {root} holds no codes of mirrored images; set data.flip=False")
     grid, views = streams[0]["grid"], manifest["views"]
-    num_classes = manifest["num_classes"] if data.num_classes else 0
+    num_classes = manifest["num_classes"] if num_classes else 0
     records = shards.open_records(root, manifest)
-    counts = tuple(stream["codes"] for stream in streams[: data.channels])
+    counts = tuple(stream["codes"] for stream in streams[:channels])
     examples = TokenExamples(records, (views, len(streams), grid**2), counts, num_classes > 0)
-    identity = {"name": "tokens", "classes": num_classes, "codes": kinds(manifest, data.channels)}
+    identity = {"name": "tokens", "classes": num_classes, "codes": kinds(manifest, channels)}
     identity |= {key: manifest[key] for key in ("images", "count", "records_sha256")}
-    return Source("tokens", examples, grid, data.channels, num_classes, identity, choose_view)
+    separate = source_and_target if channels == 2 else target
+    given_tokens = Condition("tokens", streams[0]["codes"], (grid**2,)) if channels == 2 else None
+    return Source(
+        "tokens", examples, grid, channels, num_classes, identity, choose_view, given_tokens, separate=separate
+    )
 
 
-SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
+def target(drawn: np.ndarray, conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [b, streams, n] -> those of the last stream [b, n], and the conditions as they are."""
+    return drawn[:, -1], conditions
+
+
+def source_and_target(drawn: np.ndarray, conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [b, 2, n] -> those of the second stream [b, n], conditioned on those of the first [b, n]."""
+    return drawn[:, 1], drawn[:, 0]
+
+
+def arrays_of_file(
+    *,
+    num_classes: int,
+    condition: str,
+    condition_size: int,
+    dir: Dir = "",
+    split: Split = "train",
+) -> Source:
+    """Arrays of your own: the file `dir`/`split`.npz with images uint8 [n, h, h, c] and, if there are any, conditions.
+
+    conditions: labels, integers [n]; tokens, integers [n, condition_size]; or vectors, floats [n, condition_size].
+    Other arrays [n, ...] of the file are auxiliary ones; those named image... are maps, mirrored with the images.
+    """
+    path = Path(dir) / f"{split}.npz"
+    stored = read_arrays(path)
+    images, conditions = stored.pop("images"), stored.pop("conditions", None)
+    expected = contracts.condition(condition, num_classes, condition_size)
+    found = check_conditions(path, conditions, len(images), expected)
+    examples = ArrayExamples(images, found, stored)
+    aux = {name: mirror if name.startswith("image") else as_stored for name in stored}
+    identity = {"name": "arrays", "split": split, "length": len(images), "sha256": file_sha256(path)}
+    given = expected if expected and expected.kind != "labels" else None
+    size, channels = images.shape[2:]
+    return Source("arrays", examples, size, channels, num_classes, identity, given=given, aux=aux)
+
+
+def as_stored(array: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    """Auxiliary arrays that have no left and right."""
+    return array
+
+
+SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits,
     "emoji32": emoji32,
     "folder": folder,
     "tfds": tfds,
     "latents": latents,
     "tokens": tokens,
+    "arrays": arrays_of_file,
 }

@@ -32,7 +32,7 @@ every setting has the unit weight in f, its weight of the denoiser's error is 1/
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
@@ -49,8 +49,9 @@ from diffjax.diffusion.paths import (
     predicts_x0,
 )
 from diffjax.diffusion.process import Process, choose, ones, read, unchanged
-from diffjax.diffusion.weighting import weight_of_time
+from diffjax.diffusion.weighting import Gamma, SigmaData, Weighting, weight_of_time
 from diffjax.errors import UserError
+from diffjax.options import Leaf, at_least, one_of
 
 STEPS = 1000  # M of (4), (6)
 VP_BETAS = (19.9, 0.1)  # β_d, β_min of (5)
@@ -252,13 +253,27 @@ SETTINGS = {
 def edm(
     setting: str = "edm",
     *,
-    prediction: str = "",
-    weighting: str = "uniform",
-    times: str = "",
-    sigma_data: float | None = None,
-    gamma: float | None = None,
-    p_mean: float | None = None,
-    p_std: float | None = None,
+    prediction: Annotated[
+        str,
+        Leaf(
+            "what the network predicts; '': that of the process",
+            valid=one_of(("", "edm", "epsilon", "minus_epsilon", "x0")),
+        ),
+    ] = "",
+    weighting: Weighting = "uniform",
+    times: Annotated[
+        str,
+        Leaf(
+            "how noise levels are drawn in training; '': as the process does",
+            valid=one_of(("", "lognormal", "vp", "ve", "iddpm")),
+        ),
+    ] = "",
+    sigma_data: SigmaData = None,
+    gamma: Gamma = None,
+    p_mean: Annotated[float | None, Leaf("mean of ln sigma, lognormal times; none: -1.2")] = None,
+    p_std: Annotated[
+        float | None, Leaf("standard deviation of ln sigma, lognormal times; none: 1.2", valid=at_least(0))
+    ] = None,
 ) -> Process:
     """A process whose time is the noise level σ; "" takes what belongs to the setting.
 

@@ -15,15 +15,16 @@ fraction u of noise, u = 1 - t (SD3 eq. 19), and then shifted for the resolution
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 
 from diffjax import rng
 from diffjax.diffusion.paths import PREDICTIONS, Array, Path, gvp, linear, vp
 from diffjax.diffusion.process import Process, choose, ones, read, unchanged
-from diffjax.diffusion.weighting import weight_of_time
+from diffjax.diffusion.weighting import Gamma, SigmaData, Weighting, weight_of_time
 from diffjax.errors import UserError
+from diffjax.options import Leaf, above, at_least, one_of
 
 PATHS: dict[str, Path] = {"linear": linear, "gvp": gvp, "vp": vp}
 MARGIN = 1e-3  # kept from an end of a path where a prediction says too little
@@ -57,14 +58,16 @@ def intervals(path: str, prediction: str, last_step: float = 0.0) -> Intervals:
 def flow(
     path: str = "linear",
     *,
-    prediction: str = "velocity",
-    weighting: str = "uniform",
-    times: str = "uniform",
-    gamma: float | None = None,
-    sigma_data: float | None = None,
-    logit_mean: float | None = None,
-    logit_std: float | None = None,
-    shift: float | None = None,
+    prediction: Annotated[str, Leaf("what the network predicts", valid=one_of(PREDICTIONS))] = "velocity",
+    weighting: Weighting = "uniform",
+    times: Annotated[
+        str, Leaf("how times are drawn in training", valid=one_of(("uniform", "logit_normal")))
+    ] = "uniform",
+    gamma: Gamma = None,
+    sigma_data: SigmaData = None,
+    logit_mean: Annotated[float | None, Leaf("of logit-normal times; above 0 is more noise; none: 0")] = None,
+    logit_std: Annotated[float | None, Leaf("of logit-normal times; none: 1", valid=at_least(0))] = None,
+    shift: Annotated[float | None, Leaf("resolution shift of the times; none: 1", valid=above(0))] = None,
 ) -> Process:
     """The process of one of PATHS.
 

@@ -29,7 +29,7 @@ float64 on the host; a gathered value becomes float32 before it is used.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,9 @@ import numpy as np
 from diffjax import rng
 from diffjax.diffusion.paths import PREDICTIONS, Point, conversion
 from diffjax.diffusion.process import Grid, read
-from diffjax.diffusion.weighting import check_numbers, weights
+from diffjax.diffusion.weighting import Gamma, SigmaData, check_numbers, weights
 from diffjax.errors import UserError
+from diffjax.options import Leaf, at_least, one_of
 
 OPTIONS = {
     "prediction": ("epsilon", "x0", "v"),
@@ -276,6 +277,10 @@ class GaussianDiffusion:
         nll = -mean_per_example(discretized_log_likelihood(x0, mean, 0.5 * log_variance))
         return jnp.where(k == 0, nll, kl) / np.float32(np.log(2.0))
 
+    def noise_fraction(self, k: jax.Array) -> jax.Array:
+        """How far steps k [b] are from the data, 0 to 1."""
+        return k / (self.num_steps - 1)
+
     def split(self, model_output: jax.Array, xt: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """The network's output as float32 (prediction [b, ..., c], v the same or None when the variance is fixed)."""
         channels = xt.shape[-1]
@@ -292,13 +297,17 @@ class GaussianDiffusion:
 def gaussian_diffusion(
     *,
     respacing: str = "",
-    prediction: str = "epsilon",
-    variance: str = "learned_range",
-    loss: str = "mse",
-    steps: int = 1000,
-    weighting: str = "uniform",
-    gamma: float | None = None,
-    sigma_data: float | None = None,
+    prediction: Annotated[str, Leaf("what the network predicts", valid=one_of(OPTIONS["prediction"]))] = "epsilon",
+    variance: Annotated[
+        str, Leaf("of the reverse steps: learned in a range, or fixed", valid=one_of(OPTIONS["variance"]))
+    ] = "learned_range",
+    loss: Annotated[
+        str, Leaf("mse; or with the term of a learned variance rescaled, or that alone", valid=one_of(OPTIONS["loss"]))
+    ] = "mse",
+    steps: Annotated[int, Leaf("T", valid=at_least(21))] = 1000,
+    weighting: Annotated[str, Leaf("of the squared error", valid=one_of(OPTIONS["weighting"]))] = "uniform",
+    gamma: Gamma = None,
+    sigma_data: SigmaData = None,
 ) -> GaussianDiffusion:
     """The linear-schedule process with `steps` original steps, of which `respacing` keeps some: equation (6).
 

@@ -12,11 +12,12 @@ The weight belongs to the step of the sampler, which hands it over with each cal
     (2)  w(t) = 1 + (s - 1) (1 - cos(π (1 - t/T)^p)) / 2                    power cosine, MDT 2303.14389
     (3)  w(τ) = s where low < τ <= high, else 1,   τ = σ/α                  interval, 2404.07724
 
-In (3) both ends are moved to the nearest noise level of the schedule, so that w is constant within a step; where w = 1
-the network f_0 need not be called.
+In (3) both ends, unless 0 or infinite, are moved to the nearest noise level of the schedule, so that w is constant
+within a step; where w = 1 the network f_0 need not be called.
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +25,23 @@ import numpy as np
 
 from diffjax.diffusion.samplers import Denoise, Weight
 from diffjax.errors import UserError
+from diffjax.options import Leaf, Value, above, at_least, check, options
 
-DenoiseWithLabels = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+DenoiseConditionally = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 DenoiseBoth = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 CALLS = ("one", "two")
 
 
 def classifier_free(
-    denoise: DenoiseWithLabels,
-    labels: jax.Array,
-    null_label: int,
+    denoise: DenoiseConditionally,
+    conditions: jax.Array,
+    null: jax.Array | np.ndarray | int,
     *,
     channels: int | None = None,
     calls: str = "one",
     skip: bool = False,
 ) -> Denoise:
-    """A guided `denoise(x, t, weight)` from `denoise(x, t, y)`, for labels [b] int32 and the index of "no label".
+    """A guided `denoise(x, t, weight)` from `denoise(x, t, y)`, for conditions [b, ...] and the one of "none" [...].
 
     Guided are the first `channels` output channels, by default as many as x has; the rest (the variance output v) is
     the conditional one. channels=3 on four-channel latents is what the published DiT, SiT and MDT figures were sampled
@@ -49,17 +51,18 @@ def classifier_free(
     """
 
     def conditional(x: jax.Array, t: jax.Array) -> jax.Array:
-        return denoise(x, t, labels)
+        return denoise(x, t, conditions)
 
     def one_call(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         # The two rows of an example stay neighbours, so that a batch split over devices needs no exchange.
-        both_labels = jnp.stack([labels, jnp.full_like(labels, null_label)], axis=1).reshape(-1)
-        output = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2), both_labels)
+        both = jnp.stack([conditions, without], axis=1).reshape(-1, *conditions.shape[1:])
+        output = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2), both)
         return output[0::2], output[1::2]
 
     def two_calls(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return denoise(x, t, labels), denoise(x, t, jnp.full_like(labels, null_label))
+        return denoise(x, t, conditions), denoise(x, t, without)
 
+    without = jnp.broadcast_to(jnp.asarray(null, conditions.dtype), conditions.shape)
     if calls not in CALLS:
         raise UserError(f"guidance with {calls!r} calls: valid: {', '.join(CALLS)}")
     return guided(conditional, one_call if calls == "one" else two_calls, channels, skip)
@@ -96,25 +99,50 @@ def combine(better: jax.Array, worse: jax.Array, weight: float | jax.Array, chan
     return result if channels is None else jnp.concatenate([result, better[..., channels:]], axis=-1)
 
 
-def weights(kind: str, scale: float, /, **numbers: float) -> Weight:
-    """What `samplers.plan` takes as its weight: "constant"; "power_cosine" with a power; "interval" from low to high.
+def weights(kind: str, scale: float, /, **numbers: Value) -> Weight:
+    """What `samplers.plan` takes as its weight: one of SCHEDULES with its options.
 
-    low and high are noise levels σ/α. UserError for an unknown kind, and for options that it lacks or has no use for.
+    UserError for an unknown kind, for options that it lacks and for values without meaning.
     """
-    needed = {"constant": (), "power_cosine": ("power",), "interval": ("low", "high")}
-    if kind not in needed:
-        raise UserError(f"guidance weight {kind!r} is unknown; valid: {', '.join(needed)}")
-    if set(numbers) != set(needed[kind]) or any(isinstance(value, str) for value in numbers.values()):
-        raise UserError(f"guidance weight {kind!r} with {numbers}: valid: numbers for {list(needed[kind])}")
+    if kind not in SCHEDULES:
+        raise UserError(f"guidance weight {kind!r} is unknown; valid: {', '.join(SCHEDULES)}")
+    known = options(SCHEDULES[kind])
+    if unknown := [name for name in numbers if name not in known]:
+        raise UserError(f"guidance weight {kind!r} with {unknown[0]}: valid: numbers for {list(known)}")
     if not np.isfinite(scale):
         raise UserError(f"guidance {scale}: valid: a finite number, 1 for none")
-    if kind == "constant":
-        return scale
-    if kind == "power_cosine":
-        if not 0 < numbers["power"] < np.inf:
-            raise UserError(f"guidance weight 'power_cosine' with power {numbers['power']}: valid: above 0")
-        return lambda level, time: power_cosine(time, scale, numbers["power"])
-    return lambda level, time: interval(level, scale, numbers["low"], numbers["high"])
+    checked = {name: check(f"guidance weight {kind!r}: {name}", known[name], each) for name, each in numbers.items()}
+    return SCHEDULES[kind](scale, **checked)
+
+
+def constant_weight(scale: float) -> Weight:
+    return scale
+
+
+def power_cosine_weight(
+    scale: float, *, power: Annotated[float, Leaf("large: guide late; small: throughout", "watch", above(0))] = 4.0
+) -> Weight:
+    return lambda level, time: power_cosine(time, scale, power)
+
+
+def interval_weight(
+    scale: float,
+    *,
+    low: Annotated[float, Leaf("lowest noise level, sigma / alpha, that is guided", "watch", at_least(0))] = 0.0,
+    high: Annotated[float | None, Leaf("highest one; none: all", "watch", above(0))] = None,
+) -> Weight:
+    high = np.inf if high is None else high
+    if not low < high:
+        raise UserError(f"a guidance interval from {low} to {high}: valid: 0 and above, and not empty")
+    return lambda level, time: interval(level, scale, low, high)
+
+
+# How the weight changes over the steps; the annotated parameters are the options.
+SCHEDULES: dict[str, Callable[..., Weight]] = {
+    "constant": constant_weight,
+    "power_cosine": power_cosine_weight,
+    "interval": interval_weight,
+}
 
 
 def power_cosine(time: np.ndarray, scale: float, power: float) -> np.ndarray:
@@ -126,5 +154,5 @@ def interval(level: np.ndarray, scale: float, low: float, high: float) -> np.nda
     """Equation (3) at the noise levels of a schedule, float64 [n]."""
     if not 0 <= low < high:
         raise UserError(f"a guidance interval from {low} to {high}: valid: 0 and above, and not empty")
-    low, high = (level[np.abs(level - end).argmin()] if np.isfinite(end) else end for end in (low, high))
+    low, high = (level[np.abs(level - end).argmin()] if 0 < end < np.inf else end for end in (low, high))
     return np.where((low < level) & (level <= high), scale, 1.0)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.diffusion.paths import Array, Conversion, Path, Point, Prediction, conversion, namespace
+from diffjax.diffusion.paths import Array, Conversion, Path, Point, Prediction, conversion, namespace, noise_level
 from diffjax.errors import UserError
 
 Coefficients = TypeVar("Coefficients", Point, Conversion)
@@ -115,6 +115,13 @@ class Process:
         if log_variance is None:
             return {"loss": loss, "mse": mse}
         return {"loss": loss / jnp.exp(log_variance) + log_variance, "mse": mse, "log_variance": log_variance}
+
+    def noise_fraction(self, t: jax.Array) -> jax.Array:
+        """How far times t [b] are from the data, 0 to 1: along the span, or in ln σ where time is the noise level."""
+        noise, data = self.span
+        if self.path is noise_level:
+            t, noise, data = jnp.log(t), math.log(noise), math.log(data)
+        return jnp.clip((t - data) / (noise - data), 0.0, 1.0)
 
     def noise_level(self, t: jax.Array) -> jax.Array:
         """ln(σ/α) at t [b], within ±LARGEST_NOISE_LEVEL."""

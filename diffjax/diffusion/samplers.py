@@ -38,7 +38,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -48,25 +48,13 @@ from diffjax import rng
 from diffjax.diffusion import adaptive, tables
 from diffjax.diffusion.gaussian import GaussianDiffusion, at
 from diffjax.diffusion.process import Process
-from diffjax.diffusion.tables import AnyProcess, Table, Trajectory
+from diffjax.diffusion.tables import AnyProcess, SamplerRecord, Table, Trajectory
 from diffjax.errors import UserError
+from diffjax.options import Leaf, above, at_least, check, options
 
 Denoise = Callable[..., jax.Array]
 Noise = Callable[[jax.Array], jax.Array]
 Weight = float | Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-TABLES: dict[str, Callable[..., Trajectory]] = {
-    "ddpm": tables.ddpm,
-    "ddim": tables.ddim,
-    "edm": tables.edm,
-    "dpmpp_2m": tables.dpmpp_2m,
-    "euler": tables.euler,
-    "heun": tables.heun,
-    "euler_maruyama": tables.euler_maruyama,
-    "sde_heun": tables.sde_heun,
-}
-SAMPLERS = (*TABLES, "dopri5")
-THROUGH_X0 = ("ddpm", "ddim", "edm", "dpmpp_2m")
 
 
 @partial(
@@ -116,7 +104,7 @@ def plan(
     *,
     max_steps: int | None = None,
     weight: Weight = 1.0,
-    **options: Any,
+    **given: Any,
 ) -> Plan | AdaptivePlan:
     """The plan of a sampler by name. UserError for what does not exist or has no meaning, with the reason.
 
@@ -127,23 +115,25 @@ def plan(
         max_steps: pad the table to that many steps, so that plans of fewer steps share a compilation.
         weight: of the guidance: a number, or a function of the noise level σ/α and the distance to the data (t/T; NaN
             where the process has none), both float64 [n], at the start of each step -> float64 [n].
-        options: of the sampler; see the function of its name in `tables`, and `adaptive_plan` for "dopri5".
+        given: options of the sampler; see the function of its name in `tables`, and `adaptive_plan` for "dopri5".
     """
-    if sampler == "dopri5":
-        if steps:
-            raise UserError(f"steps = {steps}: sampler 'dopri5' chooses its steps as it goes; valid: 0")
-        return adaptive_plan(process, weight, **accepted(adaptive_plan, sampler, options, 2))
-    if sampler not in TABLES:
+    if sampler not in SAMPLERS:
         raise UserError(f"sampler {sampler!r} is unknown; valid: {', '.join(SAMPLERS)}")
+    record = SAMPLERS[sampler]
+    if record.adaptive:
+        if steps:
+            raise UserError(f"steps = {steps}: sampler {sampler!r} chooses its steps as it goes; valid: 0")
+        return record.adaptive(process, weight, **accepted(record.adaptive, sampler, given, 2))
+    assert record.trajectory
+    assert record.calls
     if steps < 1 or (max_steps is not None and steps > max_steps):
         raise UserError(f"{steps} sampling steps: valid: 1 to {max_steps or 'as many as the process has'}")
-    make = TABLES[sampler]
     with np.errstate(divide="ignore", invalid="ignore"):
-        made = make(process, steps, **accepted(make, sampler, options, 2))
+        made = record.trajectory(process, steps, **accepted(record.trajectory, sampler, given, 2))
     table = made.table._replace(weight=step_weights(process, made, weight)[made.step])
     check_finite(sampler, made, table)
     rows = len(made.step)
-    room = max(rows, evaluations(sampler, max_steps or 1)) - rows
+    room = max(rows, record.calls(max_steps or 1)) - rows
     return Plan(
         table=jax.tree.map(lambda column: np.pad(column, (0, room)), table),
         rows=np.int32(rows),
@@ -151,12 +141,17 @@ def plan(
         start_noise=np.float64(made.start_noise),
         random=bool(np.any(table.noise != 0) or made.start_noise != 0),
         learned_variance=bool(np.any(table.log_high != 0)),
-        through_x0=sampler in THROUGH_X0,
+        through_x0=record.through_x0,
     )
 
 
 def adaptive_plan(
-    process: AnyProcess, weight: Weight = 1.0, *, rtol: float = 1e-3, atol: float = 1e-6, max_attempts: int = 1000
+    process: AnyProcess,
+    weight: Weight = 1.0,
+    *,
+    rtol: Annotated[float, Leaf("relative error of a step", "watch", above(0))] = 1e-3,
+    atol: Annotated[float, Leaf("absolute error of a step", "watch", above(0))] = 1e-6,
+    max_attempts: Annotated[int, Leaf("steps after which a sample is given up", "watch", at_least(1))] = 1000,
 ) -> AdaptivePlan:
     """Dormand and Prince's 5(4) pair along the flow through the span, each sample with steps of its own.
 
@@ -177,15 +172,16 @@ def adaptive_plan(
     return AdaptivePlan(np.float64(weight), np.float64(start), np.float64(rtol), np.float64(atol), known, max_attempts)
 
 
-def accepted(make: Callable, sampler: str, options: dict[str, Any], leading: int) -> dict[str, Any]:
-    """The options, if they are all keywords of `make`, after its leading arguments; else UserError."""
-    valid = dict(list(inspect.signature(make).parameters.items())[leading:])
-    for name, value in options.items():
-        if name not in valid:
-            raise UserError(f"sampler {sampler!r} has no option {name!r}; valid: {', '.join(valid)}")
-        if isinstance(value, str) and valid[name].annotation not in (str, str | None):
-            raise UserError(f"sampler {sampler!r} with {name} = {value!r}: valid: a number")
-    return options
+def accepted(make: Callable, sampler: str, given: dict[str, Any], leading: int) -> dict[str, Any]:
+    """The given options, checked, if they are all keywords of `make`, after its leading arguments; else UserError."""
+    valid = list(inspect.signature(make).parameters)[leading:]
+    known = options(make)
+    if unknown := [name for name in given if name not in valid]:
+        raise UserError(f"sampler {sampler!r} has no option {unknown[0]!r}; valid: {', '.join(valid)}")
+    return {
+        name: check(f"sampler {sampler!r}: {name}", known[name], value) if name in known else value
+        for name, value in given.items()
+    }
 
 
 def step_weights(process: AnyProcess, made: Trajectory, weight: Weight) -> np.ndarray:
@@ -214,10 +210,20 @@ def evaluations(what: Plan | str, steps: int | None = None) -> int:
     table above says for the default options."""
     if isinstance(what, Plan):
         return int(what.rows)
-    if what not in TABLES or steps is None:
-        raise UserError(f"network calls of {what!r} are not known beforehand; valid: {', '.join(TABLES)}, with steps")
-    two, more = what in ("edm", "heun", "sde_heun"), {"edm": -1, "euler_maruyama": 1, "sde_heun": 1}
-    return (1 + two) * steps + more.get(what, 0)
+    calls = SAMPLERS[what].calls if what in SAMPLERS else None
+    if calls is None or steps is None:
+        raise UserError(f"network calls of {what!r} are not known beforehand; valid: {', '.join(known_steps())}")
+    return calls(steps)
+
+
+def known_steps() -> list[str]:
+    """The samplers whose steps are known beforehand."""
+    return [name for name, record in SAMPLERS.items() if record.trajectory]
+
+
+def through_x0() -> list[str]:
+    """The samplers that go through predicted data."""
+    return [name for name, record in SAMPLERS.items() if record.through_x0]
 
 
 def can_clip(plan: Plan | AdaptivePlan) -> bool:
@@ -231,7 +237,7 @@ def sample(plan: Plan | AdaptivePlan, denoise: Denoise, x: jax.Array, noise: Noi
     clip limits the predicted data to [-1, 1]; it suits pixels, never latents.
     """
     if clip and not can_clip(plan):
-        raise UserError(f"clip limits x0, which this sampler does not go through; valid: {', '.join(THROUGH_X0)}")
+        raise UserError(f"clip limits x0, which this sampler does not go through; valid: {', '.join(through_x0())}")
     if isinstance(plan, AdaptivePlan):
         return follow_flow(plan, denoise, x)
     table = jax.tree.map(lambda column: in_dtype_of(x, column), plan.table)
@@ -370,3 +376,16 @@ def ddim_reverse_step(
 def not_first(k: jax.Array, like: jax.Array) -> jax.Array:
     """0 where k is 0, which ends the chain without noise, else 1: float32 [b, 1, ...]."""
     return (k != 0).astype(jnp.float32).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+SAMPLERS: dict[str, SamplerRecord] = {
+    "ddpm": SamplerRecord(tables.ddpm, calls=lambda steps: steps, through_x0=True),
+    "ddim": SamplerRecord(tables.ddim, calls=lambda steps: steps, through_x0=True),
+    "edm": SamplerRecord(tables.edm, calls=lambda steps: 2 * steps - 1, through_x0=True),
+    "dpmpp_2m": SamplerRecord(tables.dpmpp_2m, calls=lambda steps: steps, through_x0=True),
+    "euler": SamplerRecord(tables.euler, calls=lambda steps: steps),
+    "heun": SamplerRecord(tables.heun, calls=lambda steps: 2 * steps),
+    "euler_maruyama": SamplerRecord(tables.euler_maruyama, calls=lambda steps: steps + 1),
+    "sde_heun": SamplerRecord(tables.sde_heun, calls=lambda steps: 2 * steps + 1),
+    "dopri5": SamplerRecord(adaptive=adaptive_plan),
+}

@@ -35,8 +35,9 @@ data found at the level before; its first step, and the last to σ = 0, take D =
 The ancestral step of DDPM is derived in `gaussian`. All of this is float64 numpy.
 """
 
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -46,6 +47,17 @@ from diffjax.diffusion.gaussian import GaussianDiffusion, respaced_steps
 from diffjax.diffusion.paths import Conversion, Point, noise_level
 from diffjax.diffusion.process import Grid, Process, unchanged
 from diffjax.errors import UserError
+from diffjax.options import Leaf, Option, above, at_least, between, one_of, options
+
+SPACINGS = ("even", "stride", "linspace", "trailing")
+Every = one_of((*SPACINGS, "rho", None))
+SigmaMin = Annotated[
+    float | None, Leaf("lowest noise level of spacing rho; none: where the process ends", "watch", above(0))
+]
+SigmaMax = Annotated[float | None, Leaf("highest one; none: where the process begins", "watch", above(0))]
+Rho = Annotated[float | None, Leaf("exponent of spacing rho; none: 7", "watch", above(0))]
+Shift = Annotated[float, Leaf("resolution shift of the times", "watch", above(0))]
+Ahead = Annotated[float, Leaf("where a step looks: 1 is Heun, 1/2 midpoint, 2/3 Ralston", "watch", between(0, 1))]
 
 
 class Mix(NamedTuple):
@@ -94,6 +106,27 @@ class Trajectory(NamedTuple):
 
 
 AnyProcess = GaussianDiffusion | Process
+
+
+@dataclass(frozen=True)
+class SamplerRecord:
+    """A sampler. The annotated keyword parameters of its function are its options.
+
+    Attributes:
+        trajectory: (process, steps, options) -> its table; None for one that chooses its steps as it goes.
+        calls: steps -> how often the network is called, at most.
+        through_x0: whether it goes through predicted data, so that they can be limited.
+        adaptive: (process, guidance weight, options) -> its plan, of one that chooses its steps as it goes.
+    """
+
+    trajectory: Callable[..., Trajectory] | None = None
+    calls: Callable[[int], int] | None = None
+    through_x0: bool = False
+    adaptive: Callable[..., Any] | None = None
+
+    @property
+    def options(self) -> dict[str, Option]:
+        return options(self.trajectory or self.adaptive)
 
 
 def rows(grid: Grid, state: Mix, memory: Mix | None = None, **others: Any) -> Table:
@@ -270,7 +303,12 @@ def noise_time(process: AnyProcess, grid: Grid) -> np.ndarray:
 # Samplers in noise levels
 
 
-def ddpm(process: AnyProcess, steps: int, *, spacing: str = "even") -> Trajectory:
+def ddpm(
+    process: AnyProcess,
+    steps: int,
+    *,
+    spacing: Annotated[str, Leaf("which steps of the process are visited", "watch", one_of(SPACINGS))] = "even",
+) -> Trajectory:
     """Ancestral sampling of a discrete process (DDPM algorithm 2) in `steps` of its steps."""
     if not isinstance(process, GaussianDiffusion):
         raise UserError("sampler 'ddpm' needs a discrete process; valid in continuous time: ddim with eta 1")
@@ -300,11 +338,15 @@ def ddim(
     process: AnyProcess,
     steps: int,
     *,
-    eta: float = 0.0,
-    spacing: str | None = None,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    rho: float | None = None,
+    eta: Annotated[
+        float, Leaf("0: deterministic; 1: as much noise as DDPM's posterior has", "watch", at_least(0))
+    ] = 0.0,
+    spacing: Annotated[
+        str | None, Leaf("which noise levels are visited; none: stride, in continuous time rho", "watch", Every)
+    ] = None,
+    sigma_min: SigmaMin = None,
+    sigma_max: SigmaMax = None,
+    rho: Rho = None,
 ) -> Trajectory:
     """(5) down to the data; spacing by default "stride" for a discrete process, else "rho"."""
     if eta < 0:
@@ -329,15 +371,15 @@ def edm(
     process: AnyProcess,
     steps: int,
     *,
-    order: int = 2,
-    ahead: float = 1.0,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    rho: float | None = None,
-    churn: float = 0.0,
-    churn_min: float = 0.0,
-    churn_max: float = np.inf,
-    churn_noise: float = 1.0,
+    order: Annotated[int, Leaf("2: Heun's steps; 1: Euler's", "watch", one_of((1, 2)))] = 2,
+    ahead: Ahead = 1.0,
+    sigma_min: SigmaMin = None,
+    sigma_max: SigmaMax = None,
+    rho: Rho = None,
+    churn: Annotated[float, Leaf("S_churn: how much noise is added on the way", "watch", at_least(0))] = 0.0,
+    churn_min: Annotated[float, Leaf("S_min: lowest noise level where it is", "watch", at_least(0))] = 0.0,
+    churn_max: Annotated[float | None, Leaf("S_max: highest one; none: all", "watch", at_least(0))] = None,
+    churn_noise: Annotated[float, Leaf("S_noise: standard deviation of the added noise", "watch", at_least(0))] = 1.0,
 ) -> Trajectory:
     """EDM's sampler (algorithm 2) in x/α: (3) over (4), 2 steps - 1 calls, or with order 1 Euler's, `steps` calls.
 
@@ -347,6 +389,7 @@ def edm(
         raise UserError(f"order {order}, churn {churn}: valid: 1 or 2, 0 and above")
     if order == 1 and ahead != 1:
         raise UserError(f"ahead {ahead} has no meaning with order 1, which does not look ahead; valid: order 2")
+    churn_max = np.inf if churn_max is None else churn_max
     if not churn and (churn_min, churn_max, churn_noise) != (0.0, np.inf, 1.0):
         raise UserError("churn_min, churn_max and churn_noise have no meaning without churn; valid with: churn above 0")
     if not 0 <= churn_min <= churn_max or not churn_noise >= 0:
@@ -377,10 +420,12 @@ def dpmpp_2m(
     process: AnyProcess,
     steps: int,
     *,
-    spacing: str | None = None,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    rho: float | None = None,
+    spacing: Annotated[
+        str | None, Leaf("which noise levels are visited; none: linspace, in continuous time rho", "watch", Every)
+    ] = None,
+    sigma_min: SigmaMin = None,
+    sigma_max: SigmaMax = None,
+    rho: Rho = None,
 ) -> Trajectory:
     """(6) down to the data; spacing by default "linspace" for a discrete process, else "rho"."""
     default = "linspace" if isinstance(process, GaussianDiffusion) else "rho"
@@ -426,7 +471,7 @@ def time_grid(process: AnyProcess, sampler: str, steps: int, shift: float, times
     return known, known.nearest(given)
 
 
-def euler(process: AnyProcess, steps: int, *, shift: float = 1.0, times: Any = None) -> Trajectory:
+def euler(process: AnyProcess, steps: int, *, shift: Shift = 1.0, times: Any = None) -> Trajectory:
     """Euler's steps along the flow (2), through the span or the given times [steps + 1]."""
     known, t = time_grid(process, "euler", steps, shift, times)
     grid, point = known.grid(t[:-1]), known.path(t[:-1])
@@ -434,7 +479,7 @@ def euler(process: AnyProcess, steps: int, *, shift: float = 1.0, times: Any = N
     return Trajectory(rows(grid, state), np.arange(steps), grid, max(1.0, float(grid.sigma[0])))
 
 
-def heun(process: AnyProcess, steps: int, *, ahead: float = 1.0, shift: float = 1.0, times: Any = None) -> Trajectory:
+def heun(process: AnyProcess, steps: int, *, ahead: Ahead = 1.0, shift: Shift = 1.0, times: Any = None) -> Trajectory:
     """(3) along the flow; the last step is Euler's where the flow at its end divides by zero.
 
     ahead: r of (3). times: [steps + 1] to use instead of those through the span, which `shift` moves.
@@ -463,6 +508,11 @@ DIFFUSIONS = {
     "increasing_decreasing": lambda c, t, point: c * np.sin(np.pi * t) ** 2,
 }
 LAST_STEPS = ("mean", "euler", "tweedie", "none")
+Form = Annotated[str, Leaf("form of the diffusion coefficient", "watch", one_of(DIFFUSIONS))]
+Norm = Annotated[float, Leaf("its size", "watch", at_least(0))]
+LastStep = Annotated[str, Leaf("the last step, without noise", "watch", one_of(LAST_STEPS))]
+LastStepSize = Annotated[float | None, Leaf("its size; none: 0.04", "watch", between(0, 1))]
+Start = Annotated[float | None, Leaf("the first time; none: where the process begins", "watch", between(0, 1))]
 
 
 class Stochastic(NamedTuple):
@@ -542,11 +592,11 @@ def euler_maruyama(
     process: AnyProcess,
     steps: int,
     *,
-    diffusion: str = "sigma",
-    norm: float = 1.0,
-    last_step: str = "mean",
-    last_step_size: float | None = None,
-    start: float | None = None,
+    diffusion: Form = "sigma",
+    norm: Norm = 1.0,
+    last_step: LastStep = "mean",
+    last_step_size: LastStepSize = None,
+    start: Start = None,
 ) -> Trajectory:
     """x' = x + h (v + D s) + √(2Dh) z for a path from noise at 0 to data at 1, then the last step.
 
@@ -564,11 +614,11 @@ def sde_heun(
     process: AnyProcess,
     steps: int,
     *,
-    diffusion: str = "sigma",
-    norm: float = 1.0,
-    last_step: str = "mean",
-    last_step_size: float | None = None,
-    start: float | None = None,
+    diffusion: Form = "sigma",
+    norm: Norm = 1.0,
+    last_step: LastStep = "mean",
+    last_step_size: LastStepSize = None,
+    start: Start = None,
 ) -> Trajectory:
     """y = x + √(2Dh) z, then (3) with the drift v + D s; options as `euler_maruyama`."""
     known, t, size = sde_times(process, "sde_heun", steps, start, last_step, last_step_size)

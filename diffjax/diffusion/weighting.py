@@ -28,6 +28,7 @@ shifts u. Here "uncertainty" is (3) with the w of "uniform", for the preconditio
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,12 @@ import numpy as np
 
 from diffjax.diffusion.paths import Array, Point, Prediction, determinant, namespace, predicts_score, predicts_velocity
 from diffjax.errors import UserError
+from diffjax.options import Leaf, above, one_of
 
 WEIGHTINGS = ("uniform", "snr", "min_snr", "edm", "velocity", "likelihood", "uncertainty")
+Weighting = Annotated[str, Leaf("of the squared error", valid=one_of(WEIGHTINGS))]
+Gamma = Annotated[float | None, Leaf("of the weighting min_snr; none: 5", valid=above(0))]
+SigmaData = Annotated[float | None, Leaf("standard deviation of the data, where it is used; none: 0.5", valid=above(0))]
 FEATURES = 64  # of each kind in `uncertainty`; together as many as in EDM2
 
 

@@ -135,6 +135,9 @@ MODELS: dict[str, PublishedModel] = {
 }
 
 
+FREE = ("dropout",)  # published with the sizes, and of no shape
+
+
 def create(name: str, **kwargs: Any) -> nn.Module:
     """The backbone of a published name ("DiT-XL/2", "dit-xl-2") or of a family ("DiT", every size given).
 
@@ -174,6 +177,17 @@ def option_table(name: str) -> dict[str, Option]:
     family, sizes = _resolve(name)
     table = options(FAMILIES[family])
     return {key: dataclasses.replace(option, default=sizes.get(key, option.default)) for key, option in table.items()}
+
+
+def published_sizes(name: str) -> dict[str, Any]:
+    """What a published name says of the parameters' shapes, by option; of a family nothing."""
+    family, sizes = _resolve(name)
+    return {key: value for key, value in sizes.items() if key in options(FAMILIES[family]) and key not in FREE}
+
+
+def arguments(name: str) -> set[str]:
+    """The constructor arguments of a published name's or family's backbone."""
+    return {field for field in FAMILIES[family_of(name)].__dataclass_fields__ if field not in ("parent", "name")}
 
 
 def fused(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:

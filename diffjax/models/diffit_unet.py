@@ -69,7 +69,7 @@ REMAT_POLICIES = layers.REMAT_POLICIES | {
     )
 }
 
-PER_STAGE = Valid("a positive integer per stage", lambda values: bool(values) and min(values) >= 1)
+PER_STAGE = Valid(lambda: "a positive integer per stage", lambda values: bool(values) and min(values) >= 1)
 
 LOGICAL_AXES: LogicalAxes = (
     *((rf"block/{pattern}", axes) for pattern, axes in BLOCK_AXES),

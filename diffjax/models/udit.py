@@ -71,12 +71,16 @@ STAGES = ("encoder_1", "encoder_2", "latent", "decoder_2", "decoder_1")
 WIDTHS = (1, 2, 4, 2, 2)  # of the stages, in multiples of `width`
 SCALES = (1, 2, 4, 2, 1)  # how much smaller than the input their maps are
 
-FIVE = Valid("five positive integers, one per stage", lambda values: len(values) == len(STAGES) and min(values) >= 1)
+FIVE = Valid(
+    lambda: "five positive integers, one per stage", lambda values: len(values) == len(STAGES) and min(values) >= 1
+)
 ONE_OR_FIVE = Valid(
-    "a positive integer, or five positive integers, one per stage",
+    lambda: "a positive integer, or five positive integers, one per stage",
     lambda value: value >= 1 if isinstance(value, int) else FIVE.test(value),
 )
-ODD_OR_0 = Valid("an odd number, or 0 for no convolution", lambda side: side == 0 or (side > 0 and side % 2 == 1))
+ODD_OR_0 = Valid(
+    lambda: "an odd number, or 0 for no convolution", lambda side: side == 0 or (side > 0 and side % 2 == 1)
+)
 
 LOGICAL_AXES: LogicalAxes = (
     (r"image_embed/kernel", (None, None, None, "embed")),

@@ -5,6 +5,8 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from diffjax.errors import UserError
 
@@ -58,6 +60,13 @@ def give_threads_to_simulated_devices() -> None:
 def is_lead() -> bool:
     """True on the one process that prints and writes files for all."""
     return jax.process_index() == 0
+
+
+def fetch_whole(array: jax.Array) -> np.ndarray:
+    """The values of an array on every process; all of them call it where the array lies on several."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(jax.device_get(array))
 
 
 def _integer(name: str) -> int | None:

@@ -8,8 +8,8 @@ While `samples.npz` is being made there is a folder `samples.npz.parts` beside i
 Each file appears whole under its name. The steps of a command on one or several hosts that share the folder:
 
     parts = open_parts(out, identity, num, process)      every host, process = its number
-    for numbers in number_batches(missing, 128):         missing = parts.missing() of host 0, told to all: they listed
-        parts.write(own, rows)                           the folder at different times; own = its part of the numbers
+    missing = parts.missing()                            of host 0, for all: they listed the folder at different times
+    parts.write(own, rows)                               batch by batch; own = its part of the missing numbers
     parts.finish({"arr_1": labels}, description)         host 0, when all have written
 
 `finish` writes the npz, the json and the png, and removes the folder last. A death anywhere in between costs what the
@@ -81,12 +81,6 @@ def open_parts(out: Path, identity: Mapping[str, Any], num: int, process: int = 
     else:
         files.write_json(request, identity, parts.owner)
     return parts
-
-
-def number_batches(missing: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """The numbers `missing` in order, at most `batch_size` at a time."""
-    for start in range(0, len(missing), batch_size):
-        yield missing[start : start + batch_size]
 
 
 @dataclass(frozen=True)

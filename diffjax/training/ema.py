@@ -154,7 +154,7 @@ def _different_lengths(tracks: tuple[float, ...]) -> bool:
     return exact and len(set(tracks)) == len(tracks)
 
 
-LENGTHS = Valid(f"different lengths above 0 to {LONGEST:.4f}, of up to three decimals", _different_lengths)
+LENGTHS = Valid(lambda: f"different lengths above 0 to {LONGEST:.4f}, of up to three decimals", _different_lengths)
 
 
 @dataclass(frozen=True)
@@ -174,18 +174,21 @@ class Ema:
         int, Leaf("permanent snapshots of the tracks, for averages of any length", valid=at_least(0, zero="never"))
     ] = 0
 
+    def unread(self) -> dict[str, str]:
+        """The leaves that the kind of average does not read, and why."""
+        others = {leaf for average in AVERAGES.values() for leaf in average.reads} - set(AVERAGES[self.kind].reads)
+        return dict.fromkeys(others, f"with ema.kind = {self.kind}")
+
 
 def rates(ema: Ema, batch_size: int) -> Rates:
     """The averages that a config asks for. UserError for what is not valid or contradicts itself."""
-    for name, option in options(Ema).items():
-        check(f"ema.{name}", option, getattr(ema, name))
+    for name, value in vars(ema).items():
+        check(f"ema.{name}", options(Ema)[name], value)
     if bool(ema.tracks) != bool(ema.snapshot_every_steps):
         raise UserError(
             f"ema.tracks = {ema.tracks}, ema.snapshot_every_steps = {ema.snapshot_every_steps}: tracks need snapshots, "
             "every 1 or more steps, and snapshots need tracks, such as (0.05, 0.1)"
         )
-    if ema.halflife_images and "halflife_images" not in AVERAGES[ema.kind].reads:
-        raise UserError(f"ema.halflife_images = {ema.halflife_images} has no effect with ema.kind = {ema.kind!r}")
     tracks = {name: power(length) for name, length in track_lengths(ema.tracks).items()}
     return Rates(AVERAGES[ema.kind].build(ema, batch_size), tracks)
 

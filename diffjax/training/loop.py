@@ -1,4 +1,4 @@
-"""The one training loop, which every backbone and every objective goes through.
+"""The one training loop, which every backbone and every method goes through.
 
 The order of a pass is a contract:
 
@@ -8,61 +8,60 @@ Saving precedes drawing, so the position of the data that is saved is the one th
 that nothing that goes wrong there costs a step. Snapshots precede saving, which waits for them: a run that goes on from
 a checkpoint has all snapshots before it; later ones it passes again, with the same values. The scalars of a step are
 fetched after the next one has been dispatched, so that reporting never makes a device wait; before a snapshot or a save
-they are all fetched, so that a state that came from a non-finite gradient is never written.
+they are all fetched, so that a state that came from a non-finite gradient is never written. An evaluation that a kill
+left out, the last one too, is made up for when the run goes on.
 """
 
 import contextlib
-import hashlib
-import json
 import platform
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from clu import parameter_overview
-from ml_collections import ConfigDict
 
 import diffjax
-from diffjax.data import pipeline, sources
+from diffjax.config import Config, check_same_run, read, write
+from diffjax.config.load import same_values
+from diffjax.data import pipeline
 from diffjax.errors import UserError, writing
-from diffjax.ops.macs import count_macs
+from diffjax.experiment import Experiment, build
 from diffjax.parallel import hosts
-from diffjax.sampling import samples
-from diffjax.training import config as configs
-from diffjax.training import ema, generate
+from diffjax.training import finetune
 from diffjax.training.checkpoint import Checkpoints, Snapshots, latest_step
+from diffjax.training.evaluations import Evaluations
 from diffjax.training.interrupt import StopRequest
 from diffjax.training.metrics import NonFiniteError, Reporter
-from diffjax.training.objective import example
-from diffjax.training.objective.codes import check_made_as_stated
-from diffjax.training.setup import Setup, averages, build
+from diffjax.training.profile import Profile
 from diffjax.training.state import TrainState
-
-# Sections that change what is said and kept of a run, not its values.
-WATCHING = ("checkpoint.", "log.", "evals.", "sampling.")
 
 
 @dataclass
 class Pending:
-    """The scalars of the last dispatched step, not fetched yet."""
+    """The scalars of the last dispatched step, not fetched yet, and the seconds that it waited for its batch."""
 
     step: int = 0
     values: dict[str, jax.Array] | None = None
+    waited: float = 0.0
 
     def flush(self, reporter: Reporter) -> None:
         if self.values is not None:
+            reporter.waited(self.waited)
             reporter.step(self.step, self.values)
         self.values = None
 
 
-def train(config: ConfigDict, workdir: Path, accepted: tuple[str, ...] = ()) -> None:
+def train(
+    config: Config, workdir: Path, accepted: tuple[str, ...] = (), profile: tuple[int, int] | None = None
+) -> None:
     """Train as `config` says in `workdir`; an existing folder is resumed, a finished run is left as it is.
 
     Args:
         accepted: leaves in which `config` may differ from the folder's own.
+        profile: first and last step of which a trace is written.
 
     Raises:
         UserError: anything the user can mend; what can be known beforehand, before anything is written.
@@ -72,244 +71,239 @@ def train(config: ConfigDict, workdir: Path, accepted: tuple[str, ...] = ()) -> 
         stop = stack.enter_context(contextlib.closing(StopRequest(alone=jax.process_count() == 1)))
         changed = _check_folder(config, workdir, accepted)
         latest = latest_step(workdir)
-        if latest is not None and latest > config.total_steps:
-            raise UserError(f"{workdir} is at step {latest}, beyond total_steps = {config.total_steps}")
-        if latest == config.total_steps:
+        experiment = build(config)
+        total = experiment.schedule.total_steps
+        if latest is not None and latest > total:
+            raise UserError(f"{workdir} is at step {latest}, beyond total_steps = {total}")
+        evaluations = Evaluations(workdir, experiment)
+        if latest == total and not evaluations.missing(total) and not profile:
             if hosts.is_lead():
-                print(f"{workdir} is finished: step {config.total_steps} of {config.total_steps}", flush=True)
+                print(f"{workdir} is finished: step {total} of {total}", flush=True)
             return
-        setup = build(config)
-        draw_samples = SampleGrid(setup, workdir)
-        batches = stack.enter_context(contextlib.closing(open_batches(config)))
+        tracer = stack.enter_context(contextlib.closing(Profile(workdir / "profile", profile, latest or 0, total)))
+        _ = experiment.sampler, experiment.frozen  # what cannot be is found now, before anything is written
+        evaluations.prepare()
+        begin = finetune.find_start(experiment) if latest is None else None
+        batches = stack.enter_context(contextlib.closing(experiment.stream()))
         _make_folder(config, workdir)
-        checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, workdir)))
-        stack.enter_context(jax.set_mesh(setup.mesh))
-        state, start = _initial_or_restored(setup, checkpoints, batches)
-        if checkpoints.snapshots and not all(line.startswith((*configs.LAYOUT_LEAVES, *WATCHING)) for line in changed):
+        checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(experiment, workdir)))
+        stack.enter_context(jax.set_mesh(experiment.mesh))
+        state, start, seconds = _initial_or_restored(experiment, checkpoints, batches, begin)
+        if checkpoints.snapshots and not same_values(config, changed):
             checkpoints.snapshots.refuse_after(start)
         _keep_config(config, workdir)
-        reporter = stack.enter_context(contextlib.closing(_reporter(setup, workdir, start)))
-        _announce(setup, reporter, start, changed)
-        _loop(setup, state, start, workdir, checkpoints, batches, draw_samples, reporter, stop)
+        missing = evaluations.missing(start)
+        reporter = stack.enter_context(contextlib.closing(_reporter(experiment, workdir, start, seconds, missing)))
+        _announce(experiment, reporter, start, changed)
+        run = Run(experiment, checkpoints, batches, evaluations, reporter, stop, tracer, workdir)
+        run.loop(state, start, missing, keep_start=begin is not None)
 
 
-def _open_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
+def _open_checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
     return Checkpoints(
         workdir,
-        keep=config.checkpoint.keep,
-        keep_every_steps=config.checkpoint.keep_every_steps,
-        snapshots=Snapshots(workdir) if config.ema.tracks else None,
+        keep=experiment.schedule.keep,
+        keep_every_steps=experiment.schedule.keep_every,
+        snapshots=Snapshots(workdir) if experiment.tracks else None,
     )
 
 
-def _check_folder(config: ConfigDict, workdir: Path, accepted: tuple[str, ...]) -> list[str]:
+def _check_folder(config: Config, workdir: Path, accepted: tuple[str, ...]) -> dict[str, str]:
     """Raise UserError unless the folder is new or belongs to this config; return the differences that may be."""
     path = workdir / "config.json"
-    stored = configs.read(path) if path.is_file() else None
-    known = configs.flatten(config) | configs.flatten(stored or config)
-    if unknown := [name for name in accepted if name not in known]:
-        raise UserError(f"--accept={','.join(unknown)}: the config has no such leaf")
-    if stored is not None:
-        return configs.check_same_run(stored, config, accepted)
+    if path.is_file():
+        return check_same_run(read(path), config, accepted)
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} has checkpoints but no config.json: not a run folder; use another --workdir")
-    return []
+    return check_same_run(config, config, accepted)
 
 
-def _make_folder(config: ConfigDict, workdir: Path) -> None:
+def _make_folder(config: Config, workdir: Path) -> None:
     if not hosts.is_lead():
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not (workdir / "config.json").is_file():
-            configs.write(config, workdir / "config.json")
+            write(config, workdir / "config.json")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; give a writable folder") from error
 
 
-def _keep_config(config: ConfigDict, workdir: Path) -> None:
+def _keep_config(config: Config, workdir: Path) -> None:
     """Accepted changes become the run's own once its state could be restored under them."""
     if hosts.is_lead():
-        configs.write(config, workdir / "config.json")
+        with writing(workdir / "config.json"):
+            write(config, workdir / "config.json")
 
 
-def _reporter(setup: Setup, workdir: Path, start: int) -> Reporter:
-    config = setup.config
+def _reporter(experiment: Experiment, workdir: Path, start: int, seconds: float, missing: list[str]) -> Reporter:
     return Reporter(
         workdir,
-        total_steps=config.total_steps,
-        batch_size=config.batch_size,
-        every_steps=config.log.every_steps,
-        flops_per_step=step_flops(setup),
-        tensorboard=config.log.tensorboard,
+        total_steps=experiment.schedule.total_steps,
+        batch_size=experiment.batch_size,
+        every_steps=experiment.schedule.report_every,
+        flops_per_step=experiment.step_flops(),
+        tensorboard=experiment.tensorboard,
         start=start,
+        seconds_before=seconds,
+        again=missing,
         lead=hosts.is_lead(),
     )
 
 
-def _loop(
-    setup: Setup,
-    state: TrainState,
-    start: int,
-    workdir: Path,
-    checkpoints: Checkpoints,
-    batches: pipeline.Batches,
-    draw_samples: "SampleGrid",
-    reporter: Reporter,
-    stop: StopRequest,
-) -> None:
-    config = setup.config
-    pending = Pending()
-    saved = checkpoints.latest()
-    meta = _meta(setup)
+def _initial_or_restored(
+    experiment: Experiment, checkpoints: Checkpoints, batches: pipeline.Batches, begin: finetune.Start | None
+) -> tuple[TrainState, int, float]:
+    """The state, its step, and the seconds that the run has taken so far."""
+    latest = checkpoints.latest()
+    if latest is None:
+        return finetune.initial_state(experiment, begin), 0, 0.0
+    state, position = checkpoints.restore_or_advise(experiment.abstract, latest)
+    batches.set_state(position)
+    meta = checkpoints.meta(latest)
+    frozen = experiment.frozen_sha256()
+    if meta.get("frozen_sha256", frozen) != frozen:
+        raise UserError(
+            f"the frozen networks of this run had hashes {meta['frozen_sha256']}, and those that the config names have "
+            f"{frozen}; give the same weights"
+        )
+    return state, latest, float(meta.get("seconds", 0.0))
 
-    def progress(step: int) -> dict[str, int]:
-        return {"step": step, "images_seen": step * config.batch_size}
 
-    def snapshot(step: int) -> None:
-        if checkpoints.snapshots:
-            pending.flush(reporter)
-            reporter.pause()
-            lengths = {"sigma_rel": ema.track_lengths(averages(config).tracks)}
-            checkpoints.snapshots.save(state.tracks, step, {**lengths, **progress(step)})
+def _announce(experiment: Experiment, reporter: Reporter, start: int, changed: dict[str, str]) -> None:
+    params = experiment.abstract.params
+    logging.info("\n%s", parameter_overview.get_parameter_overview(params, include_stats=False))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    mesh = " x ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items())
+    device = jax.devices()[0].device_kind
+    if changed:
+        reporter.say(f"going on with {'; '.join(changed.values())}")
+    verb = f"resuming at step {start}" if start else "starting"
+    reporter.say(f"{verb}: {experiment.name}, {count:,} parameters, mesh {mesh} of {device}")
 
-    def save(step: int) -> None:
-        nonlocal saved
-        pending.flush(reporter)
-        if step != saved:
-            reporter.pause()
-            checkpoints.save(state, step, batches.get_state(), {**meta, **progress(step)})
-            saved = step
 
-    try:
-        with jax.transfer_guard("disallow"):
-            for step in range(start, config.total_steps):
-                if step > start and _due(step, config.ema.snapshot_every_steps):
-                    snapshot(step)
-                if step > start and _due(step, config.checkpoint.every_steps):
-                    save(step)
-                if step > start and _due(step, config.evals.samples.every_steps):
-                    pending.flush(reporter)
-                    draw_samples(step, state, reporter)
-                if stop.signal_name or checkpoints.reached_preemption(step):
-                    save(step)
-                    checkpoints.wait()
-                    reporter.say(f"{stop.signal_name or 'preemption'}: checkpoint written, stopped at step {step}")
-                    return
-                checkpoints.check_for_errors()
-                state, pending = advance(setup, state, step, batches, pending, reporter)
-            snapshot(config.total_steps)
-            save(config.total_steps)
-            draw_samples(config.total_steps, state, reporter)
-        checkpoints.wait()
-    except NonFiniteError as error:
-        checkpoints.wait()
-        last = checkpoints.latest()
-        kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint was written"
-        raise NonFiniteError(f"{error}; {kept}; nothing was written after it") from error
-    reporter.say(f"finished: step {config.total_steps} of {config.total_steps} in {workdir}")
+@dataclass
+class Run:
+    """All that the loop works with."""
+
+    experiment: Experiment
+    checkpoints: Checkpoints
+    batches: pipeline.Batches
+    evaluations: Evaluations
+    reporter: Reporter
+    stop: StopRequest
+    profile: Profile
+    workdir: Path
+
+    def __post_init__(self) -> None:
+        self._pending = Pending()
+        self._saved = self.checkpoints.latest()
+        self._meta = _meta(self.experiment)
+
+    def loop(self, state: TrainState, start: int, missing: list[str], keep_start: bool) -> None:
+        """From step `start` to the last, or until the run is asked to stop.
+
+        missing: evaluators to make up for at `start`. keep_start: whether the first state is saved, so that a run that
+        started from other parameters does not depend on them any more.
+        """
+        schedule = self.experiment.schedule
+        total = schedule.total_steps
+        try:
+            with jax.transfer_guard("disallow"):
+                if keep_start:
+                    self._save(state, start)
+                self._evaluate(state, start, missing)
+                for step in range(start, total):
+                    if step > start:
+                        self._between(state, step)
+                    if self.stop.signal_name or self.checkpoints.reached_preemption(step):
+                        self._stop(state, step)
+                        return
+                    self.checkpoints.check_for_errors()
+                    self.profile.before(step, state)
+                    state, self._pending = advance(
+                        self.experiment, state, step, self.batches, self._pending, self.reporter
+                    )
+                if start < total:
+                    self._snapshot(state, total)
+                    self._save(state, total)
+                    self._evaluate(state, total, self.evaluations.due(total))
+            self.checkpoints.wait()
+        except NonFiniteError as error:
+            self.checkpoints.wait()
+            last = self.checkpoints.latest()
+            kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint was written"
+            raise NonFiniteError(f"{error}; {kept}; nothing was written after it") from error
+        self.reporter.say(f"finished: step {total} of {total} in {self.workdir}")
+
+    def _between(self, state: TrainState, step: int) -> None:
+        """What is due before a step."""
+        schedule = self.experiment.schedule
+        if is_due(step, schedule.snapshot_every):
+            self._snapshot(state, step)
+        if is_due(step, schedule.checkpoint_every):
+            self._save(state, step)
+        self._evaluate(state, step, self.evaluations.due(step))
+
+    def _snapshot(self, state: TrainState, step: int) -> None:
+        if self.checkpoints.snapshots:
+            self._pending.flush(self.reporter)
+            self.reporter.pause()
+            meta = {"sigma_rel": dict(self.experiment.tracks), **self._progress(step)}
+            self.checkpoints.snapshots.save(state.tracks, step, meta)
+
+    def _save(self, state: TrainState, step: int) -> None:
+        self._pending.flush(self.reporter)
+        if step != self._saved:
+            self.reporter.pause()
+            meta = {**self._meta, **self._progress(step), "seconds": self.reporter.seconds()}
+            self.checkpoints.save(state, step, self.batches.get_state(), meta)
+            self._saved = step
+
+    def _evaluate(self, state: TrainState, step: int, names: list[str]) -> None:
+        if names:
+            self._pending.flush(self.reporter)
+            self.reporter.pause()
+            with jax.transfer_guard("allow"):
+                self.evaluations.run(names, step, state.ema, self.reporter)
+
+    def _stop(self, state: TrainState, step: int) -> None:
+        self._save(state, step)
+        self.checkpoints.wait()
+        reason = self.stop.signal_name or "preemption"
+        self.reporter.say(f"{reason}: checkpoint written, stopped at step {step}")
+
+    def _progress(self, step: int) -> dict[str, int]:
+        return {"step": step, "images_seen": step * self.experiment.batch_size}
 
 
 def advance(
-    setup: Setup, state: TrainState, step: int, batches: pipeline.Batches, pending: Pending, reporter: Reporter
+    experiment: Experiment,
+    state: TrainState,
+    step: int,
+    batches: pipeline.Batches,
+    pending: Pending,
+    reporter: Reporter,
 ) -> tuple[TrainState, Pending]:
     """Draw a batch, dispatch the step on it, and only then report the step before."""
-    state, metrics = setup.step(state, setup.put(next(batches)), setup.key)
+    asked = time.perf_counter()
+    batch = next(batches)
+    waited = time.perf_counter() - asked
+    state, metrics = experiment.step(state, experiment.frozen, experiment.put(batch), experiment.key)
     pending.flush(reporter)
-    return state, Pending(step + 1, metrics)
+    return state, Pending(step + 1, metrics, waited)
 
 
-class SampleGrid:
-    """Draws the same images of the average's model at every call: samples/step_*.png and TensorBoard."""
-
-    def __init__(self, setup: Setup, workdir: Path):
-        self._setup, self._folder = setup, workdir / "samples"
-        config = setup.config
-        self._num = config.evals.samples.num if config.evals.samples.every_steps else 0
-        if not self._num:
-            return
-        if setup.objective.makes != "pictures":
-            raise UserError(
-                f"evals.samples draws pictures, and this model makes {setup.objective.makes}; "
-                "set evals.samples.every_steps=0"
-            )
-        self._sampler = generate.compile_sampler(setup.objective, setup.model, setup.mesh, config.seed)
-
-    def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
-        if not self._num:
-            return
-        reporter.pause()
-        labels = generate.interleaved_labels(self._num, self._setup.config.data.num_classes)
-        with jax.transfer_guard("allow"):
-            batches = generate.generate(self._sampler, state.ema, labels, self._setup.mesh, self._num)
-            values = np.concatenate(list(batches))
-        if not np.isfinite(values).all():
-            reporter.say(f"step {step}: sampled values are not finite, no picture is drawn")
-            return
-        images = samples.to_uint8(values)
-        if hosts.is_lead():
-            grid = samples.grid(images)
-            path = self._folder / f"step_{step:08d}.png"
-            with writing(path):
-                self._folder.mkdir(exist_ok=True)
-                samples.write_png(path, grid)
-            reporter.image("samples", step, grid)
-
-
-def open_batches(config: ConfigDict, start: int = 0) -> pipeline.Batches:
-    """This host's part of the stream of training batches."""
-    data = config.data
-    if "tokens" in config:
-        check_made_as_stated(config)
-    return pipeline.Batches(
-        sources.load(data),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        flip=data.flip,
-        workers=data.workers,
-        threads=data.threads,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        start=start,
-    )
-
-
-def step_flops(setup: Setup) -> float:
-    """Model FLOPs of one training step: 3 x the forward pass, 2 per multiply-accumulate, no recomputation."""
-    return 6.0 * setup.config.batch_size * count_macs(setup.apply, setup.abstract.params, *example(setup.config))
-
-
-def _initial_or_restored(setup: Setup, checkpoints: Checkpoints, batches: pipeline.Batches) -> tuple[TrainState, int]:
-    latest = checkpoints.latest()
-    if latest is None:
-        return setup.init(), 0
-    state, position = checkpoints.restore_or_advise(setup.abstract, latest)
-    batches.set_state(position)
-    return state, latest
-
-
-def _announce(setup: Setup, reporter: Reporter, start: int, changed: list[str]) -> None:
-    params = setup.abstract.params
-    logging.info("\n%s", parameter_overview.get_parameter_overview(params, include_stats=False))
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
-    device = jax.devices()[0].device_kind
-    if changed:
-        reporter.say(f"going on with {'; '.join(changed)}")
-    verb = f"resuming at step {start}" if start else "starting"
-    reporter.say(f"{verb}: {setup.config.model.name}, {count:,} parameters, mesh {mesh} of {device}")
-
-
-def _due(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _meta(setup: Setup) -> dict[str, Any]:
+def _meta(experiment: Experiment) -> dict[str, Any]:
     """What a checkpoint says of its maker."""
-    config = json.dumps(setup.config.to_dict(), sort_keys=True)
     return {
-        "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
-        "mesh": dict(setup.mesh.shape),
+        "config_sha256": experiment.config_sha256(),
+        "frozen_sha256": experiment.frozen_sha256(),
+        "mesh": dict(experiment.mesh.shape),
         "processes": jax.process_count(),
         "versions": {"diffjax": diffjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
     }

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from clu import metrics as clu_metrics
 from tqdm import tqdm
 
 from diffjax.errors import UserError, writing
+from diffjax.files import write_text
 
 # Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets, by the start of jax's device_kind.
 PEAK_FLOPS = {
@@ -44,6 +45,8 @@ class Reporter:
     Args:
         flops_per_step: model FLOPs of a training step on all devices (3 x forward, 2 per multiply-accumulate, no
             recomputation: PaLM, arXiv 2204.02311, appendix B), for the MFU.
+        start: the step that the run goes on from; rows of later ones are dropped, they will be written again.
+        seconds_before: what the run has taken before this start. again: evaluators that run again at `start`.
         lead: False on the processes that stay silent.
     """
 
@@ -57,16 +60,22 @@ class Reporter:
         flops_per_step: float,
         tensorboard: bool,
         start: int = 0,
+        seconds_before: float = 0.0,
+        again: Collection[str] = (),
         lead: bool = True,
     ):
         self._workdir = workdir
+        self._started, self._seconds_before = time.monotonic(), seconds_before
         self._total_steps, self._batch_size, self._every_steps = total_steps, batch_size, every_steps
         self._lead, self._flops = lead, flops_per_step
         peak = peak_flops(jax.devices()[0])
         self._peak = peak * jax.device_count() if peak else None
         self._window: dict[str, Any] = {}
         self._durations: list[float] = []
+        self._waits: list[float] = []
         self._last_time: float | None = None
+        if lead:
+            drop_rows_after(workdir / "metrics.jsonl", start, again)
         self._file = (workdir / "metrics.jsonl").open("a", buffering=1) if lead else None
         self._board = Board(workdir / "tensorboard") if tensorboard and lead else None
         self._bar = (
@@ -97,6 +106,14 @@ class Reporter:
         if step % self._every_steps == 0 or step == self._total_steps:
             self._report(step)
 
+    def waited(self, seconds: float) -> None:
+        """Take the time that a step waited for its batch."""
+        self._waits.append(seconds)
+
+    def seconds(self) -> float:
+        """Wall time of the run, this start and those before it."""
+        return self._seconds_before + time.monotonic() - self._started
+
     def pause(self) -> None:
         """Leave out of the step time what happens until the next step (a checkpoint, a grid of samples)."""
         self._last_time = None
@@ -109,6 +126,15 @@ class Reporter:
             self._bar.write(text, file=sys.stderr)
         else:
             print(text, flush=True)
+
+    def evaluation(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        """A row of what an evaluator found: {"step": ..., "evaluation": name, ...}."""
+        if not self._lead or not values:
+            return
+        self._write({"step": step, "evaluation": name, **values})
+        if self._board:
+            self._board.scalars(step, {f"{name}/{key}": value for key, value in values.items()})
+        self.say(f"step {step}/{self._total_steps}  {name}: {'  '.join(f'{k} {v:.4g}' for k, v in values.items())}")
 
     def image(self, name: str, step: int, grid: np.ndarray) -> None:
         """A uint8 [h, w, c] picture for TensorBoard."""
@@ -125,12 +151,13 @@ class Reporter:
         values = {name: float(average.compute()) for name, average in self._window.items()}
         if self._durations:
             values |= self._speed()
-        self._window, self._durations = {}, []
+        values |= {"images_seen": step * self._batch_size, "seconds": self.seconds()}
+        if self._waits:
+            values["input_wait_seconds"] = float(np.mean(self._waits))
+        self._window, self._durations, self._waits = {}, [], []
         if not self._lead:
             return
-        assert self._file is not None
-        with writing(self._workdir / "metrics.jsonl"):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._write({"step": step, **values})
         if self._board:
             self._board.scalars(step, values)
         short = {"loss": ".4f", "grad_norm": ".3f", "images_per_second": ".0f", "mfu": ".1%"}
@@ -139,6 +166,11 @@ class Reporter:
             self._bar.set_postfix_str(text)
         else:
             self.say(f"step {step}/{self._total_steps}  {text}{self._eta(step, values)}")
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        with writing(self._workdir / "metrics.jsonl"):
+            self._file.write(json.dumps(row) + "\n")
 
     def _speed(self) -> dict[str, float]:
         seconds = float(np.mean(self._durations))
@@ -155,6 +187,27 @@ class Reporter:
             return ""
         seconds = int((self._total_steps - step) * values["step_seconds"])
         return f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+
+
+def drop_rows_after(path: Path, step: int, again: Collection[str] = ()) -> None:
+    """Leave out of metrics.jsonl what a killed run wrote beyond the step that it goes on from, and half lines.
+
+    again: evaluators whose rows of that step are left out, too.
+    """
+    if not path.is_file():
+        return
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and _is_kept(line, step, again)]
+    if kept != lines:
+        write_text(path, "".join(kept))
+
+
+def _is_kept(line: str, step: int, again: Collection[str]) -> bool:
+    try:
+        row = json.loads(line)
+        return row["step"] < step or (row["step"] == step and row.get("evaluation") not in again)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
 
 
 class Board:

@@ -312,6 +312,11 @@ class Optim:
     clip: Annotated[float, Leaf("global gradient norm", valid=at_least(0, zero="none"))] = 0.0
     accumulate: Annotated[int, Leaf("micro-batches per step", valid=at_least(1))] = 1
 
+    def unread(self) -> dict[str, str]:
+        """The leaves that the chosen optimizer and schedule do not read, and why."""
+        chosen = f"with optim.name = {self.name}, optim.schedule = {self.schedule}"
+        return {name: chosen for name in options(Optim) if name not in reads(self)}
+
 
 def reads(optim: Optim) -> tuple[str, ...]:
     """The fields that the chosen optimizer and schedule read."""
@@ -330,18 +335,16 @@ def make(
     """The optimizer of a section, and its learning rate by the number of updates made before.
 
     Raises:
-        UserError: a value that is not valid, or that contradicts another.
+        UserError: a value that contradicts another.
     """
-    for name, option in options(Optim).items():
-        check(f"optim.{name}", option, getattr(optim, name))
+    for name, value in vars(optim).items():
+        check(f"optim.{name}", options(Optim)[name], value)
     learning_rate = schedule(optim, total_steps)
     return OPTIMIZERS[optim.name].build(learning_rate, leaves, optim), learning_rate
 
 
 def schedule(optim: Optim, total_steps: int) -> optax.Schedule:
     """Linear warm-up from `warmup_from` to `lr`, then the schedule that the section names."""
-    if optim.decay_after_steps and "decay_after_steps" not in reads(optim):
-        raise UserError(f"optim.decay_after_steps has no effect with optim.schedule = {optim.schedule!r}")
     if optim.warmup_from and not optim.warmup_steps:
         raise UserError(f"optim.warmup_from = {optim.warmup_from} has no effect without optim.warmup_steps")
     after = SCHEDULES[optim.schedule](optim.lr, total_steps, optim.warmup_steps, **_schedule_options(optim))

@@ -31,12 +31,16 @@ def initial_state(params: Any, optimizer: optax.GradientTransformation, tracks: 
 
 
 def state_shardings(
-    abstract: TrainState, mesh: Mesh, parallel: Any, axes: LogicalAxes, state_axes: StateAxes | None = None
+    abstract: TrainState,
+    mesh: Mesh,
+    strategy: str,
+    replicate_below: int,
+    axes: LogicalAxes,
+    state_axes: StateAxes | None = None,
 ) -> TrainState:
-    """A TrainState of NamedShardings, by the config's `parallel` section, the model's logical axes and the
-    optimizer's `state_axes`."""
+    """A TrainState of NamedShardings, by a strategy, the model's logical axes and the optimizer's `state_axes`."""
     owners = parameters(abstract.params, axes)
-    return shardings(abstract, mesh, parallel.strategy, axes, parallel.replicate_below, owners, state_axes)
+    return shardings(abstract, mesh, strategy, axes, replicate_below, owners, state_axes)
 
 
 def with_shardings(abstract: Any, sharding: Any) -> Any:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax import models
-from diffjax.training.objective import bind
+from diffjax.contracts import bind
 
 
 def programs(size: str, batch: int) -> dict[str, tuple]:

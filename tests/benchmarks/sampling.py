@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax import diffusion, models
+from diffjax.contracts import bind
 from diffjax.diffusion import samplers
-from diffjax.training.objective import bind
 
 BATCH, SHAPE = 16, (32, 32, 4)
 CASES = (

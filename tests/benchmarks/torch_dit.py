@@ -103,20 +103,22 @@ def jax_step(options: argparse.Namespace, batch: dict[str, Any], state_dict: dic
     model = model.clone(remat=options.remat) if options.remat else model
     process, optimizer = gaussian_diffusion(), optax.adamw(1e-4, weight_decay=0.0)
 
-    def loss(params, batch, key):
+    def loss(params, frozen, batch, key):
         x0, eps, k = batch["x0"], batch["eps"], batch["k"]
         xt = process.q_sample(x0, k, eps)
         output = model.apply({"params": params}, xt, process.model_time(k), batch["y"], train=True)
         return process.losses(output, x0, xt, k, eps)["loss"].mean(), {}
 
-    step = partial(train_step, loss=loss, optimizer=optimizer, rates=ema.Rates(ema.constant(0.9999)), microbatches=1)
+    rates = ema.Rates(ema.constant(0.9999))
+    rate = optax.constant_schedule(1e-4)
+    step = partial(train_step, loss=loss, optimizer=optimizer, learning_rate=rate, rates=rates, microbatches=1)
     update = jax.jit(step, donate_argnums=0)
     state = initial_state(jax.device_put(params), optimizer)
     batch, key = jax.device_put(batch), jax.random.key(0)
 
     def run() -> float:
         nonlocal state
-        state, metrics = jax.block_until_ready(update(state, batch, key))
+        state, metrics = jax.block_until_ready(update(state, {}, batch, key))
         return float(metrics["loss"])
 
     return run

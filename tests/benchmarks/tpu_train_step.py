@@ -18,28 +18,27 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 from absl import flags
-from ml_collections import ConfigDict
 
 from diffjax import rng
+from diffjax.config import Config, load
+from diffjax.contracts import Batch
+from diffjax.experiment import build
 from diffjax.parallel.mesh import batch_sharding, replicated
-from diffjax.training import config as configs
-from diffjax.training.setup import build
 from tests import tpu
 
 
-def compiled_step(config: ConfigDict, generation: str = "v5e") -> jax.stages.Compiled:
+def compiled_step(config: Config, generation: str = "v5e") -> jax.stages.Compiled:
     """The training step of a config for a 2x2 slice, laid out as its `parallel` section says."""
     mesh = tpu.mesh(generation, data=4)
-    setup = build(config, list(mesh.devices.flat))
+    experiment = build(config, devices=list(mesh.devices.flat))
     key = jax.eval_shape(lambda: rng.stream(config.seed, "train"))
     data, b = config.data, config.batch_size
-    shapes = {"image": ((b, data.size, data.size, data.channels), jnp.float32)}
-    shapes |= dict.fromkeys(("label", "index"), ((b,), jnp.int32))
-    over = batch_sharding(setup.mesh)
-    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=over) for name, shape in shapes.items()}
-    with jax.set_mesh(setup.mesh):
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(setup.mesh))
-        return setup.step.lower(setup.abstract, batch, key).compile()
+    over = batch_sharding(experiment.mesh)
+    x = jax.ShapeDtypeStruct((b, data.size, data.size, data.channels), jnp.float32, sharding=over)
+    number = jax.ShapeDtypeStruct((b,), jnp.int32, sharding=over)
+    with jax.set_mesh(experiment.mesh):
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(experiment.mesh))
+        return experiment.step.lower(experiment.abstract, {}, Batch(x, number, number), key).compile()
 
 
 def operations(program: str) -> Iterator[tuple[str, int]]:
@@ -75,7 +74,7 @@ def main() -> None:
     flags.DEFINE_list("parts", ["attention", "mlp"], "parts of scopes, the first that fits counts", flag_values=values)
     overrides = [a for a in sys.argv[1:] if a.startswith("--config.")]
     values([sys.argv[0], *(a for a in sys.argv[1:] if a not in overrides)])
-    step = compiled_step(configs.load(values.config, overrides))
+    step = compiled_step(load(values.config, overrides))
     program = step.as_text()
     cycles = table(program, values.parts)
     total = sum(cycles.values())

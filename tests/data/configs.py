@@ -1,19 +1,18 @@
-"""The data sections that the tests of this folder use."""
+"""The data sets that the tests of this folder open."""
 
 from typing import Any
 
-from ml_collections import ConfigDict
+Section = dict[str, Any]  # the arguments of `sources.load`
 
 
-def section(name: str, size: int, channels: int, num_classes: int, **leaves: Any) -> ConfigDict:
-    """A data section with the leaves that every source has, and `leaves`."""
-    common = {"split": "train", "flip": False, "workers": 0, "threads": 0}
-    return ConfigDict({"name": name, "size": size, "channels": channels, "num_classes": num_classes} | common | leaves)
+def section(name: str, size: int, channels: int, num_classes: int, **leaves: Any) -> Section:
+    """What every source needs, and `leaves`: more of it, and options of the source."""
+    return {"name": name, "size": size, "channels": channels, "num_classes": num_classes} | leaves
 
 
-def digits(**leaves: Any) -> ConfigDict:
-    return section("digits", 8, 1, 10, **leaves)
+def digits(**leaves: Any) -> Section:
+    return section("digits", **({"size": 8, "channels": 1, "num_classes": 10} | leaves))
 
 
-def emoji32(**leaves: Any) -> ConfigDict:
+def emoji32(**leaves: Any) -> Section:
     return section("emoji32", 32, 3, 9, **leaves)

@@ -38,7 +38,7 @@ def tree(tmp_path):
 
 
 def test_folder_order_labels_and_crop(tree):
-    source = sources.load(folder(tree))
+    source = sources.load(**folder(tree))
     assert source.examples.files == ["dog/a.PNG", "dog/b.png", "dog big/deep/z.png", "dog big/y.png"]
     images, labels = sources.arrays(source)
     assert list(labels) == [0, 0, 1, 1]
@@ -48,21 +48,21 @@ def test_folder_order_labels_and_crop(tree):
 
 
 def test_folder_split_is_a_sub_folder(tree):
-    source = sources.load(folder(tree.parent, split=tree.name))
+    source = sources.load(**folder(tree.parent, split=tree.name))
     assert len(source.examples) == 4
 
 
 def test_folder_without_labels(tree):
-    assert set(sources.arrays(sources.load(folder(tree, num_classes=0)))[1]) == {0}
-    flat = sources.load(folder(tree / "dog", num_classes=0))
+    assert set(sources.arrays(sources.load(**folder(tree, num_classes=0)))[1]) == {0}
+    flat = sources.load(**folder(tree / "dog", num_classes=0))
     assert flat.examples.files == ["a.PNG", "b.png"]
 
 
 def test_folder_fingerprint_follows_the_files(tree):
-    before = sources.load(folder(tree)).fingerprint
-    assert sources.load(folder(tree)).fingerprint == before
+    before = sources.load(**folder(tree)).fingerprint
+    assert sources.load(**folder(tree)).fingerprint == before
     (tree / "dog" / "a.PNG").rename(tree / "dog" / "c.png")
-    assert sources.load(folder(tree)).fingerprint != before
+    assert sources.load(**folder(tree)).fingerprint != before
 
 
 def test_exif_rotation_is_not_applied(tmp_path):
@@ -71,33 +71,33 @@ def test_exif_rotation_is_not_applied(tmp_path):
     top = Image.new("RGB", (16, 16), "white")
     top.paste((0, 0, 0), (0, 0, 16, 8))
     top.save(tmp_path / "rotated.png", exif=exif)
-    image = sources.load(folder(tmp_path, num_classes=0)).examples[0]["image"]
+    image = sources.load(**folder(tmp_path, num_classes=0)).examples[0]["image"]
     assert image[:8].max() == 0
     assert image[8:].min() == 255
 
 
 def test_folder_refusals(tree):
     with pytest.raises(UserError, match=r"data\.dir='' .* in one sub-folder per class"):
-        sources.load(folder(""))
+        sources.load(**folder(""))
     with pytest.raises(UserError, match=r"missing.* is no folder"):
-        sources.load(folder(tree / "missing"))
+        sources.load(**folder(tree / "missing"))
     with pytest.raises(UserError, match=r"data\.num_classes=3, but folder has num_classes=2"):
-        sources.load(folder(tree, num_classes=3))
+        sources.load(**folder(tree, num_classes=3))
     with pytest.raises(UserError, match=r"data\.num_classes=2, but folder has num_classes=0"):
-        sources.load(folder(tree / "dog"))
+        sources.load(**folder(tree / "dog"))
     picture(9).save(tree / "loose.png")
     with pytest.raises(UserError, match=r"loose\.png lies beside class folders"):
-        sources.load(folder(tree))
+        sources.load(**folder(tree))
     (tree / "empty").mkdir()
     with pytest.raises(UserError, match="has no examples"):
-        sources.load(folder(tree / "empty", num_classes=0))
+        sources.load(**folder(tree / "empty", num_classes=0))
 
 
 @pytest.mark.parametrize("workers, threads", [(0, 0), (0, 2), (1, 0)])
 def test_a_damaged_image_is_named_also_by_threads_and_workers(tmp_path, workers, threads):
     picture(0).save(tmp_path / "whole.jpeg")
     (tmp_path / "half.jpeg").write_bytes((tmp_path / "whole.jpeg").read_bytes()[:1000])
-    source = sources.load(folder(tmp_path, num_classes=0))
+    source = sources.load(**folder(tmp_path, num_classes=0))
     batches = Batches(source, batch_size=2, seed=0, flip=False, workers=workers, threads=threads)
     with pytest.raises(UserError, match=r"half\.jpeg cannot be decoded: image file is truncated"):
         next(batches)
@@ -149,7 +149,7 @@ def tfds(dataset, root, **leaves):
 @pytest.mark.parametrize("by_name", [True, False])
 def test_tfds_by_name_and_by_directory(prepared, by_name):
     data = tfds("tiny", prepared.data_path.parents[1]) if by_name else tfds("", prepared.data_path)
-    images, labels = sources.arrays(sources.load(data))
+    images, labels = sources.arrays(sources.load(**data))
     assert images.shape == (COUNT, 8, 8, 3)
     values = images[:, 0, 0, 0]
     assert sorted(values) == list(range(COUNT))  # stored shuffled
@@ -158,57 +158,62 @@ def test_tfds_by_name_and_by_directory(prepared, by_name):
 
 
 def test_tfds_sub_split_unlabelled_and_fingerprint(prepared):
-    part = sources.load(tfds("", prepared.data_path, split="train[:3]", num_classes=0))
+    part = sources.load(**tfds("", prepared.data_path, split="train[:3]", num_classes=0))
     assert len(part.examples) == 3
     assert set(sources.arrays(part)[1]) == {0}
-    assert part.fingerprint != sources.load(tfds("", prepared.data_path)).fingerprint
+    assert part.fingerprint != sources.load(**tfds("", prepared.data_path)).fingerprint
 
 
 def test_tfds_feeds_workers(prepared):
-    source = sources.load(tfds("", prepared.data_path))
+    source = sources.load(**tfds("", prepared.data_path))
     for workers in (0, 1):
         batches = Batches(source, batch_size=COUNT, seed=0, flip=False, workers=workers)
-        values = np.rint((next(batches)["image"][:, 0, 0, 0] + 1) * 127.5)
+        values = np.rint((next(batches).x[:, 0, 0, 0] + 1) * 127.5)
         batches.close()
         assert sorted(values) == list(range(COUNT))
 
 
 def test_tfds_refuses_a_size_that_would_need_a_crop(prepared, tmp_path):
     with pytest.raises(UserError, match=r"data\.crop='resize' is not a crop; valid: adm, none"):
-        sources.load(tfds("", prepared.data_path, crop="resize"))
+        sources.load(**tfds("", prepared.data_path, crop="resize"))
     with pytest.raises(UserError, match=r"data\.size=8, but tfds has size=16"):
-        sources.load(tfds("", prepared.data_path, crop="none"))
-    source = sources.load(tfds("", prepared.data_path, crop="none", size=16))  # the width differs
+        sources.load(**tfds("", prepared.data_path, crop="none"))
+    source = sources.load(**tfds("", prepared.data_path, crop="none", size=16))  # the width differs
     with pytest.raises(UserError, match=r"is 24x16, data\.size=16, and data\.crop='none'"):
         source.examples[0]
     square = tiny(16, 16, "array_record", tmp_path)
-    assert sources.arrays(sources.load(tfds("", square.data_path, crop="none", size=16)))[0].shape == (COUNT, 16, 16, 3)
+    assert sources.arrays(sources.load(**tfds("", square.data_path, crop="none", size=16)))[0].shape == (
+        COUNT,
+        16,
+        16,
+        3,
+    )
 
 
 def test_tfds_refusals_print_the_command(prepared, tmp_path):
     call = f"tfds.builder('cifar10', data_dir='{tmp_path}', file_format='array_record').download_and_prepare()"
     with pytest.raises(UserError, match=r"cifar10/\S+ is not prepared in .* pip install -e '.\[prepare\]'") as error:
-        sources.load(tfds("cifar10", tmp_path))
+        sources.load(**tfds("cifar10", tmp_path))
     assert str(error.value).endswith(f'python -c "import tensorflow_datasets as tfds; {call}"')
     with pytest.raises(UserError, match=rf"after placing its files in {tmp_path}/downloads/manual$"):
-        sources.load(tfds("imagenet2012", tmp_path, num_classes=1000))
+        sources.load(**tfds("imagenet2012", tmp_path, num_classes=1000))
     with pytest.raises(UserError, match=r"Dataset cifar11 not found\.; prepare it once with"):
-        sources.load(tfds("cifar11", tmp_path))
+        sources.load(**tfds("cifar11", tmp_path))
     with pytest.raises(UserError, match=r"Could not read dataset info .* tfds\.builder\('<name>', data_dir="):
-        sources.load(tfds("", tmp_path))
+        sources.load(**tfds("", tmp_path))
     with pytest.raises(UserError, match=r"data\.split='test' is not a split of tiny/1\.0\.0; valid: train"):
-        sources.load(tfds("", prepared.data_path, split="test"))
+        sources.load(**tfds("", prepared.data_path, split="test"))
     parquet = tiny(16, 16, "parquet", tmp_path)
     with pytest.raises(UserError, match="is in format parquet, not array_record"):
-        sources.load(tfds("", parquet.data_path))
+        sources.load(**tfds("", parquet.data_path))
 
 
 def test_folder_without_a_crop_takes_only_its_size(tmp_path):
     Image.new("RGB", (16, 16), (1, 2, 3)).save(tmp_path / "a.png")
-    source = sources.load(folder(tmp_path, num_classes=0, crop="none"))
+    source = sources.load(**folder(tmp_path, num_classes=0, crop="none"))
     np.testing.assert_array_equal(source.examples[0]["image"][0, 0], [1, 2, 3])
     Image.new("RGB", (20, 16)).save(tmp_path / "b.png")
     with pytest.raises(UserError, match=r"b.png is 20x16, data.size=16, and data.crop='none'"):
-        sources.load(folder(tmp_path, num_classes=0, crop="none")).examples[1]
+        sources.load(**folder(tmp_path, num_classes=0, crop="none")).examples[1]
     with pytest.raises(UserError, match="data.crop='square' is not a crop"):
-        sources.load(folder(tmp_path, num_classes=0, crop="square"))
+        sources.load(**folder(tmp_path, num_classes=0, crop="square"))

@@ -73,20 +73,20 @@ def test_shards_and_manifest(stored):
     assert manifest["shards"] == [f"latents-0000{i}.array_record" for i in range(3)]
     assert (manifest["count"], manifest["views"], manifest["shape"]) == (COUNT, 2, list(SHAPE))
     assert (manifest["scale"], manifest["scale_applied"], manifest["autoencoder"]) == (0.25, False, "none")
-    source = sources.load(section(stored))
+    source = sources.load(**section(stored))
     for number in range(COUNT):
         np.testing.assert_array_equal(source.examples[number]["image"], moments(number))
         assert source.examples[number]["label"] == number % 5
 
 
 def test_samples_have_the_stored_moments_and_are_new_at_each_visit(stored):
-    batches = Batches(sources.load(section(stored)), batch_size=COUNT, seed=0, flip=False)
+    batches = Batches(sources.load(**section(stored)), batch_size=COUNT, seed=0, flip=False)
     visits = [next(batches) for _ in range(40)]
     batches.close()
     eps: dict[int, list[np.ndarray]] = {number: [] for number in range(COUNT)}
     for visit in visits:
-        assert visit["image"].dtype == np.float32
-        for image in visit["image"]:
+        assert visit.x.dtype == np.float32
+        for image in visit.x:
             number = round(image.mean() / 0.25) - 1
             eps[number].append((image / 0.25 - (number + 1)) / 0.5)
     values = np.array(list(eps.values()))  # [example, visit, h, w, c]: one visit of each example per epoch
@@ -97,23 +97,23 @@ def test_samples_have_the_stored_moments_and_are_new_at_each_visit(stored):
 
 
 def test_the_mirror_is_the_stored_one(stored):
-    batches = Batches(sources.load(section(stored)), batch_size=100, seed=0, flip=True)
+    batches = Batches(sources.load(**section(stored)), batch_size=100, seed=0, flip=True)
     batch = next(batches)
     batches.close()
-    means = np.rint(batch["image"].mean((1, 2, 3)) / 0.25).astype(int)
+    means = np.rint(batch.x.mean((1, 2, 3)) / 0.25).astype(int)
     assert 20 < (means < 0).sum() < 80
-    np.testing.assert_array_equal(batch["label"], (np.abs(means) - 1) % 5)
+    np.testing.assert_array_equal(batch.condition, (np.abs(means) - 1) % 5)
 
 
 @pytest.mark.parametrize("hosts, workers", [(2, 0), (1, 1)])
 def test_samples_depend_on_neither_hosts_nor_workers(stored, hosts, workers):
-    source = sources.load(section(stored))
+    source = sources.load(**section(stored))
 
     def first(index: int, count: int, workers: int) -> np.ndarray:
         batches = Batches(
             source, batch_size=8, seed=0, flip=True, workers=workers, process_index=index, process_count=count, start=3
         )
-        image = next(batches)["image"]
+        image = next(batches).x
         batches.close()
         return image
 
@@ -124,35 +124,35 @@ def test_samples_depend_on_neither_hosts_nor_workers(stored, hosts, workers):
 
 def test_an_applied_scale_is_not_applied_again(tmp_path):
     write_latents(tmp_path, examples(std=0.0), replace(ORIGIN, scale_applied=True))
-    batches = Batches(sources.load(section(tmp_path)), batch_size=COUNT, seed=0, flip=False)
-    image = next(batches)["image"]
+    batches = Batches(sources.load(**section(tmp_path)), batch_size=COUNT, seed=0, flip=False)
+    image = next(batches).x
     batches.close()
     assert sorted(image[:, 0, 0, 0]) == list(range(1, COUNT + 1))
 
 
 def test_unlabelled_and_fingerprint(stored, tmp_path):
-    source = sources.load(section(stored, num_classes=0))
+    source = sources.load(**section(stored, num_classes=0))
     assert {source.examples[i]["label"] for i in range(COUNT)} == {0}
     write_latents(tmp_path / "other", examples()[::-1], ORIGIN)
-    assert sources.load(section(tmp_path / "other")).fingerprint != sources.load(section(stored)).fingerprint
+    assert sources.load(**section(tmp_path / "other")).fingerprint != sources.load(**section(stored)).fingerprint
     with pytest.raises(UserError, match="holds no pixels"):
         sources.arrays(source)
 
 
 def test_refusals_when_reading(stored, tmp_path):
     with pytest.raises(UserError, match=r"latents\.json is missing; .* python -m diffjax\.data\.latents --features"):
-        sources.load(section(tmp_path / "missing"))
+        sources.load(**section(tmp_path / "missing"))
     with pytest.raises(UserError, match=r"data\.scale=0\.18215, but the latents .* scale=0\.25"):
-        sources.load(section(stored, scale=0.18215))
+        sources.load(**section(stored, scale=0.18215))
     with pytest.raises(UserError, match=r"data\.size=32, but latents has size=6"):
-        sources.load(section(stored, size=32))
+        sources.load(**section(stored, size=32))
     write_latents(tmp_path / "plain", examples(views=1), ORIGIN)
     with pytest.raises(UserError, match="hold no mirror images"):
-        sources.load(section(tmp_path / "plain"))
+        sources.load(**section(tmp_path / "plain"))
     manifest = read_manifest(stored)
     (stored / "latents.json").write_text(json.dumps(manifest | {"shards": manifest["shards"][:2]}))
     with pytest.raises(UserError, match="holds 8 records, its manifest says 10"):
-        sources.load(section(stored))
+        sources.load(**section(stored))
 
 
 def test_refusals_when_writing(stored, tmp_path):
@@ -191,14 +191,14 @@ def test_fast_dit_layout(fast_dit, tmp_path, capsys):
     features, labels = fast_dit
     assert convert(features, labels, tmp_path / "out") == 0
     assert capsys.readouterr().out.startswith("12 latents of shape [6, 6, 4] in 1 shards")
-    source = sources.load(section(tmp_path / "out", flip=False))
+    source = sources.load(**section(tmp_path / "out", flip=False))
     for number in range(12):
         stored = source.examples[number]
         expected = np.load(features / f"{number}.npy")[0].transpose(1, 2, 0)
         np.testing.assert_array_equal(stored["image"], np.stack([expected, np.zeros_like(expected)])[None])
         assert stored["label"] == number % 5
     batches = Batches(source, batch_size=12, seed=0, flip=False)
-    assert sorted(np.floor(next(batches)["image"][:, 0, 0, 0])) == list(range(12))  # unscaled, no noise
+    assert sorted(np.floor(next(batches).x[:, 0, 0, 0])) == list(range(12))  # unscaled, no noise
     batches.close()
 
 

@@ -18,7 +18,7 @@ from tests.data import configs
     ],
 )
 def test_embedded_splits(make, split, count, shape, classes):
-    source = sources.load(make(split=split))
+    source = sources.load(**make(split=split))
     images, labels = sources.arrays(source)
     assert images.shape == (count, *shape)
     assert images.dtype == np.uint8
@@ -32,7 +32,7 @@ def test_embedded_splits(make, split, count, shape, classes):
 @pytest.mark.parametrize("make, file", [(configs.digits, "digits8.npz"), (configs.emoji32, "emoji32.npz")])
 def test_splits_are_disjoint_complete_and_stratified(make, file):
     labels = embedded.read(file)["labels"]
-    held_out = len(sources.load(make(split="test")).examples)
+    held_out = len(sources.load(**make(split="test")).examples)
     train, test = sources.stratified_split(labels, held_out)
     assert sorted([*train, *test]) == list(range(len(labels)))
     shares = np.bincount(labels[test]) / np.bincount(labels)
@@ -50,7 +50,7 @@ def test_splits_never_change():
 
 
 def test_arrays_are_in_stored_order_and_limited():
-    source = sources.load(configs.digits(split="test"))
+    source = sources.load(**configs.digits(split="test"))
     images, labels = sources.arrays(source, limit=5)
     assert len(images) == 5
     for i in range(5):
@@ -70,12 +70,12 @@ def test_pixels_are_scaled_to_minus_one_and_one():
 
 def test_unknown_source_names_the_valid_ones():
     with pytest.raises(UserError, match=r"data.name='mnist' .* digits, emoji32"):
-        sources.load(configs.section("mnist", 28, 1, 10))
+        sources.load(**configs.section("mnist", 28, 1, 10))
 
 
 def test_unknown_split_names_the_valid_ones():
     with pytest.raises(UserError, match=r"data.split='validation' .* digits; valid: train, test"):
-        sources.load(configs.digits(split="validation"))
+        sources.load(**configs.digits(split="validation"))
 
 
 @pytest.mark.parametrize("leaf, wrong, found", [("size", 16, 8), ("channels", 3, 1), ("num_classes", 100, 10)])
@@ -83,13 +83,13 @@ def test_contradiction_names_both_sides(leaf, wrong, found):
     data = configs.digits()
     data[leaf] = wrong
     with pytest.raises(UserError, match=f"data.{leaf}={wrong}, but digits has {leaf}={found}"):
-        sources.load(data)
+        sources.load(**data)
 
 
 def test_damaged_embedded_data_is_refused(monkeypatch):
     monkeypatch.setitem(embedded.SHA256, "digits8.npz", "0" * 64)
     with pytest.raises(UserError, match=r"digits8\.npz is damaged"):
-        sources.load(configs.digits())
+        sources.load(**configs.digits())
 
 
 def test_array_hash_sees_names_types_shapes_and_values():

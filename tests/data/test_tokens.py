@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from diffjax.contracts import Condition
 from diffjax.data import sources, tokens
 from diffjax.data.pipeline import Batches
 from diffjax.data.tokens import Origin, Stream, write_tokens
@@ -24,7 +25,7 @@ def codes(number: int, views: int = 2) -> np.ndarray:
 
 
 def section(root, **leaves):
-    common = {"size": GRID, "channels": 1, "num_classes": 5, "dir": str(root), "split": "", "flip": True}
+    common = {"size": GRID, "channels": 1, "num_classes": 5, "dir": str(root), "flip": True}
     return configs.section("tokens", **(common | {"encoder": "pixels", "codes": 50, "decoder_codes": 1000} | leaves))
 
 
@@ -37,7 +38,7 @@ def stored(tmp_path, monkeypatch):
 
 def test_what_is_written_is_read(stored):
     assert len(list(stored.glob("*.array_record"))) == 3
-    source = sources.load(section(stored, channels=2))
+    source = sources.load(**section(stored, channels=2))
     for number in range(COUNT):
         np.testing.assert_array_equal(source.examples[number]["image"], codes(number))
         assert source.examples[number]["label"] == number % 5
@@ -45,13 +46,25 @@ def test_what_is_written_is_read(stored):
 
 
 def test_a_batch_has_the_view_that_was_drawn_and_the_streams_asked_for(stored):
-    batches = Batches(sources.load(section(stored)), batch_size=8, seed=0, flip=True)
+    batches = Batches(sources.load(**section(stored)), batch_size=8, seed=0, flip=True)
     batch = next(batches)
     batches.close()
-    assert batch["image"].shape == (8, 1, GRID**2)
-    values = batch["image"][:, 0, 0]
-    np.testing.assert_array_equal(values % 10 % 5, batch["label"])
+    assert (batch.x.shape, batch.x.dtype) == ((8, GRID**2), np.int32)
+    values = batch.x[:, 0]
+    np.testing.assert_array_equal(batch.x, values[:, None].repeat(GRID**2, axis=1))
+    np.testing.assert_array_equal(values % 10 % 5, batch.condition)
     assert 0 < np.sum(values >= 10) < 8
+
+
+def test_codes_of_a_decoder_are_conditioned_on_those_of_features(stored):
+    source = sources.load(**section(stored, channels=2))
+    assert source.condition == Condition("tokens", 50, (GRID**2,))
+    batches = Batches(source, batch_size=8, seed=0, flip=True)
+    batch = next(batches)
+    batches.close()
+    assert (batch.condition.shape, batch.condition.dtype) == ((8, GRID**2), np.int32)
+    np.testing.assert_array_equal(batch.x, batch.condition + 100)
+    assert 0 < np.sum(batch.condition[:, 0] >= 10) < 8
 
 
 @pytest.mark.parametrize(
@@ -68,19 +81,19 @@ def test_a_batch_has_the_view_that_was_drawn_and_the_streams_asked_for(stored):
 )
 def test_a_manifest_that_is_not_what_the_config_says(stored, leaves, match):
     with pytest.raises(UserError, match=match):
-        sources.load(section(stored, **leaves))
+        sources.load(**section(stored, **leaves))
 
 
 def test_mirrored_codes_are_asked_for_and_missing(tmp_path):
     write_tokens(tmp_path, [(codes(0, views=1), 0)], ORIGIN)
     with pytest.raises(UserError, match="no codes of mirrored images"):
-        sources.load(section(tmp_path))
+        sources.load(**section(tmp_path))
 
 
 def test_a_missing_shard_and_a_foreign_record(stored):
     (stored / "tokens-00001.array_record").unlink()
     with pytest.raises(UserError, match="lacks tokens-00001"):
-        sources.load(section(stored))
+        sources.load(**section(stored))
     with pytest.raises(UserError, match="not a record of codes .* starts with b'JUNK'"):
         tokens.decode(b"JUNK" + tokens.encode(codes(0), 0, 2, ORIGIN)[4:], (2, 2, GRID**2))
 
@@ -90,7 +103,7 @@ def test_a_stored_code_that_its_manifest_does_not_know(stored):
     manifest = json.loads(path.read_text())
     manifest["streams"][0]["codes"] = 15
     path.write_text(json.dumps(manifest))
-    source = sources.load(section(stored, codes=15))
+    source = sources.load(**section(stored, codes=15))
     assert source.examples[4]["image"].max() == 14
     with pytest.raises(UserError, match="record 5 holds code 15, and its manifest says 15 codes"):
         source.examples[5]
@@ -140,11 +153,11 @@ def test_codes_of_other_images_are_of_the_same_kind_and_those_of_another_codeboo
     ],
 )
 def test_a_run_does_not_go_on_with_codes_of_another_kind(stored, change, match):
-    batches = Batches(sources.load(section(stored)), batch_size=2, seed=0, flip=False)
+    batches = Batches(sources.load(**section(stored)), batch_size=2, seed=0, flip=False)
     state = json.loads(json.dumps(batches.get_state()))
     other = replace(ORIGIN, streams=(replace(PIXELS, **change), DECODER))
     write_tokens(stored, [(codes(number), number % 5) for number in range(COUNT)], other)
-    again = Batches(sources.load(section(stored)), batch_size=2, seed=0, flip=False)
+    again = Batches(sources.load(**section(stored)), batch_size=2, seed=0, flip=False)
     with pytest.raises(UserError, match=match):
         again.set_state(state)
     for stream in (batches, again):

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffjax.contracts import Condition
 from diffjax.diffusion import guidance, samplers
 from diffjax.diffusion.gaussian import gaussian_diffusion
 from diffjax.errors import UserError
@@ -114,6 +115,13 @@ def test_ends_of_an_interval_move_to_the_schedule():
     np.testing.assert_array_equal(guidance.interval(np.append(np.inf, levels), 2.0, 0.3, 3.0), [1, 1, 2, 2, 1, 1])
 
 
+def test_an_interval_without_an_end_has_none():
+    levels = np.array([10.0, 3.1, 1.0, 0.29, 0.1])
+    np.testing.assert_array_equal(guidance.weights("interval", 2.0)(levels, levels), [2, 2, 2, 2, 2])
+    np.testing.assert_array_equal(guidance.weights("interval", 2.0, low=0.3)(levels, levels), [2, 2, 2, 1, 1])
+    np.testing.assert_array_equal(guidance.weights("interval", 2.0, high=3.0)(levels, levels), [1, 2, 2, 2, 2])
+
+
 def test_power_cosine_rises_from_noise_to_data():
     weights = guidance.power_cosine(np.array([1.0, 0.5, 0.0]), 4.0, 1.0)
     np.testing.assert_allclose(weights, [1.0, 2.5, 4.0])
@@ -125,9 +133,12 @@ def test_power_cosine_rises_from_noise_to_data():
     "arguments, reason",
     [
         ({"kind": "linear"}, "valid: constant, power_cosine, interval"),
-        ({"kind": "interval", "low": 0.1}, "low.*high"),
-        ({"kind": "constant", "power": 2.0}, "power"),
-        ({"kind": "power_cosine", "power": "high"}, "valid: numbers for"),
+        ({"kind": "interval", "low": 3.0, "high": 1.0}, "from 3.0 to 1.0: valid: .* not empty"),
+        ({"kind": "interval", "high": 0.0}, "high = 0.0: valid: above 0$"),
+        ({"kind": "interval", "low": "all"}, "low = 'all': valid: a number$"),
+        ({"kind": "interval", "power": 2.0}, r"'interval' with power: valid: numbers for \['low', 'high'\]"),
+        ({"kind": "constant", "power": 2.0}, r"'constant' with power: valid: numbers for \[\]"),
+        ({"kind": "power_cosine", "power": "high"}, "'power_cosine': power = 'high': valid: a number$"),
     ],
 )
 def test_impossible_weights_are_refused(arguments, reason):
@@ -135,3 +146,38 @@ def test_impossible_weights_are_refused(arguments, reason):
         guidance.weights(arguments.pop("kind"), 2.0, **arguments)
     with pytest.raises(UserError, match="not empty"):
         guidance.interval(np.ones(3), 2.0, 3.0, 1.0)
+
+
+CONDITIONS = {
+    "labels": Condition("labels", 10),
+    "tokens": Condition("tokens", 50, (3,)),
+    "vectors": Condition("vectors", 0, (5,)),
+}
+
+
+@pytest.mark.parametrize("calls", ["one", "two"])
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_rows_of_conditions_of_every_kind(kind, calls):
+    """With and without, the two rows of an example beside each other: the order that needs no exchange of devices."""
+    condition = CONDITIONS[kind]
+    given = jnp.asarray(np.random.default_rng(0).uniform(1, 9, (2, *condition.shape)).astype(condition.dtype))
+    null = jnp.asarray(np.stack([condition.null()] * 2))
+    seen = []
+
+    def network(x, t, y):
+        seen.append((x, t, y))
+        return x + t[:, None, None, None] + jnp.sum(y.reshape(len(y), -1), axis=1)[:, None, None, None]
+
+    output = guidance.classifier_free(network, given, condition.null(), calls=calls)(X, T, 2.0)
+    base, better = network(X, T, null), network(X, T, given)
+    np.testing.assert_allclose(output, base + 2.0 * (better - base), rtol=1e-5)
+    assert seen[0][2].dtype == condition.dtype
+    if calls == "two":
+        np.testing.assert_array_equal(seen[0][2], given)
+        np.testing.assert_array_equal(seen[1][2], null)
+        return
+    x, t, y = seen[0]
+    assert len(seen) == 3
+    for rows, first, second in ((x, X, X), (t, T, T), (y, given, null)):
+        np.testing.assert_array_equal(rows[0::2], first)
+        np.testing.assert_array_equal(rows[1::2], second)

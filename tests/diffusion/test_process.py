@@ -150,17 +150,27 @@ def test_grid_is_float64_on_the_host(name):
         ({"name": "flow"}, "process 'flow' is unknown"),
         ({"name": "edm", "shift": 2.0}, "no option 'shift'"),
         ({"name": "gaussian", "times": "uniform"}, "no option 'times'"),
-        ({"name": "edm", "prediction": "velocity"}, "prediction 'velocity' is unknown"),
-        ({"name": "edm", "times": "uniform"}, "times 'uniform' is unknown"),
+        (
+            {"name": "edm", "prediction": "velocity"},
+            r"prediction = 'velocity': valid: '', edm, epsilon, minus_epsilon, x0$",
+        ),
+        ({"name": "edm", "times": "uniform"}, r"times = 'uniform': valid: '', lognormal, vp, ve, iddpm$"),
         ({"name": "edm", "sigma_data": 0.0}, "sigma_data = 0"),
-        ({"name": "flow_vp", "prediction": "edm"}, "prediction 'edm' is unknown"),
-        ({"name": "flow_vp", "times": "lognormal"}, "times 'lognormal' is unknown"),
+        ({"name": "flow_vp", "prediction": "edm"}, r"prediction = 'edm': valid: x0, epsilon, velocity, score, v$"),
+        ({"name": "flow_vp", "times": "lognormal"}, r"times = 'lognormal': valid: uniform, logit_normal$"),
         ({"name": "flow_vp", "shift": 0.0}, "shift = 0"),
-        ({"name": "flow_vp", "weighting": "p2"}, "weighting 'p2' is unknown"),
+        (
+            {"name": "flow_vp", "weighting": "p2"},
+            r"weighting = 'p2': valid: uniform, snr, min_snr, edm, velocity, likelihood, uncertainty$",
+        ),
         ({"name": "flow_linear", "weighting": "min_snr", "gamma": -1.0}, "gamma = -1"),
         ({"name": "flow_linear", "weighting": "likelihood"}, "'likelihood' is inf at t = 1"),
-        ({"name": "gaussian", "weighting": "velocity"}, "continuous time"),
-        ({"name": "gaussian", "weighting": "p2"}, "valid: uniform, snr, min_snr, edm"),
+        ({"name": "gaussian", "weighting": "velocity"}, r"weighting = 'velocity': valid: uniform, snr, min_snr, edm$"),
+        ({"name": "gaussian", "weighting": "p2"}, r"weighting = 'p2': valid: uniform, snr, min_snr, edm$"),
+        ({"name": "gaussian", "prediction": ""}, r"prediction = '': valid: epsilon, x0, v$"),
+        ({"name": "gaussian", "variance": "learned"}, r"variance = 'learned': valid: learned_range, fixed_small, "),
+        ({"name": "gaussian", "steps": 20}, r"steps = 20: valid: 21 or more$"),
+        ({"name": "edm", "p_mean": "low"}, r"p_mean = 'low': valid: a number or none$"),
         ({"name": "gaussian", "weighting": "min_snr", "gamma": 0.0}, "gamma = 0"),
         ({"name": "edm", "p_std": -1.0}, "p_std = -1"),
         ({"name": "gaussian", "weighting": "min_snr", "loss": "rescaled_kl"}, "squared error"),
@@ -196,9 +206,38 @@ def test_numbers_are_taken_where_they_are_read(options):
     assert create_process("edm_ve", sigma_data=0.7, **options).span == create_process("edm_ve").span
 
 
-def test_empty_options_count_as_not_given():
-    assert create_process("gaussian", prediction="", times="").prediction == "epsilon"
-    assert create_process("edm_vp", prediction="", times="", weighting="").span == create_process("edm_vp").span
+@pytest.mark.parametrize("name", [name for name in CONTINUOUS if name.startswith("edm")])
+def test_empty_options_of_a_setting_are_those_that_belong_to_it(name):
+    given, own = create_process(name, prediction="", times=""), create_process(name)
+    keys = jax.random.split(jax.random.key(0), 4)
+    np.testing.assert_array_equal(given.sample_times(keys), own.sample_times(keys))
+    grids = [process.grid(np.array(own.span)).conversion for process in (given, own)]
+    jax.tree.map(np.testing.assert_array_equal, *grids)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_noise_fraction_rises_from_the_data_to_the_noise(name):
+    process = create_process(name)
+    if name == "gaussian":
+        times = jnp.arange(process.num_steps)
+    else:
+        times = jnp.asarray(np.linspace(*process.span, 101)[::-1], jnp.float32)
+    fractions = np.asarray(process.noise_fraction(times))
+    assert (fractions[0], fractions[-1]) == (pytest.approx(0, abs=1e-6), pytest.approx(1, abs=1e-6))
+    assert (np.diff(fractions) > 0).all()
+    assert ((fractions >= 0) & (fractions <= 1)).all()
+
+
+def test_noise_fraction_is_even_in_time_or_in_the_logarithm_of_the_noise_level():
+    np.testing.assert_allclose(
+        create_process("gaussian", steps=25).noise_fraction(jnp.arange(0, 25, 6)), np.arange(5) / 4
+    )
+    np.testing.assert_allclose(create_process("flow_linear").noise_fraction(jnp.array([0.0, 0.25, 1.0])), [1, 0.75, 0])
+    known = create_process("edm")
+    levels = jnp.array([0.002, np.sqrt(0.002 * 80), 80.0])
+    np.testing.assert_allclose(known.noise_fraction(levels), [0, 0.5, 1], atol=1e-6)
+    outside = jnp.array([1e-5, 1e4])  # lognormal times know no limits
+    np.testing.assert_array_equal(known.noise_fraction(outside), [0, 1])
 
 
 @pytest.mark.parametrize("name", PROCESSES)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from diffjax.data import sources
 from diffjax.errors import UserError
@@ -13,7 +12,7 @@ rng = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def digits():
-    parts = [sources.SOURCES["digits"](ConfigDict({"name": "digits", "split": split})) for split in ("train", "test")]
+    parts = [sources.digits(split=split) for split in ("train", "test")]
     return [sources.arrays(part) for part in parts]
 
 

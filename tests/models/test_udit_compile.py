@@ -5,12 +5,14 @@ import re
 
 import pytest
 
-from diffjax.training import config as configs
+from diffjax import models
+from diffjax.config import load
 from tests.benchmarks.tpu_train_step import compiled_step
 from tests.programs import ROOT
 
 pytestmark = pytest.mark.slow
 BATCH = 68  # on four chips in parts of 17 or 34, and no other axis is a multiple of 17
+DEPTHS = {"depth": (1, 1, 1, 1, 1)}  # one block of each stage
 WIDEST = 4 * 96  # channels of the latent stage
 
 
@@ -21,10 +23,9 @@ def test_no_feature_map_is_gathered_or_permuted():
     `tensor` are what that axis is for.
     """
     mesh = ("parallel.mesh.fsdp=2", "parallel.mesh.tensor=2", "parallel.strategy=fsdp_tp")
-    overrides = (f"batch_size={BATCH}", "parallel.replicate_below=0", *mesh)
-    config = configs.load(f"{ROOT}/configs/udit_imagenet.py:model=u-dit-s", [f"--config.{o}" for o in overrides])
-    with config.unlocked():
-        config.model.depth = (1, 1, 1, 1, 1)
+    sizes = [f"model.{name}={value}" for name, value in (models.published_sizes("U-DiT-S") | DEPTHS).items()]
+    overrides = (f"batch_size={BATCH}", "parallel.replicate_below=0", *mesh, "model.name=U-DiT", *sizes)
+    config = load(f"{ROOT}/configs/udit_imagenet.py:model=u-dit-s", [f"--config.{o}" for o in overrides])
     program = compiled_step(config).as_text()
     assert len(re.findall(r" (?:all-gather|all-reduce)(?:-start)?\(", program)) > 10  # of weights and gradients
     moved = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", program)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffjax.sampling.parts import Parts, number_batches, open_parts
+from diffjax.sampling.parts import Parts, open_parts
 
 IDENTITY = {"seed": 1, "origin": {"sha256": "ab"}}
 DESCRIPTION = {"seed": 1, "num": 0}
@@ -31,7 +31,7 @@ def sample(out: Path, num: int, batch_sizes: Iterator[int], pause: float = 0) ->
     """Write `num` pictures from where an earlier call died, and finish."""
     parts = open_parts(out, IDENTITY, num)
     while len(missing := parts.missing()):
-        numbers = next(number_batches(missing, next(batch_sizes)))
+        numbers = missing[: next(batch_sizes)]
         parts.write(numbers, pictures(numbers))
         time.sleep(pause)
     parts.finish({"arr_1": labels(num)}, DESCRIPTION)
@@ -96,12 +96,12 @@ def main(mode: str, folder: str, *numbers: str) -> None:
         process, num = int(numbers[0]), int(numbers[1])
         parts = open_parts(root / "s.npz", IDENTITY, num, process)
         own = np.flatnonzero(np.arange(num) // 7 % 2 == process)
-        for batch in number_batches(own, 10):
+        for batch in np.array_split(own, -(-len(own) // 10)):
             parts.write(batch, pictures(batch))
     elif mode == "memory":  # prints the peak resident size in KiB
         num = int(numbers[0])
         parts = open_parts(root / "s.npz", IDENTITY, num)
-        for batch in number_batches(parts.missing(), 250):
+        for batch in np.array_split(parts.missing(), 8):
             parts.write(batch, np.full((len(batch), 32, 32, 3), batch[0] % 256, np.uint8))
         parts.finish({"arr_1": labels(num)}, DESCRIPTION)
         # Of this program alone: the figure of getrusage includes the process that started it.

@@ -18,7 +18,7 @@ from PIL import Image
 from diffjax import files
 from diffjax.errors import UserError
 from diffjax.sampling import parts as parts_module
-from diffjax.sampling.parts import number_batches, open_parts
+from diffjax.sampling.parts import open_parts
 from diffjax.sampling.samples import grid, read_samples, write_samples
 from tests.programs import ROOT
 from tests.sampling.death import DESCRIPTION, IDENTITY, forever, labels, pictures, sample
@@ -199,7 +199,7 @@ def test_raw_rows_are_those_of_savez(tmp_path, dtype, shape):
     rows = (np.random.default_rng(0).normal(size=(11, *shape)) * 50).astype(dtype)
     extra = {"arr_1": labels(11), "conditions": np.linspace(0, 1, 22, dtype=np.float32).reshape(11, 2)}
     parts = open_parts(tmp_path / "s.npz", IDENTITY, 11)
-    for numbers in number_batches(parts.missing(), 4):
+    for numbers in np.array_split(parts.missing(), 5):
         parts.write(numbers, rows[numbers])
     parts.finish(extra, DESCRIPTION, raw=True)
     assert sorted(contents(tmp_path)) == ["s.json", "s.npz"]
@@ -318,9 +318,3 @@ def test_calls_that_make_no_sense(tmp_path, numbers, rows):
     assert len(parts.missing()) == 10
     with pytest.raises(ValueError, match="arr_0"):
         parts.assemble({"arr_1": labels(9)})
-
-
-def test_number_batches():
-    batches = list(number_batches(np.array([1, 2, 5, 6, 9]), 2))
-    assert [list(batch) for batch in batches] == [[1, 2], [5, 6], [9]]
-    assert not list(number_batches(np.arange(0), 2))

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from diffjax.__main__ import main
+from diffjax.commands.inspect import inspect
+from diffjax.config import read
+from diffjax.experiment import build
 from diffjax.training.checkpoint import Checkpoints
-from diffjax.training.config import read
-from diffjax.training.setup import build
-from diffjax.verbs.inspect import inspect
 from tests.programs import ROOT, complete_steps, train_arguments
 
 RUN = ("checkpoint.every_steps=2", "log.every_steps=4")

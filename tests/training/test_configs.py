@@ -5,32 +5,42 @@
 
 import ast
 import dataclasses
+import functools
+import inspect
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from configs import common
 from diffjax.__main__ import main
+from diffjax.config import base, leaves
+from diffjax.config import load as load_config
+from diffjax.config.load import nested, stored_values
 from diffjax.data.sources import SOURCES
+from diffjax.diffusion import PROCESSES
+from diffjax.diffusion.guidance import SCHEDULES
+from diffjax.diffusion.samplers import SAMPLERS
 from diffjax.errors import UserError
-from diffjax.models import FAMILIES, create
+from diffjax.evaluation.evaluators import EVALUATORS
+from diffjax.experiment import build
+from diffjax.models import FAMILIES
 from diffjax.models.udit import VANILLA
-from diffjax.parallel.mesh import AXES
-from diffjax.training import config as configs
-from diffjax.training.objective import build_model, build_objective
-from tests.programs import BACKBONES, ROOT, complete_steps
+from diffjax.options import REQUIRED, options
+from diffjax.trees import leaves as flat
+from tests.programs import BACKBONES, ROOT, complete_steps, method_of
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
-GOLDEN = ROOT / "tests/golden/configs"
+GOLDEN, VERSION_1 = ROOT / "tests/golden/configs", ROOT / "tests/golden/configs_v1"
 EMBEDDED = ("digits", "emoji32")
-UNPREPARED = [name for name in BACKBONES if name != "digit"]  # which needs codes first: tests/verbs/test_probe.py
+UNPREPARED = [name for name in BACKBONES if name != "digit"]  # which needs codes first: tests/commands/test_probe.py
 
 
 def load(recipe: str, *overrides: str):
-    return configs.load(f"{ROOT}/configs/{recipe}", list(overrides))
+    return load_config(f"{ROOT}/configs/{recipe}", list(overrides))
 
 
 # What a recipe can be asked for besides.
@@ -56,13 +66,25 @@ def arguments(recipe: str) -> list[str]:
     return ["", "runlocal", *VARIANTS.get(recipe, [])]
 
 
+def plain(values) -> dict:
+    return json.loads(json.dumps(values))
+
+
+def chosen(values) -> dict:
+    """The leaves that are not at their defaults, which for sizes of a backbone are those of its name."""
+    specs = leaves(values["model.name"])
+    defaults = plain({path: None if s.option.default is REQUIRED else s.option.default for path, s in specs.items()})
+    return {path: value for path, value in plain(values).items() if value != defaults[path]}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_values_are_the_stored_ones(recipe):
-    plain = configs.flatten(load(f"{recipe}.py"))
-    resolved = {"": plain}
-    for argument in arguments(recipe)[1:]:  # of these what differs; null: a leaf that is gone
-        values = configs.flatten(load(f"{recipe}.py:{argument}"))
-        names = sorted(name for name in plain | values if plain.get(name) != values.get(name))
+    """Of the plain recipe the leaves that it chooses; of a variant what differs, null: back at its default."""
+    first = chosen(load(f"{recipe}.py").values)
+    resolved = {"": first}
+    for argument in arguments(recipe)[1:]:
+        values = chosen(load(f"{recipe}.py:{argument}").values)
+        names = sorted(name for name in first | values if first.get(name) != values.get(name))
         resolved[argument] = {name: values.get(name) for name in names}
     path = GOLDEN / f"{recipe}.json"
     if os.environ.get("DIFFJAX_WRITE_GOLDEN"):
@@ -75,13 +97,31 @@ def test_every_stored_recipe_exists():
     assert sorted(path.stem for path in GOLDEN.glob("*.json")) == RECIPES
 
 
+def stored_by_version_1(recipe: str) -> dict[str, dict]:
+    """All leaves by argument of the recipe, as version 1 resolved and stored them."""
+    first, *variants = (stored := json.loads((VERSION_1 / f"{recipe}.json").read_text())).items()
+    found = {"": first[1]}
+    for argument, changes in variants:  # null: a leaf that is gone
+        found[argument] = {name: value for name, value in (first[1] | changes).items() if value is not None}
+    assert first[0] == ""
+    assert found.keys() == stored.keys()
+    return found
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in VERSION_1.glob("*.json")))
+def test_configs_of_version_1_are_those_of_today(recipe):
+    """What config.json of that version held becomes the config of the recipe today, in every leaf."""
+    for argument, values in stored_by_version_1(recipe).items():
+        today = load(f"{recipe}.py:{argument}")
+        assert stored_values(nested(values)) == today, argument
+
+
 @pytest.mark.parametrize(
     "recipe, argument", [(recipe, argument) for recipe in RECIPES for argument in arguments(recipe)]
 )
-def test_recipes_describe_a_model_and_an_objective(recipe, argument):
+def test_recipes_describe_a_model_and_a_method(recipe, argument):
     config = load(f"{recipe}.py:{argument}")
-    build_model(config)
-    build_objective(config)
+    assert method_of(config).sampler(config.sampling).plan is not None
     assert config.data.name in SOURCES
 
 
@@ -111,7 +151,7 @@ def test_recipes_are_short_and_say_their_command(recipe):
 
 def test_the_vanilla_recipe_is_the_vanilla_model():
     config = load("udit_imagenet.py:vanilla")
-    assert {switch: config.model[switch] for switch in VANILLA} == VANILLA
+    assert {switch: config.model.options[switch] for switch in VANILLA} == VANILLA
 
 
 def test_a_recipe_refuses_models_it_does_not_know():
@@ -122,6 +162,7 @@ def test_a_recipe_refuses_models_it_does_not_know():
         load("imagenet256.py:model=unet")
 
 
+@functools.cache
 def reads() -> set[tuple[str, str]]:
     """(owner, attribute) for every `owner.attribute` in the package: ("data", "size") for `config.data.size`."""
     found = set()
@@ -133,15 +174,44 @@ def reads() -> set[tuple[str, str]]:
     return found
 
 
-def test_every_leaf_is_read():
-    used = reads()
-    used |= {("mesh", axis) for axis in AXES}
-    # `create` passes the section as arguments; the name is its own.
-    used |= {("images", leaf) for section, leaf in used if section == "data"}  # sources are loaded of either
-    used |= {("model", field.name) for family in FAMILIES.values() for field in dataclasses.fields(family)}
-    every = configs.flatten(common.base()) | configs.flatten(load("quickstart.py:model=digit"))
-    unread = [leaf for leaf in every if tuple(f"config.{leaf}".rsplit(".", 2)[-2:]) not in used]
-    assert unread == []
+def functions() -> list:
+    """Every function whose parameters are leaves."""
+    tables = (SAMPLERS, PROCESSES, SCHEDULES, SOURCES, EVALUATORS)
+    found = {}
+    for table in tables:
+        for name, row in table.items():
+            for each in (row, *(getattr(row, field.name) for field in fields_of(row))):
+                each = each.func if isinstance(each, functools.partial) else each
+                if inspect.isfunction(each) and options(each):
+                    found[f"{name}-{each.__name__}"] = each
+    return [pytest.param(each, id=name) for name, each in found.items()]
+
+
+def fields_of(row) -> tuple:
+    return dataclasses.fields(row) if dataclasses.is_dataclass(row) else ()
+
+
+@pytest.mark.parametrize("function", functions())
+def test_every_leaf_of_a_component_is_read(function):
+    tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(function)))
+    body = tree.body[0].body
+    used = {node.id for statement in body for node in ast.walk(statement) if isinstance(node, ast.Name)}
+    assert [name for name in options(function) if name not in used] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_leaf_of_a_backbone_is_read(family):
+    source = inspect.getsource(sys.modules[FAMILIES[family].__module__])
+    assert [name for name in options(FAMILIES[family]) if not re.search(rf"\bself\.{name}\b", source)] == []
+
+
+def test_leaves_have_a_place_of_their_own():
+    """Every leaf of every component is a leaf of the config, and `base` has them all that have a default."""
+    for family in FAMILIES:
+        specs = leaves(family)
+        assert all(spec.option.leaf.doc for spec in specs.values())
+        given = [path for path, spec in specs.items() if spec.option.default is not REQUIRED]
+        assert sorted(given) == sorted(flat(base(family).to_dict()))
 
 
 def test_arguments_are_parsed_by_the_type_of_their_default():
@@ -160,7 +230,78 @@ def test_overrides_take_the_type_of_the_leaf():
         "--config.data.flip",
         "--noconfig.log.tensorboard",
         "--config.model.depth=3",
+        "--config.ema.tracks=0.05,0.1",
+        "--config.ema.snapshot_every_steps=5",
     )
     assert isinstance(config.optim.lr, float)
-    assert (config.data.flip, config.log.tensorboard, config.model.depth) == (True, False, 3)
-    assert create(**config.model, channels=1, num_classes=10, null_class=True, learn_sigma=True).depth == 3
+    assert (config.data.flip, config.log.tensorboard, config.model.options["depth"]) == (True, False, 3)
+    assert config.ema.tracks == (0.05, 0.1)
+    assert build(config).model.depth == 3
+
+
+def test_no_entry_of_the_path_outlives_a_recipe():
+    before, modules = list(sys.path), sys.modules.get("configs")
+    load("emoji32.py")
+    assert sys.path == before
+    assert sys.modules.get("configs") is modules
+    with pytest.raises(UserError):
+        load("emoji32.py:nothing=1")
+    assert sys.path == before
+
+
+OWN_COMMON = """
+from configs.more import SEED
+from diffjax.config import base, model_defaults
+
+def tiny():
+    c = base("DiT")
+    c.model.update(model_defaults("DiT"), name="DiT", patch=2, depth=1, width=8, heads=1)
+    c.data.name, c.seed = "digits", SEED
+    return c
+"""
+
+
+@pytest.mark.parametrize("name", ["configs", "recipes"])
+def test_a_recipe_outside_the_checkout_has_its_own_package(tmp_path, monkeypatch, name):
+    """Though another `configs` stands on sys.path, and is imported."""
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "more.py").write_text("SEED = 123")
+    (folder / "common.py").write_text(OWN_COMMON.replace("from configs", f"from {name}"))
+    (folder / "mine.py").write_text(
+        f"from {name} import common\n\ndef get_config(arg=None):\n    return common.tiny()\n"
+    )
+    monkeypatch.syspath_prepend(str(ROOT))
+    before = dict(sys.modules)
+    assert load_config(str(folder / "mine.py")).seed == 123
+    assert sys.modules["configs.common"] is before["configs.common"] is common
+    assert load("quickstart.py").seed == 0
+    assert load_config(str(folder / "mine.py"), ["--config.seed=3"]).seed == 3
+
+
+def test_help_prints_all_leaves(capsys):
+    assert main(["train", "--help-config"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"--config.{path}=" in printed for path in leaves())
+    assert "--config.optim.lr=0.0001\n        " in printed
+    assert main(["train", "--help-config", f"--config={ROOT}/configs/quickstart.py:model=dis,runlocal"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"--config.{path}=" in printed for path in leaves("DiS"))
+    assert "--config.model.width=32\n" in printed
+    assert "--config.optim.lr=0.003\n" in printed
+
+
+def test_leaves_that_nothing_reads_are_refused_by_name():
+    for override, reason in (
+        ("diffusion.edm.p_mean=1", "diffusion.edm.p_mean = 1.0 is not read with diffusion.process = gaussian, only"),
+        ("sampling.edm.churn=1", "sampling.edm.churn = 1.0 is not read with sampling.sampler = ddim, only with edm"),
+        ("data.codes=5", "data.codes = 5 is not read with data.name = digits, only with tokens"),
+        ("tokens.patch=4", "tokens.patch = 4 is not read with method = diffusion, only with tokens"),
+        ("images.name=emoji32", "images.name = 'emoji32' is not read with method = diffusion, only with tokens"),
+        ("init.new=head", "init.new = ('head',) is not read without init.from"),
+    ):
+        with pytest.raises(UserError) as raised:
+            load("quickstart.py", f"--config.{override}")
+        assert reason in str(raised.value)
+    assert load("quickstart.py", "--config.diffusion.process=edm", "--config.diffusion.edm.p_mean=1").seed == 0

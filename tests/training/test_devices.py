@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from diffjax.training import generate
+from diffjax.experiment import build
+from diffjax.sampling import generate
 from diffjax.training.checkpoint import Checkpoints
-from diffjax.training.loop import open_batches
-from diffjax.training.setup import build
 from tests.programs import BACKBONES, tiny_config
 
 STEPS = 20
@@ -47,20 +46,20 @@ LAYOUTS = {
 }
 
 
-def setup_of(layout, model):
+def experiment_of(layout, model):
     shapes = (*SHAPES, *OWN_SHAPES[model])
     if layout == "one":
         return build(tiny_config(*shapes, model=model), devices=jax.devices()[:1])
     return build(tiny_config(*shapes, *LAYOUTS[layout], model=model))
 
 
-def run(setup, state, first, last):
+def run(experiment, state, first, last):
     """Losses of the steps first..last, and the state after them."""
-    batches = open_batches(setup.config, start=first)
+    batches = experiment.stream(first)
     losses = []
-    with jax.set_mesh(setup.mesh):
+    with jax.set_mesh(experiment.mesh):
         for _ in range(first, last):
-            state, metrics = setup.step(state, setup.put(next(batches)), setup.key)
+            state, metrics = experiment.step(state, experiment.frozen, experiment.put(next(batches)), experiment.key)
             losses.append(float(metrics["loss"]))
     batches.close()
     return np.array(losses), state
@@ -73,17 +72,17 @@ def slow_but_dit(*values):
 
 @pytest.fixture(scope="module", params=[slow_but_dit(model) for model in BACKBONES])
 def one(request):
-    """Setup, losses and final state of a backbone on one device, and the backbone."""
+    """Experiment, losses and final state of a backbone on one device, and the backbone."""
     return one_device(request.param)
 
 
 @functools.cache
 def one_device(model):
-    setup = setup_of("one", model)
-    with jax.set_mesh(setup.mesh):
-        state = setup.init()
-    losses, state = run(setup, state, 0, STEPS)
-    return setup, losses, state, model
+    experiment = experiment_of("one", model)
+    with jax.set_mesh(experiment.mesh):
+        state = experiment.init()
+    losses, state = run(experiment, state, 0, STEPS)
+    return experiment, losses, state, model
 
 
 @pytest.mark.parametrize(
@@ -91,9 +90,9 @@ def one_device(model):
 )
 def test_losses_and_initial_values_equal_those_of_one_device(model, layout, tmp_path):
     one = one_device(model)
-    setup = setup_of(layout, model)
-    with jax.set_mesh(setup.mesh):
-        state = setup.init()
+    experiment = experiment_of(layout, model)
+    with jax.set_mesh(experiment.mesh):
+        state = experiment.init()
     fresh = one[0].init()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(fresh.params))
     path, part = SHARDED[model]
@@ -101,11 +100,11 @@ def test_losses_and_initial_values_equal_those_of_one_device(model, layout, tmp_
     assert kernel.sharding.shard_shape(kernel.shape)[1:] == part[layout]
 
     half = STEPS // 2
-    first, state = run(setup, state, 0, half)
+    first, state = run(experiment, state, 0, half)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state, half, {"next_batch": half}, {})
     checkpoints.wait()
-    second, state = run(setup, state, half, STEPS)
+    second, state = run(experiment, state, half, STEPS)
     losses = np.concatenate([first, second])
     assert len(set(losses)) == STEPS
     np.testing.assert_allclose(losses, one[1], rtol=1e-5)
@@ -119,13 +118,13 @@ def test_losses_and_initial_values_equal_those_of_one_device(model, layout, tmp_
 
 
 def test_what_one_device_saved_goes_on_on_eight(one, tmp_path):
-    setup, losses, _, model = one
-    state = setup.init()
-    _, state = run(setup, state, 0, 10)
+    experiment, losses, _, model = one
+    state = experiment.init()
+    _, state = run(experiment, state, 0, 10)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state, 10, {"next_batch": 10}, {})
     checkpoints.wait()
-    eight = setup_of("2x2x2", model)
+    eight = experiment_of("2x2x2", model)
     restored, _ = checkpoints.restore(eight.abstract, 10)
     checkpoints.close()
     resumed, _ = run(eight, restored, 10, STEPS)
@@ -133,19 +132,22 @@ def test_what_one_device_saved_goes_on_on_eight(one, tmp_path):
 
 
 def test_image_i_depends_neither_on_the_batch_nor_on_the_devices(one):
-    setup, _, state, model = one
+    experiment, _, state, model = one
     labels = generate.interleaved_labels(12, 10)
 
-    def images(setup, params, batch_size, first=0, labels=labels):
-        sampler = generate.compile_sampler(setup.objective, setup.model, setup.mesh, seed=7)
-        batches = generate.generate(sampler, params, labels, setup.mesh, batch_size, first)
-        return np.concatenate(list(batches))
+    def images(experiment, params, batch_size, first=0, labels=labels):
+        sampler = generate.compile_sampler(
+            experiment.sampler, experiment.model, experiment.mesh, seed=7, decode=experiment.decode
+        )
+        numbers = first + np.arange(len(labels))
+        drawn = generate.generate(sampler, params, labels, numbers, experiment.mesh, batch_size)
+        return np.concatenate([rows for _, rows in drawn])
 
-    together = images(setup, state.ema, 12)
+    together = images(experiment, state.ema, 12)
     assert together.std() > 0.1
-    np.testing.assert_allclose(images(setup, state.ema, 5), together, atol=1e-4)
-    np.testing.assert_allclose(images(setup, state.ema, 3, first=4, labels=labels[4:7]), together[4:7], atol=1e-4)
-    eight = setup_of("dp8", model)  # the sampler alone is compiled for it
+    np.testing.assert_allclose(images(experiment, state.ema, 5), together, atol=1e-4)
+    np.testing.assert_allclose(images(experiment, state.ema, 3, first=4, labels=labels[4:7]), together[4:7], atol=1e-4)
+    eight = experiment_of("dp8", model)  # the sampler alone is compiled for it
     params = jax.device_put(jax.device_get(state.ema), jax.tree.map(lambda leaf: leaf.sharding, eight.abstract.ema))
     np.testing.assert_allclose(images(eight, params, 12), together, atol=1e-4)
     assert not np.allclose(together[0], together[10])  # the same label, another image
@@ -155,8 +157,8 @@ def test_random_values_of_an_example_are_bit_equal_on_one_and_eight_devices(one)
     """Time, noise, label drop and dropout keys of the loss, seen through a backbone that returns what it is given."""
     draws = {}
     for layout in ("one", *LAYOUTS):
-        setup = one[0] if layout == "one" else setup_of(layout, one[3])
-        batches = open_batches(setup.config)
+        experiment = one[0] if layout == "one" else experiment_of(layout, one[3])
+        batches = experiment.stream()
         batch = next(batches)
         batches.close()
         seen = {}
@@ -167,12 +169,12 @@ def test_random_values_of_an_example_are_bit_equal_on_one_and_eight_devices(one)
                 return jax.numpy.zeros((len(x), x.shape[1] + 1, 200))
             return jax.numpy.concatenate([x, x], axis=-1)
 
-        def draw(batch, key, setup=setup, spy=spy, seen=seen):
-            setup.objective.loss(spy, None, batch, key)
+        def draw(batch, key, experiment=experiment, spy=spy, seen=seen):
+            experiment.method.loss(spy, None, {}, batch, key)
             return dict(seen)
 
-        with jax.set_mesh(setup.mesh):
-            draws[layout] = jax.device_get(jax.jit(draw)(setup.put(batch), setup.key))
+        with jax.set_mesh(experiment.mesh):
+            draws[layout] = jax.device_get(jax.jit(draw)(experiment.put(batch), experiment.key))
     for layout in LAYOUTS:
         if "augment" in draws[layout]:  # what is drawn is bit-equal, what becomes of an image by it is not
             np.testing.assert_allclose(draws[layout].pop("x"), draws["one"]["x"], atol=1e-5)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffjax.__main__ import main
+from diffjax.experiment import Experiment
 from diffjax.training import loop
 from diffjax.training.checkpoint import Checkpoints
 from diffjax.training.metrics import NonFiniteError
@@ -50,7 +51,7 @@ def test_a_checkpoint_that_was_good_stays(tmp_path, monkeypatch):
 
     def spoil(self):
         batch = draw(self)
-        return {**batch, "image": batch["image"] * np.float32(np.inf)} if self.get_state()["next_batch"] > 5 else batch
+        return batch._replace(x=batch.x * np.float32(np.inf)) if self.get_state()["next_batch"] > 5 else batch
 
     monkeypatch.setattr(loop.pipeline.Batches, "__next__", spoil)
     options = ("total_steps=20", "checkpoint.every_steps=2", "optim.warmup_steps=0")
@@ -61,7 +62,7 @@ def test_a_checkpoint_that_was_good_stays(tmp_path, monkeypatch):
 
 
 def test_parameters_that_overflow_under_a_finite_gradient_are_not_saved(tmp_path):
-    options = ("optim.lr=1e39", "optim.warmup_steps=0", "total_steps=20", "checkpoint.every_steps=1")
+    options = ("optim.lr=3e38", "optim.warmup_steps=0", "total_steps=20", "checkpoint.every_steps=1")
     with pytest.raises(NonFiniteError, match="param_norm is (nan|inf) at step 1; no checkpoint was written"):
         main(train_arguments(tmp_path, *options))
     assert not complete_steps(tmp_path)
@@ -80,7 +81,7 @@ def test_exit_code(tmp_path):
 
 
 def test_a_picture_that_is_not_finite_costs_no_step(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop.generate, "generate", lambda *_: iter([np.full((2, 8, 8, 1), np.nan)]))
+    monkeypatch.setattr(Experiment, "images", lambda *_: iter([np.full((2, 8, 8, 1), np.nan)]))
     pictures = ("--config.evals.samples.every_steps=2", "--config.evals.samples.num=2")
     assert main([*train_arguments(tmp_path / "run", "total_steps=4"), *pictures]) == 0
     assert "sampled values are not finite" in capsys.readouterr().out

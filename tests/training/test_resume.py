@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from diffjax.__main__ import main
+from diffjax.commands.inspect import inspect
 from diffjax.training import loop
-from diffjax.verbs.inspect import inspect
 from tests.programs import complete_steps, kill, start, train_arguments, wait_for
 
 RUN = ("total_steps=12", "checkpoint.every_steps=4", "log.every_steps=4")

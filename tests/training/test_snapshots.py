@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from diffjax.__main__ import main
+from diffjax.commands.ema import reconstruct
+from diffjax.commands.inspect import inspect
 from diffjax.errors import UserError
 from diffjax.sampling.samples import read_samples
 from diffjax.training.checkpoint import Checkpoints, Snapshots
-from diffjax.verbs.ema import reconstruct
-from diffjax.verbs.inspect import inspect
 from diffjax.weights.store import load, tree_sha256
 from tests.programs import TINY, complete_steps, kill, start, train_arguments, wait_for
 from tests.training.test_resume import Cut, at_batch, cut
@@ -133,9 +133,17 @@ def test_an_average_is_made_and_sampled(straight, tmp_path, capsys):
     assert (model["step"], model["sigma_rel"], model["snapshots"]) == (11, 0.08, SNAPSHOTS)
     assert model["sha256"] == tree_sha256(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
-    out = tmp_path / "s.npz"
-    assert main(["sample", f"--params={tmp_path / 'params'}", f"--config={TINY}", "--num=8", f"--out={out}"]) == 0
-    assert read_samples(out)[2]["origin"]["sha256"] == model["sha256"]
+    images = []
+    for name, recipe in (("own", []), ("given", [f"--config={TINY}"])):  # the folder knows the config of its run
+        out = tmp_path / f"{name}.npz"
+        assert main(["sample", f"--params={tmp_path / 'params'}", *recipe, "--num=8", f"--out={out}"]) == 0
+        assert read_samples(out)[2]["origin"]["sha256"] == model["sha256"]
+        images.append(read_samples(out)[0])
+    np.testing.assert_array_equal(*images)
+    capsys.readouterr()
+    process = "--config.diffusion.gaussian.steps=500"
+    assert main(["sample", f"--params={tmp_path / 'params'}", process, "--num=8", f"--out={out}"]) == 2
+    assert "diffusion.gaussian.steps cannot change what a run was trained for" in capsys.readouterr().err
 
 
 def test_a_length_that_was_kept_gives_the_track_of_its_step(straight, tmp_path):

@@ -1,0 +1,136 @@
+"""Score a samples file, or images of a run as they are drawn, or compare two result files.
+
+python -m diffjax evaluate --samples=runs/a/samples.npz --reference=digits --out=runs/a/scores.json
+python -m diffjax evaluate --workdir=runs/a --num=500 --reference=digits --out=runs/a/scores.json
+python -m diffjax evaluate --compare a/scores.json b/scores.json
+
+The reference is an embedded set (digits, emoji32) or a file in the layout of samples. Scores on pixels are for small
+images: they tell whether training works and are not FID. Results with different protocols are not compared.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from diffjax.commands import local_path, make_folder
+from diffjax.commands.sample import describe, describe_form
+from diffjax.data import sources
+from diffjax.errors import UserError
+from diffjax.evaluation import pixels, protocol
+from diffjax.files import file_sha256
+from diffjax.parallel import hosts
+from diffjax.runs import Run, open_run
+from diffjax.sampling.samples import read_samples, to_uint8
+
+EMBEDDED = ("digits", "emoji32")
+REST = "compare"  # the flag that arguments without a name belong to
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("samples", None, "samples file, .npz", flag_values=values)
+    flags.DEFINE_string("workdir", None, "run folder whose images are drawn, instead of --samples", flag_values=values)
+    flags.DEFINE_integer("num", 500, "how many, with --workdir", lower_bound=2, flag_values=values)
+    flags.DEFINE_string("reference", None, f"{', '.join(EMBEDDED)}, or an .npz file like samples", flag_values=values)
+    out = "result file; <samples>.scores.json or <workdir>/scores.json by default"
+    flags.DEFINE_string("out", None, out, flag_values=values)
+    flags.DEFINE_list("compare", [], "two result files, instead of all else", flag_values=values)
+
+
+def run(values: flags.FlagValues, overrides: list[str]) -> None:
+    if values.compare:
+        if len(values.compare) != 2 or values.samples or values.workdir:
+            raise UserError("evaluate: --compare takes two result files, and no other flag")
+        compare(*map(Path, values.compare))
+        return
+    if bool(values.samples) == bool(values.workdir) or not values.reference:
+        raise UserError("evaluate: give --reference with either --samples or --workdir, or --compare")
+    if values.samples and values["num"].present:
+        raise UserError("evaluate: --num is of --workdir; it has no effect on --samples")
+    if values.workdir:
+        out = local_path("out", values.out or f"{values.workdir}/scores.json")
+        make_folder(out)
+        evaluate_run(open_run(local_path("workdir", values.workdir)), values.num, values.reference, out)
+        return
+    samples = local_path("samples", values.samples)
+    out = local_path("out", values.out) if values.out else samples.with_suffix(".scores.json")
+    evaluate(samples, values.reference, out)
+
+
+def evaluate(samples: Path, reference: str, out: Path) -> dict[str, Any]:
+    """Score a samples file, print a short table, write the result file `out`; returns the result."""
+    images, labels, made = read_samples(samples)
+    made = made | {"file": str(samples), "file_sha256": file_sha256(samples)}
+    return score(str(samples), (images, labels), made, reference, out)
+
+
+def evaluate_run(run: Run, num: int, reference: str, out: Path) -> dict[str, Any]:
+    """Draw images 0 to num - 1 of a run, as `sample` does with the run's seed, and score them; returns the result."""
+    experiment = run.experiment
+    condition = experiment.method.condition
+    if experiment.method.makes != "pictures" or (condition and condition.kind != "labels"):
+        raise UserError(f"evaluate: {run.describe()} makes no pictures of labels, which pixel scores are for")
+    labels = experiment.conditions(0, num)
+    images = np.concatenate([to_uint8(each) for each in experiment.images(run.params, labels)])
+    form = describe_form(experiment.model, run.params, fused=True)
+    settings: dict[str, Any] = {"labels": "interleaved", "seed": experiment.seed, "first": 0, "num": num}
+    return score(run.describe(), (images, labels), describe(experiment, run.origin, form, **settings), reference, out)
+
+
+def score(name: str, labelled: pixels.Labelled, made: dict[str, Any], reference: str, out: Path) -> dict[str, Any]:
+    """Score images uint8 [n, h, w, c] with labels [n], print a short table, write the result file; returns the result.
+
+    made: how the images were made, json-able.
+    """
+    train, held_out, identity = reference_set(reference)
+    values = pixels.score(labelled, train, held_out)
+    count = len(labelled[0])
+    result = protocol.result(
+        values,
+        features=pixels.FEATURES,
+        features_sha256="none",
+        resize="none",
+        reference=identity,
+        num=count,
+        samples=made,
+    )
+    if hosts.is_lead():
+        protocol.write(out, result)
+        print_scores(name, count, made, identity, values)
+        print(f"wrote {out}")
+    return result
+
+
+def print_scores(name: str, count: int, made: dict[str, Any], identity: dict[str, Any], values: dict[str, Any]) -> None:
+    form = f", model {made['form']}" if "form" in made else ""
+    print(f"{name}: {count} images{form}")
+    print(f"against {identity['count']} of {identity['name']} (pixel scores, not FID)")
+    print(f"{'':<26}{'samples':>10}{'held-out real':>16}")
+    for score, columns in values.items():
+        real = f"{columns['held_out_real']:>16.4f}" if "held_out_real" in columns else f"{'-':>16}"
+        print(f"{score:<26}{columns['value']:>10.4f}{real}")
+
+
+def compare(a: Path, b: Path) -> None:
+    """Print the scores of two result files side by side; UserError when their protocols differ."""
+    pairs = protocol.compare(protocol.read(a), protocol.read(b))
+    print(f"{'':<26}{'a':>10}{'b':>10}{'b - a':>11}")
+    for score, (value_a, value_b) in pairs.items():
+        print(f"{score:<26}{value_a:>10.4f}{value_b:>10.4f}{value_b - value_a:>+11.4f}")
+
+
+def reference_set(name: str) -> tuple[pixels.Labelled, pixels.Labelled | None, dict[str, Any]]:
+    """(training images, held-out images if there are any, identity) of the reference."""
+    if name in EMBEDDED:
+        parts = [sources.SOURCES[name](split=split) for split in ("train", "test")]
+        train, held_out = (sources.arrays(part) for part in parts)
+        sha256 = parts[0].fingerprint["sha256"]
+        identity = {"name": name, "sha256": sha256, "count": len(train[0]), "held_out_count": len(held_out[0])}
+        return train, held_out, identity
+    path = Path(name)
+    if path.suffix != ".npz":
+        raise UserError(f"--reference={name}: valid: {', '.join(EMBEDDED)}, or an .npz file in the layout of samples")
+    images, labels, _ = read_samples(path)
+    identity = {"name": path.name, "sha256": file_sha256(path), "count": len(images), "held_out_count": 0}
+    return (images, labels), None, identity

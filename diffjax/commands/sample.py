@@ -1,0 +1,202 @@
+"""Draw images and write them as npz (ADM layout), json (the protocol) and png (a grid).
+
+python -m diffjax sample --workdir=runs/a --num=50000 --out=runs/a/samples.npz
+python -m diffjax sample --params=params/dit-xl --config=configs/imagenet256.py --num=8 --out=samples.npz
+python -m diffjax sample --workdir=runs/stage1 --num=500 --raw --out=codes.npz
+python -m diffjax sample --workdir=runs/stage2 --source=codes.npz --num=500 --out=samples.npz
+python -m diffjax sample --workdir=runs/a --guide=runs/small --config.sampling.guidance.scale=2 --num=500 --out=a.npz
+
+Image i depends on (seed, i), its condition and the parameters alone: not on the batch size or the number of devices.
+They are written in parts as they are made: the same command after an interruption goes on, and ends with the same file.
+With --guide the images are pushed away from those of a worse network (autoguidance, arXiv 2406.02507), given the same
+conditions, with `sampling.guidance.scale` as the weight; there is no classifier-free guidance then.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from diffjax import models
+from diffjax.commands import local_path, make_folder
+from diffjax.config import load
+from diffjax.contracts import Tree
+from diffjax.errors import UserError
+from diffjax.evaluation import protocol
+from diffjax.experiment import Experiment
+from diffjax.parallel import hosts
+from diffjax.runs import Run, open_guide, open_run
+from diffjax.sampling import conditions, generate, parts, samples
+from diffjax.weights import store
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    text, number = flags.DEFINE_string, flags.DEFINE_integer
+    text("workdir", None, "run folder: its config and its checkpoint", flag_values=values)
+    text("params", None, "folder that `convert` or `ema` wrote, instead of --workdir", flag_values=values)
+    text("config", None, "recipe, with --params that no run made", flag_values=values)
+    number("step", None, "which checkpoint; the latest by default", flag_values=values)
+    flags.DEFINE_enum("weights", "ema", ["ema", "params"], "average or last parameters", flag_values=values)
+    number("num", None, "how many images", lower_bound=1, flag_values=values)
+    number("first", 0, "number of the first image", lower_bound=0, flag_values=values)
+    number("seed", 0, "seed of the images", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
+    number("batch_size", 128, "images at a time on all devices", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum(
+        "labels", "interleaved", ["interleaved", "uniform"], "classes in equal parts, or drawn", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "raw",
+        False,
+        "write what the model makes as it is (arr_0): float32 values, or codes",
+        flag_values=values,
+    )
+    flags.DEFINE_bool("fused", True, "sample the fused form of a backbone that has one (U-DiT)", flag_values=values)
+    text("guide", None, "worse network: a run folder, or one written by `convert` or `ema`", flag_values=values)
+    text("source", None, "codes to start from, .npz, of a second stage: what --raw wrote", flag_values=values)
+    text("conditions", None, ".npz with an array `conditions`, of a model of vectors or tokens", flag_values=values)
+    text("out", None, "samples file, .npz", flag_values=values)
+    flags.mark_flags_as_required(["num", "out"], values)
+
+
+def run(values: flags.FlagValues, overrides: list[str]) -> None:
+    out = local_path("out", values.out)
+    if out.suffix != ".npz" or out.is_dir():
+        raise UserError(f"--out={out}: give a file that ends in .npz")
+    trained = _open(values, overrides)
+    experiment = trained.experiment
+    if experiment.method.makes != "pictures" and not values.raw:
+        makes = experiment.method.makes
+        raise UserError(f"sample: this model makes {makes}, not pictures; --raw writes them as they are")
+    guide = open_guide(local_path("guide", values.guide), experiment) if values.guide else None
+    sampler = experiment.method.sampler(experiment.sampling, autoguided=True) if guide else experiment.sampler
+    asked = _conditions(values, trained)
+    make_folder(out)
+    form = describe_form(experiment.model, trained.params, values.fused)
+    settings = {
+        "labels": values.labels,
+        "seed": values.seed,
+        "first": values.first,
+        "num": values.num,
+        **asked.described,
+    }
+    guided = {"guide": guide.origin} if guide else {}
+    described = describe(experiment, trained.origin, form, **guided, **settings)
+    compiled = generate.compile_sampler(
+        sampler,
+        experiment.model,
+        experiment.mesh,
+        values.seed,
+        decode=None if values.raw else experiment.decode,
+        fused=values.fused,
+        guide=(guide.experiment.model, guide.params) if guide else None,
+    )
+    write(out, trained, compiled, asked, described, values.batch_size, values.raw)
+    if hosts.is_lead():
+        made = "images" if experiment.method.makes == "pictures" and not values.raw else "raw results"
+        print(f"wrote {values.num} {made} of {trained.describe()}, {form}, to {out}")
+
+
+def _open(values: flags.FlagValues, overrides: list[str]) -> Run:
+    if bool(values.workdir) == bool(values.params):
+        raise UserError("sample: give either --workdir or --params")
+    if values.workdir:
+        if values.config:
+            raise UserError(
+                "sample: --workdir has its own config; give only leaves, such as --config.sampling.steps=50"
+            )
+        return open_run(local_path("workdir", values.workdir), overrides, weights=values.weights, step=values.step)
+    if values["step"].present or values["weights"].present:
+        raise UserError("sample: --step and --weights choose within a run folder; they have no effect on --params")
+    folder = local_path("params", values.params)
+    store.read_model(folder)  # says that a folder holds no parameters
+    return open_run(folder, overrides, config=load(values.config) if values.config else None)
+
+
+def write(
+    out: Path,
+    trained: Run,
+    compiled: Any,
+    asked: conditions.Conditions,
+    described: dict[str, Any],
+    batch_size: int,
+    raw: bool,
+) -> None:
+    """Draw what no part of the file holds yet, each process its own images, and put the parts together."""
+    what = {name: value for name, value in described.items() if name not in ("num", "code_version", "origin")}
+    identity = {**what, "weights_sha256": described["origin"]["sha256"], "raw": raw}
+    identity["conditions_sha256"] = asked.sha256
+    file = parts.open_parts(out, identity, len(asked.given), jax.process_index())
+    missing = file.missing()
+    if jax.process_count() > 1:  # the processes listed the folder at different times
+        missing = np.flatnonzero(multihost_utils.broadcast_one_to_all(np.isin(np.arange(file.num), missing)))
+    with tqdm(total=file.num, initial=file.num - len(missing), unit="image", disable=_quiet()) as bar:
+        first, shape = described["first"], min(batch_size, file.num)  # the same, however many are missing
+        drawn = generate.generate(
+            compiled, trained.params, asked.given[missing], first + missing, trained.experiment.mesh, shape
+        )
+        for numbers, rows in drawn:
+            file.write(numbers - first, rows if raw else samples.to_uint8(rows))
+            bar.update(len(numbers))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"parts of {out}")
+    if hosts.is_lead():
+        file.finish(asked.arrays, described, raw=raw)
+
+
+def _quiet() -> bool | None:
+    """No bar on the processes that stay silent, nor where nobody watches."""
+    return None if hosts.is_lead() else True
+
+
+def _conditions(values: flags.FlagValues, trained: Run) -> conditions.Conditions:
+    """What each image is conditioned on, as the flags say."""
+    experiment = trained.experiment
+    kind = experiment.method.condition.kind if experiment.method.condition else "labels"
+    if values.source and not experiment.method.takes_source:
+        raise UserError(f"--source={values.source}: only for a second stage, which draws codes of codes")
+    if values.conditions and kind == "labels":
+        raise UserError(f"--conditions={values.conditions}: this model has labels; valid: --labels")
+    if kind != "labels" and values["labels"].present:
+        given = "the labels are those of --source" if experiment.method.takes_source else f"this model has {kind}"
+        raise UserError(f"sample: {given}; leave out --labels")
+    if values.source or experiment.method.takes_source:
+        if not values.source:
+            raise UserError(
+                "sample: this model draws codes of a decoder, given codes of features: give them as --source"
+            )
+        return conditions.of_source(local_path("source", values.source), values.first, values.num, trained)
+    if kind != "labels":
+        path = local_path("conditions", values.conditions) if values.conditions else None
+        return conditions.of_file(path, values.first, values.num, experiment)
+    return conditions.of_labels(values.labels, values.seed, values.first, values.num, experiment.num_classes)
+
+
+def describe_form(model: Any, params: Tree, fused: bool) -> str:
+    """In which form of the backbone the images are drawn, in words."""
+    shapes = jax.eval_shape(lambda params: models.fused(model, params)[1], params)
+    count, left = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, shapes))
+    return f"fused: {left:,} of {count:,} parameters" if fused and left < count else "as trained"
+
+
+def describe(
+    experiment: Experiment, origin: dict[str, Any], form: str, guide: dict[str, Any] | None = None, **settings: Any
+) -> dict[str, Any]:
+    """How images were made, json-able. guide: its origin. settings: labels, seed, first, num."""
+    made = experiment.description()
+    precision, sampling = made.pop("precision"), made.pop("sampling")
+    guided = {"guide_sha256": guide["sha256"]} if guide else {}
+    return {
+        **made,
+        "form": form,
+        "origin": origin,
+        **({"guide": guide} if guide else {}),
+        "sampling": sampling | guided,
+        **settings,
+        "rounding": samples.ROUNDING,
+        "precision": precision,
+        "code_version": protocol.code_version(),
+    }

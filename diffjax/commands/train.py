@@ -1,0 +1,28 @@
+"""Train a config in a run folder. The same command on an existing folder resumes it.
+
+python -m diffjax train --config=configs/quickstart.py:model=dit --workdir=runs/a --config.optim.lr=2e-4
+python -m diffjax train --config=configs/quickstart.py:model=dit --workdir=runs/b --config.init.from=params/dit
+"""
+
+from absl import flags
+
+from diffjax.commands import local_path
+from diffjax.config import load
+from diffjax.training import profile
+from diffjax.training.loop import train
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    text = flags.DEFINE_string
+    text("config", None, "recipe and its argument: configs/NAME.py:ARGUMENT", flag_values=values)
+    text("workdir", None, "run folder, made or resumed", flag_values=values)
+    flags.DEFINE_list(
+        "accept", [], "leaves (total_steps,...) in which the config may differ from the folder's", flag_values=values
+    )
+    text("profile", None, "FIRST:LAST: write a trace of these steps to WORKDIR/profile", flag_values=values)
+    flags.mark_flags_as_required(["config", "workdir"], values)
+
+
+def run(values: flags.FlagValues, overrides: list[str]) -> None:
+    steps = profile.parse(values.profile) if values.profile else None
+    train(load(values.config, overrides), local_path("workdir", values.workdir), tuple(values.accept), steps)

@@ -1,0 +1,248 @@
+"""From a recipe and overrides, or a run folder's config.json, to a resolved `Config`."""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffjax.config.earlier import DEFAULTS, VERSION, modern
+from diffjax.config.schema import Config, Spec, hint, leaves, model_leaves, resolve
+from diffjax.errors import UserError
+from diffjax.files import write_json
+from diffjax.options import REQUIRED, Value, parse
+from diffjax.trees import leaves as flat
+
+FREE = ("place", "layout", "watch")  # kinds of leaves that may change between two starts of a run
+
+
+def base(model: str = "") -> ConfigDict:
+    """All leaves at their defaults, for a recipe to change; `model`: a published name or a family."""
+    return ConfigDict(nested(_defaults(leaves(model))))
+
+
+def _defaults(specs: Mapping[str, Spec]) -> dict[str, Value]:
+    return {path: spec.option.default for path, spec in specs.items() if spec.option.default is not REQUIRED}
+
+
+def model_defaults(name: str) -> dict[str, Value]:
+    """The leaves of section `model` for a backbone, those without a default left out."""
+    specs = {spec.path: spec for spec in model_leaves(name)}
+    return {path.removeprefix("model."): value for path, value in _defaults(specs).items()}
+
+
+def nested(values: Mapping[str, Value]) -> dict[str, Any]:
+    """{"a.b": 1} -> {"a": {"b": 1}}."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *sections, leaf = path.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[leaf] = value
+    return tree
+
+
+def load(path_and_argument: str, overrides: list[str] | None = None) -> Config:
+    """The config of "configs/recipe.py:argument", with overrides such as "--config.optim.lr=2e-4".
+
+    Raises:
+        UserError: no such file, an argument the recipe refuses, an unknown leaf, or a value that is not valid.
+    """
+    path, _, argument = path_and_argument.partition(":")
+    try:
+        with _importable(Path(path)):  # recipes import `configs.common`
+            recipe = _module(Path(path)).get_config(argument or None)
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"--config={path_and_argument}: {' '.join(str(error).split())}") from error
+    return resolve(_overridden(flat(recipe.to_dict()), overrides or []))
+
+
+def override(config: Config, arguments: list[str]) -> Config:
+    """The config with leaves set from command-line arguments, each parsed as the type of the leaf."""
+    return resolve(_overridden(dict(config.values), arguments))
+
+
+def _overridden(values: dict[str, Value], arguments: list[str]) -> dict[str, Value]:
+    given = dict(_split(argument) for argument in arguments)
+    if "model.name" in given:
+        values = _other_model(values, str(given["model.name"]))
+    specs = leaves(str(values.get("model.name", "")))
+    today = modern(given, values)
+    for leaf, text in today.items():
+        if inside := [known.removeprefix(f"{leaf}.") for known in specs if known.startswith(f"{leaf}.")]:
+            raise UserError(f"--config.{leaf}: {leaf!r} is a section; its leaves: {', '.join(inside)}")
+        if leaf not in specs:
+            raise UserError(f"the config has no leaf {leaf!r}{hint(leaf, specs)}")
+        option = specs[leaf].option
+        if isinstance(text, bool) and option.type is not bool:
+            switch = "=true or false" if option.type is bool else "=VALUE"
+            raise UserError(f"--config.{leaf}: write --config.{leaf}{switch}")
+        values[leaf] = parse(f"--config.{leaf}", option, text) if isinstance(text, str) else text
+    for leaf in today:
+        interval = f"{leaf.rpartition('.')[0]}.every_steps"
+        if leaf.startswith("evals.") and leaf != interval and not values[interval]:
+            raise UserError(f"--config.{leaf} is not read with {interval} = 0")
+    return values
+
+
+def _split(argument: str) -> tuple[str, str | bool]:
+    """--config.LEAF=VALUE as (leaf, text); a bare --config.LEAF or --noconfig.LEAF as (leaf, True or False)."""
+    name, equals, text = argument.lstrip("-").partition("=")
+    leaf = name.removeprefix("no").removeprefix("config.")
+    if name.startswith("no") and equals:
+        raise UserError(f"--{name}: takes no value; write --config.{leaf}=VALUE")
+    return leaf, text if equals else not name.startswith("no")
+
+
+def _other_model(values: Mapping[str, Value], name: str) -> dict[str, Value]:
+    """The values with another backbone: what was set for the one before stays where the new one has it."""
+    before = {spec.path: spec.option.default for spec in model_leaves(str(values.get("model.name", "")))}
+    after = {spec.path: spec.option.default for spec in model_leaves(name)}
+    kept = {path: value for path, value in values.items() if path not in before or value != before[path]}
+    return {**{path: value for path, value in after.items() if value is not REQUIRED}, **kept, "model.name": name}
+
+
+def _module(path: Path) -> ModuleType:
+    if not path.is_file():
+        near = ", ".join(sorted(p.stem for p in path.parent.glob("*.py") if p.stem not in ("__init__", "common")))
+        raise UserError(f"--config={path}: no such file" + (f"; {path.parent} has {near}" if near else ""))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        place = f"line {error.lineno}: " if isinstance(error, SyntaxError) else ""
+        raise UserError(f"--config={path}: {place}{error.msg}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={path}: the file defines no get_config(arg)")
+    return module
+
+
+@contextlib.contextmanager
+def _importable(recipe: Path) -> Iterator[None]:
+    """The package that a recipe lies in can be imported in here, whatever other one has its name; nothing outlives it.
+
+    A package of that name that is imported already, from elsewhere, is set aside meanwhile.
+    """
+    folder = recipe.resolve().parent
+    before, name = list(sys.path), folder.name
+    own = folder in [Path(place).resolve() for place in getattr(sys.modules.get(name), "__path__", ())]
+    aside = {} if own else _of_package(name)
+    for module in aside:
+        del sys.modules[module]
+    sys.path.insert(0, str(folder.parent))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+        if aside:
+            for module in _of_package(name):
+                del sys.modules[module]
+            sys.modules.update(aside)
+
+
+def _of_package(name: str) -> dict[str, ModuleType]:
+    """The imported modules of a package."""
+    return {module: sys.modules[module] for module in list(sys.modules) if module.partition(".")[0] == name}
+
+
+def differences(old: Config, new: Config) -> dict[str, str]:
+    """The leaves that differ, each with "name: old -> new"."""
+    absent = "(absent)"
+    a, b = old.values, new.values
+    names = sorted(set(a) | set(b))
+    pairs = {name: (a.get(name, absent), b.get(name, absent)) for name in names}
+    return {name: f"{name}: {x!r} -> {y!r}" for name, (x, y) in pairs.items() if x != y}
+
+
+def write(config: Config, path: Path) -> None:
+    """Keep a config as json; complete or not there at all."""
+    write_json(path, stored(config))
+
+
+def stored(config: Config) -> dict[str, Any]:
+    """What config.json holds."""
+    return {"version": VERSION, **nested(config.values)}
+
+
+def read(path: Path) -> Config:
+    """The config of a run folder's config.json, of this or any earlier version."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `python -m diffjax train --workdir={path.parent}` makes a run folder")
+    try:
+        stored = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid json ({error})") from error
+    if not isinstance(stored, dict) or not {"seed", "model", "data"} <= set(stored):
+        raise UserError(f"{path}: not the config of a run, which has seed, model, data and more")
+    try:
+        return stored_values(stored)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def stored_values(stored: Mapping[str, Any]) -> Config:
+    """The config of what config.json holds."""
+    tree = dict(stored)
+    version = tree.pop("version", 1)
+    if version not in range(1, VERSION + 1) and not (isinstance(version, int) and version > VERSION):
+        raise UserError(f"version = {version!r}: valid: a whole number")
+    if version > VERSION:
+        raise UserError(f"written by a later version of diffjax (config version {version}, this one reads {VERSION})")
+    values = DEFAULTS[version] | flat(tree)
+    if version < VERSION:
+        return resolve(modern(values, values, whole=True), forget_unread=True)
+    return resolve(values)
+
+
+def check_same_run(stored: Config, given: Config, accepted: tuple[str, ...] = ()) -> dict[str, str]:
+    """Raise UserError when `given` computes something else than `stored`; return `differences`, which may be then.
+
+    Args:
+        accepted: leaves whose change the user has asked for by name.
+    """
+    specs = leaves(str(stored.values["model.name"])) | leaves(str(given.values["model.name"]))
+    if unknown := [name for name in accepted if name not in specs]:
+        raise UserError(f"--accept={','.join(unknown)}: the config has no such leaf{hint(unknown[0], specs)}")
+    fixed = {name for name, spec in specs.items() if spec.option.leaf.fixed}
+    if bool(stored.init.from_) != bool(given.init.from_):  # the parameters may have moved, but not come from elsewhere
+        fixed |= {"init.from"}
+    if wrong := [name for name in accepted if name in fixed]:
+        raise UserError(f"--accept={','.join(wrong)}: cannot change within a run; use another --workdir")
+    found = differences(stored, given)
+    free = {name for name in found if name not in fixed and (specs[name].kind in FREE or name in accepted)}
+    if refused := {name: line for name, line in found.items() if name not in free}:
+        accept = f", or --accept={','.join(refused)} to go on with the new values"
+        raise UserError(
+            f"the folder holds a run with another config: {'; '.join(refused.values())} (stored -> given); "
+            f"use another --workdir{'' if fixed & refused.keys() else accept}"
+        )
+    return found
+
+
+def same_values(config: Config, changed: Iterable[str]) -> bool:
+    """Whether the changed leaves leave the parameters of every step as they were."""
+    specs = leaves(str(config.values["model.name"]))
+    return all(specs[name].kind in FREE for name in changed)
+
+
+def sampling_leaves(stored: Config, given: Config) -> None:
+    """Raise UserError for leaves that cannot change what a run was trained for."""
+    specs = leaves(str(given.values["model.name"]))
+    fixed = [name for name in differences(stored, given) if specs[name].kind not in (*FREE, "compute")]
+    if fixed:
+        raise UserError(f"{', '.join(fixed)} cannot change what a run was trained for; give sampling leaves")

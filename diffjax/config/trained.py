@@ -1,0 +1,53 @@
+"""Configs of parameters that are sampled: the backbone is theirs, and their process has to be the same."""
+
+from pathlib import Path
+from typing import Any
+
+from diffjax.config.earlier import modern
+from diffjax.config.load import nested
+from diffjax.config.schema import Config, leaves, resolve
+from diffjax.errors import UserError
+from diffjax.methods import METHODS
+from diffjax.methods.diffusion import Diffusion, same_process
+from diffjax.trees import leaves as flat
+
+
+def with_model(config: Config, folder: Path, made: dict[str, Any]) -> Config:
+    """The config with the backbone that `convert` wrote. UserError when it does not fit the data of the config."""
+    arguments = made["kwargs"]
+    facts = {"channels": config.data.channels, "num_classes": config.data.num_classes}
+    if wrong := [f"{n} = {arguments[n]}, not {facts[n]}" for n in facts if n in arguments and arguments[n] != facts[n]]:
+        raise UserError(f"{folder} holds a {made['name']} with {', '.join(wrong)}, as the config's data says")
+    compute = {f"model.{name}": config.model.options.get(name) for name in ("dtype", "remat")}
+    values = {path: value for path, value in config.values.items() if not path.startswith("model.")}
+    own = {f"model.{name}": value for name, value in arguments.items()}
+    known = leaves(made["name"])
+    model = {path: value for path, value in (own | compute).items() if path in known and value is not None}
+    return resolve({**values, **model, "model.name": made["name"]})
+
+
+def with_process(config: Config, process: dict[str, Any]) -> Config:
+    """The config with the process that parameters were trained with, as earlier versions recorded it."""
+    section = "diffusion" if "process" in process else "tokens"
+    given = {f"{section}.{name}": value for name, value in flat(process).items()}
+    replaced_sections = {*METHODS, "sampling"}
+    kept = {path: value for path, value in config.values.items() if path.partition(".")[0] not in replaced_sections}
+    return resolve({**kept, **modern(given, given), "method": section}, forget_unread=True)
+
+
+def check_same_process(folder: Path, own: Config, config: Config, flag: str) -> None:
+    """UserError unless samplers would call the network of `folder` and read its output as those of `config`."""
+    specs = {"method": (own.values["method"], config.values["method"])}
+    prefix = f"{own.values['method']}."
+    specs |= {
+        path: (value, config.values[path])
+        for path, value in own.values.items()
+        if path.startswith(prefix) and path in config.values
+    }
+    differing = {path: value for path, (value, other) in specs.items() if value != other}
+    if not differing:
+        return
+    both = own.settings, config.settings
+    if all(isinstance(each, Diffusion) for each in both) and same_process(*both):
+        return
+    raise UserError(f"--{flag}={folder} was trained with another process: {nested(differing)}")

@@ -1,0 +1,85 @@
+"""The evaluators of a run: when each is due, and where its results lie.
+
+    evals/<name>_<step>.json     {"step": ..., "evaluator": ..., "values": {...}, "protocol": {...}}
+    samples/step_<step>.png      the picture of the evaluator `samples`; of any other evals/<name>_<step>.png
+
+The json is written last: an evaluation without one has not been made, and is run when the run resumes. Earlier versions
+wrote the picture of `samples` alone, which counts, too.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from diffjax.contracts import Evaluator, Result
+from diffjax.errors import writing
+from diffjax.experiment import Experiment
+from diffjax.files import write_json
+from diffjax.parallel import hosts
+from diffjax.sampling import samples
+from diffjax.training.metrics import Reporter
+
+
+class Evaluations:
+    """See the module docstring."""
+
+    def __init__(self, workdir: Path, experiment: Experiment):
+        self._workdir, self._experiment = workdir, experiment
+        self._every = experiment.schedule.evaluate_every
+        self._total = experiment.schedule.total_steps
+        self._evaluators: dict[str, Evaluator] = {}
+
+    def prepare(self) -> None:
+        """Make the evaluators. UserError for one that this experiment cannot have."""
+        self._evaluators = self._experiment.evaluators()
+
+    def due(self, step: int) -> list[str]:
+        """The evaluators that run at a step; at the last one all of them do."""
+        return [name for name, every in self._every.items() if step and (step % every == 0 or step == self._total)]
+
+    def missing(self, step: int) -> list[str]:
+        """Those that are due at a step and have no result; every process gets what the lead finds."""
+        due = self.due(step)
+        absent = np.array([not self._is_made(name, step) for name in due], bool)
+        if jax.process_count() > 1 and due:
+            absent = multihost_utils.broadcast_one_to_all(absent)
+        return [name for name, is_absent in zip(due, absent) if is_absent]
+
+    def _is_made(self, name: str, step: int) -> bool:
+        # Earlier versions wrote the picture alone.
+        pictured = name == "samples" and self._picture(name, step).is_file()
+        return pictured or self._path(name, step).is_file()
+
+    def run(self, names: list[str], step: int, params: Any, reporter: Reporter) -> None:
+        """Evaluate averaged parameters, and write and report the results; every process calls it."""
+        for name in names:
+            result = self._evaluators[name](params)
+            if "not_finite" in result.values:
+                reporter.say(f"step {step}: sampled values are not finite; {name} has no result")
+            reporter.evaluation(name, step, result.values)
+            if result.picture is not None:
+                reporter.image(name, step, result.picture)
+            if hosts.is_lead():
+                self._write(name, step, result)
+
+    def _write(self, name: str, step: int, result: Result) -> None:
+        path = self._path(name, step)
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            if result.picture is not None:
+                picture = self._picture(name, step)
+                picture.parent.mkdir(exist_ok=True)
+                samples.write_png(picture, result.picture)
+            found = {"step": step, "evaluator": name, "values": dict(result.values), "protocol": dict(result.protocol)}
+            write_json(path, found)
+
+    def _picture(self, name: str, step: int) -> Path:
+        if name == "samples":
+            return self._workdir / "samples" / f"step_{step:08d}.png"
+        return self._path(name, step).with_suffix(".png")
+
+    def _path(self, name: str, step: int) -> Path:
+        return self._workdir / "evals" / f"{name}_{step:08d}.json"

@@ -1,0 +1,144 @@
+"""Where a run starts: fresh parameters, or those of another model (fine-tuning).
+
+Of the latter everything must fit but what `init.new` names, by a part of the model (PARTS) or by the start of paths.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diffjax.errors import UserError
+from diffjax.experiment import Experiment
+from diffjax.parallel import hosts
+from diffjax.parallel.rules import key_path
+from diffjax.training.checkpoint import Checkpoints
+from diffjax.training.state import TrainState
+from diffjax.weights import store
+
+# Parts of a model that another data set or image size may need anew: patterns of their parameters' paths.
+PARTS = {
+    "labels": r"(^|/)label_embed[^/]*/",
+    "head": r"^final/",
+    "positions": r"(^|/)(\w*positions|relative_bias)$",
+}
+NULL_CLASS = "null_class"  # one more row of every table of labels; the others are kept
+
+
+class Start(NamedTuple):
+    """What a run starts from.
+
+    Attributes:
+        source: where the parameters come from.
+        stored: all of them, by path.
+        fresh: the paths that start fresh nevertheless.
+    """
+
+    source: str
+    stored: dict[str, np.ndarray]
+    fresh: set[str]
+
+
+def find_start(experiment: Experiment) -> Start | None:
+    """The parameters that a config names; None for fresh ones. UserError when they do not fit."""
+    source, new = experiment.initial
+    if not source:
+        return None
+    stored = read(Path(source))
+    abstract = experiment.abstract.params
+    leaves = {key_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+    return Start(source, stored, fresh_paths(source, stored, leaves, new))
+
+
+def initial_state(experiment: Experiment, start: Start | None) -> TrainState:
+    """The state at step 0, and a printed list of what is new in it when it starts from other parameters."""
+    if start is None:
+        return experiment.init()
+    fresh = experiment.fresh()
+    leaves = {key_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)}
+    kept = {path: extended(start.stored[path], leaf) for path, leaf in leaves.items() if path not in start.fresh}
+    if hosts.is_lead():
+        print_kept(start, kept, {path: leaves[path] for path in start.fresh})
+
+    def place(path: tuple, leaf: jax.Array) -> jax.Array:
+        found = kept.get(key_path(path))
+        return leaf if found is None else jax.device_put(found.astype(leaf.dtype), leaf.sharding)
+
+    return experiment.start(jax.tree_util.tree_map_with_path(place, fresh))
+
+
+def read(folder: Path) -> dict[str, np.ndarray]:
+    """Parameters by path of a run folder (the average of its latest step) or of one that `convert` or `ema` wrote."""
+    if (folder / "checkpoints").is_dir():
+        checkpoints = Checkpoints(folder, read_only=True)
+        latest = checkpoints.latest()
+        if latest is None:
+            raise UserError(f"init.from = {str(folder)!r}: the run has no checkpoint yet")
+        tree: Any = checkpoints.restore_arrays("ema", latest)
+    else:
+        _, tree, _ = store.load(folder)
+    return {key_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def fresh_paths(source: str, stored: dict[str, np.ndarray], leaves: dict[str, Any], new: tuple[str, ...]) -> set[str]:
+    """The parameters that start fresh. UserError for those that do not fit and are not named in `new`."""
+    patterns = {name: re.compile(PARTS.get(name, f"^{re.escape(name)}")) for name in new if name != NULL_CLASS}
+    every = stored.keys() | leaves.keys()
+    if idle := [name for name, pattern in patterns.items() if not any(map(pattern.search, every))]:
+        parts = [part for part, pattern in PARTS.items() if any(re.search(pattern, path) for path in every)]
+        raise UserError(
+            f"init.new = {','.join(new)}: {idle[0]!r} is no part of this model and no path begins with it; valid: "
+            f"{', '.join((*parts, NULL_CLASS))}, or starts of paths"
+        )
+    started = {path for path in every if any(pattern.search(path) for pattern in patterns.values())}
+    wrong = [path for path in sorted(every - started) if not fits(stored.get(path), leaves.get(path), path, new)]
+    if wrong:
+        listed = ", ".join(f"{path} {_shape(stored.get(path))} for {_shape(leaves.get(path))}" for path in wrong[:6])
+        rest = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        parts = sorted({part for part, pattern in PARTS.items() for path in wrong if re.search(pattern, path)})
+        more = NULL_CLASS if all(_one_row_more(stored.get(path), leaves.get(path)) for path in wrong) else ""
+        advice = ",".join(filter(None, [more] if more else parts)) or "the starts of their paths"
+        raise UserError(
+            f"init.from = {source!r} does not fit this model: {listed}{rest}; name what is to start fresh, for example "
+            f"init.new = {advice}"
+        )
+    return started & leaves.keys()
+
+
+def fits(stored: np.ndarray | None, leaf: Any, path: str, new: tuple[str, ...]) -> bool:
+    if stored is None or leaf is None:
+        return False
+    if NULL_CLASS in new and re.search(PARTS["labels"], path) and _one_row_more(stored, leaf):
+        return True
+    return stored.shape == leaf.shape
+
+
+def _one_row_more(stored: np.ndarray | None, leaf: Any) -> bool:
+    if stored is None or leaf is None or stored.ndim != leaf.ndim or stored.ndim < 2:
+        return False
+    return leaf.shape[-2] == stored.shape[-2] + 1 and (*leaf.shape[:-2], leaf.shape[-1]) == (
+        *stored.shape[:-2],
+        stored.shape[-1],
+    )
+
+
+def extended(stored: np.ndarray, leaf: jax.Array) -> np.ndarray:
+    """Stored values, with the last row of the fresh ones where they have one row more."""
+    if stored.shape == leaf.shape:
+        return stored
+    return np.concatenate([stored, hosts.fetch_whole(leaf)[..., -1:, :]], axis=-2)
+
+
+def print_kept(start: Start, kept: dict[str, np.ndarray], fresh: dict[str, jax.Array]) -> None:
+    count = sum(leaf.size for leaf in kept.values())
+    print(f"starting from {start.source}: {len(kept)} arrays with {count:,} parameters are kept", flush=True)
+    for path, leaf in sorted(fresh.items()):
+        print(f"  new: {path} {_shape(leaf)}", flush=True)
+    for path in sorted(path for path in kept if kept[path].shape != start.stored[path].shape):
+        print(f"  new: the last row of {path} {_shape(kept[path])}", flush=True)
+
+
+def _shape(leaf: Any) -> str:
+    return "none" if leaf is None else str(list(leaf.shape))

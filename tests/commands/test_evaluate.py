@@ -1,0 +1,70 @@
+"""Scoring and comparing through the command line."""
+
+import json
+
+import pytest
+
+from diffjax.__main__ import main
+from diffjax.data import sources
+from diffjax.sampling.samples import write_samples
+from tests.evaluation.test_protocol import SAMPLES
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """Real held-out digits as if a model had drawn them."""
+    path = tmp_path_factory.mktemp("samples") / "samples.npz"
+    source = sources.load("digits", size=8, channels=1, num_classes=10, split="test")
+    write_samples(path, *sources.arrays(source), SAMPLES)
+    return path
+
+
+def test_scores_and_their_comparison(samples, capsys):
+    assert main(["evaluate", f"--samples={samples}", "--reference=digits"]) == 0
+    printed = capsys.readouterr().out
+    out = samples.with_suffix(".scores.json")
+    result = json.loads(out.read_text())
+    for score, columns in result["values"].items():
+        assert columns["value"] == columns["held_out_real"], score
+        assert f"{columns['value']:.4f}" in printed
+    assert result["protocol"]["reference"]["name"] == "digits"
+    assert result["protocol"]["num"] == 297
+    assert "FID" not in json.dumps(result)
+
+    assert main(["evaluate", "--compare", str(out), str(out)]) == 0
+    assert "+0.0000" in capsys.readouterr().out
+    assert main(["evaluate", f"--compare={out},{out}"]) == 0
+    other = out.with_name("other.json")
+    result["protocol"]["sampling"]["steps"] = 250
+    other.write_text(json.dumps(result))
+    capsys.readouterr()
+    assert main(["evaluate", "--compare", str(out), str(other)]) == 2
+    assert "differ in sampling.steps (50 and 250)" in capsys.readouterr().err
+
+
+def test_a_file_as_reference(samples, capsys):
+    out = samples.with_name("self.json")
+    assert main(["evaluate", f"--samples={samples}", f"--reference={samples}", f"--out={out}"]) == 0
+    values = json.loads(out.read_text())["values"]
+    assert values["frechet_distance_pixels"]["value"] < 1e-6
+    assert list(values["frechet_distance_pixels"]) == ["value"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "give --reference with either --samples or --workdir, or --compare"),
+        (["--samples=s.npz", "--reference=digits"], "s.npz: no such samples file"),
+        (["--samples={samples}", "--reference=imagenet"], "--reference=imagenet: valid: digits, emoji32, or an .npz"),
+        (["--samples={samples}", "--reference=emoji32"], "the images are 8 x 8 and those of the reference 32 x 32"),
+        (["--compare", "a.json"], "--compare takes two result files"),
+        (["--compare", "a.json", "b.json", "c.json"], "--compare takes two result files"),
+        (["--compare", "a.json", "b.json"], "a.json: no such result file"),
+        (["a.json"], "'a.json' is not a flag"),
+    ],
+)
+def test_mistakes(samples, capsys, flags, message):
+    assert main(["evaluate", *(flag.format(samples=samples) for flag in flags)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

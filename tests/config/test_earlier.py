@@ -1,0 +1,39 @@
+"""Earlier spellings of leaves, on the command line and in config.json of version 1."""
+
+import pytest
+
+from diffjax.config import load
+from diffjax.config.load import stored, stored_values
+from tests.programs import ROOT
+
+RECIPE = f"{ROOT}/configs/quickstart.py:model=dit"
+
+
+@pytest.mark.parametrize(
+    "options, leaf, value",
+    [
+        ("churn=40,churn_max=inf", "churn_max", None),
+        ("churn=40,churn_max=50", "churn_max", 50.0),
+        ("order=1", "order", 1),
+    ],
+)
+def test_options_of_a_sampler_as_one_text(options, leaf, value):
+    given = load(RECIPE, ["--config.sampling.sampler=edm", f"--config.sampling.options={options}"])
+    assert given.values[f"sampling.edm.{leaf}"] == value
+
+
+@pytest.mark.parametrize("text, high", [("interval,low=0.5,high=inf", None), ("interval,low=0.5,high=3", 3.0)])
+def test_a_guidance_interval_as_one_text(text, high):
+    given = load(RECIPE, ["--config.sampling.guidance=2", f"--config.sampling.guidance_weights={text}"])
+    assert given.values["sampling.guidance.interval.low"] == 0.5
+    assert given.values["sampling.guidance.interval.high"] == high
+
+
+def test_no_limit_in_a_config_of_version_1():
+    tree = stored(load(RECIPE))
+    del tree["version"]
+    tree["sampling"] |= {"sampler": "edm", "options": "churn=40,churn_max=inf"}
+    tree["sampling"] |= {"guidance": 2.0, "guidance_weights": "interval,low=0.5,high=inf"}
+    found = stored_values(tree).values
+    assert (found["sampling.edm.churn"], found["sampling.edm.churn_max"]) == (40.0, None)
+    assert (found["sampling.guidance.scale"], found["sampling.guidance.interval.high"]) == (2.0, None)

@@ -1,0 +1,132 @@
+"""Runs that start from other parameters: what is kept is kept bit for bit, and what does not fit has to be named."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from diffjax import weights
+from diffjax.__main__ import main
+from diffjax.data import sources
+from diffjax.errors import UserError
+from diffjax.experiment import build
+from diffjax.parallel.rules import key_path
+from diffjax.runs import open_run
+from diffjax.training import finetune
+from diffjax.weights import store
+from tests.programs import tiny_config, train_arguments
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A short run on the ten digits."""
+    workdir = tmp_path_factory.mktemp("finetune") / "run"
+    assert main(train_arguments(workdir, "total_steps=2")) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def converted(trained, tmp_path_factory) -> Path:
+    """Its averaged parameters by way of the reference's layout, as `convert` writes them."""
+    run = open_run(trained)
+    out = tmp_path_factory.mktemp("converted") / "own"
+    state = weights.to_reference("dit", run.experiment.model, run.params)
+    module, params = weights.from_reference("dit", state, num_heads=3)
+    store.save(out, module, params, {"family": "dit"})
+    return out
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+    return {key_path(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def started(source: Path, *overrides: str, new: str = "") -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Parameters at step 0 of a run that starts from `source`, and those of one that starts fresh."""
+    experiment = build(tiny_config(*overrides, f"init.from={source}", f"init.new={new}"))
+    state = finetune.initial_state(experiment, finetune.find_start(experiment))
+    np.testing.assert_array_equal(*(jax.tree.leaves(tree)[0] for tree in (state.params, state.ema)))
+    return flat(state.params), flat(experiment.init().params)
+
+
+def halved_digits(folder: Path) -> tuple[str, ...]:
+    """Digits of 16 x 16 pixels in five classes."""
+    for split in ("train", "test"):
+        images, labels = sources.arrays(sources.digits(split=split))
+        np.savez(folder / f"{split}.npz", images=images.repeat(2, axis=1).repeat(2, axis=2), conditions=labels // 2)
+    return ("data.name=arrays", f"data.dir={folder}", "data.size=16", "data.num_classes=5")
+
+
+@pytest.mark.parametrize("kind", ["run", "parameters"])
+def test_what_fits_is_kept_bit_for_bit(kind, trained, converted, capsys):
+    source = trained if kind == "run" else converted
+    params, _ = started(source)
+    expected = flat(open_run(trained).params)
+    assert params.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(params[path], leaf, err_msg=path)
+    assert "  new: " not in capsys.readouterr().out
+
+
+def test_another_label_table_and_image_size(converted, trained, tmp_path, capsys):
+    leaves = halved_digits(tmp_path)
+    with pytest.raises(UserError, match=r"label_embed/embedding \[11, 48\] for \[6, 48\]; .* init.new = labels"):
+        started(converted, *leaves)
+    params, fresh = started(converted, *leaves, new="labels")
+    expected = flat(open_run(trained).params)
+    np.testing.assert_array_equal(params["label_embed/embedding"], fresh["label_embed/embedding"])
+    for path in expected.keys() - {"label_embed/embedding"}:
+        np.testing.assert_array_equal(params[path], expected[path], err_msg=path)
+    assert "  new: label_embed/embedding [6, 48]" in capsys.readouterr().out
+
+
+def test_a_null_class_is_one_more_row(tmp_path, capsys):
+    plain = ("diffusion.label_drop=0", "sampling.guidance.scale=1")
+    assert main(train_arguments(tmp_path / "plain", *plain, "total_steps=1")) == 0
+    with pytest.raises(UserError, match="init.new = null_class"):
+        started(tmp_path / "plain")
+    params, fresh = started(tmp_path / "plain", new="null_class")
+    table = flat(open_run(tmp_path / "plain").params)["label_embed/embedding"]
+    np.testing.assert_array_equal(params["label_embed/embedding"][:10], table)
+    np.testing.assert_array_equal(params["label_embed/embedding"][10], fresh["label_embed/embedding"][10])
+    assert "the last row of label_embed/embedding" in capsys.readouterr().out
+
+
+def test_a_name_that_means_nothing_is_refused(converted):
+    with pytest.raises(UserError, match="'lables' is no part of this model .* valid: labels, head, null_class"):
+        started(converted, new="lables")
+    with pytest.raises(UserError, match="init.new = .* is not read without init.from"):
+        tiny_config("init.new=labels")
+
+
+def test_parameters_that_do_not_fit_cost_nothing(converted, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert main(train_arguments(workdir, *halved_digits(tmp_path), f"init.from={converted}")) == 2
+    assert not workdir.exists()
+    assert main(train_arguments(workdir, f"init.from={tmp_path}/nowhere")) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not workdir.exists()
+
+
+def test_a_run_goes_on_without_what_it_started_from(converted, tmp_path):
+    source = tmp_path / "moved"
+    source.symlink_to(converted)
+    arguments = train_arguments(tmp_path / "run", f"init.from={source}", "total_steps=2", "checkpoint.every_steps=1")
+    assert main(arguments) == 0
+    source.unlink()
+    assert main([*arguments, "--config.total_steps=3", "--accept=total_steps"]) == 0
+
+
+@pytest.mark.slow
+def test_fine_tuning_beats_a_start_from_scratch(tmp_path):
+    def held_out_loss(name: str, *leaves: str) -> float:
+        common = ("evals.loss.every_steps=60", "optim.lr=2e-3", "batch_size=32", "ema.decay=0.9")
+        assert main(train_arguments(tmp_path / name, *common, *leaves)) == 0
+        step = max((tmp_path / name / "evals").glob("loss_*.json"))
+        return json.loads(step.read_text())["values"]["loss"]
+
+    held_out_loss("before", "total_steps=240")
+    other = (*halved_digits(tmp_path), "total_steps=60")
+    tuned = held_out_loss("tuned", *other, f"init.from={tmp_path / 'before'}", "init.new=labels")
+    assert tuned < held_out_loss("scratch", *other)
