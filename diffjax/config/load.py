@@ -84,8 +84,7 @@ def _overridden(values: dict[str, Value], arguments: list[str]) -> dict[str, Val
             raise UserError(f"the config has no leaf {leaf!r}{hint(leaf, specs)}")
         option = specs[leaf].option
         if isinstance(text, bool) and option.type is not bool:
-            switch = "=true or false" if option.type is bool else "=VALUE"
-            raise UserError(f"--config.{leaf}: write --config.{leaf}{switch}")
+            raise UserError(f"--config.{leaf}: write --config.{leaf}=VALUE")
         values[leaf] = parse(f"--config.{leaf}", option, text) if isinstance(text, str) else text
     for leaf in today:
         interval = f"{leaf.rpartition('.')[0]}.every_steps"

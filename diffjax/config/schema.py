@@ -96,7 +96,7 @@ class Data:
     flip: Annotated[bool, Leaf("mirror images left-right with probability 1/2", fixed=True)] = False
     augment: Annotated[
         float,
-        Leaf("probability of EDM's augmentations, which the model is told", valid=between(0, 1, "none"), fixed=True),
+        Leaf("probability of EDM's augmentations, given to the model", valid=between(0, 1, "none"), fixed=True),
     ] = 0.0
     workers: Annotated[int, Leaf("processes that read; 0: threads of this one", "layout", at_least(0))] = 0
     threads: Annotated[int, Leaf("threads per process that read ahead", "layout", at_least(0))] = 4

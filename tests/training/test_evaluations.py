@@ -14,7 +14,7 @@ from diffjax.parallel.mesh import make_mesh
 from diffjax.runs import open_run
 from diffjax.training import loop
 from diffjax.training.optimizer import schedule
-from tests.programs import complete_steps, train_arguments
+from tests.programs import complete_steps, start, train_arguments
 
 EVALS = ("evals.loss.every_steps=2", "evals.loss.num=40", "evals.scores.every_steps=4", "evals.scores.num=20")
 RUN = (
@@ -30,13 +30,13 @@ RUN = (
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    assert main([*train_arguments(workdir, *RUN), "--profile=2:3"]) == 0
+    assert main(train_arguments(workdir, *RUN)) == 0
     return workdir
 
 
 @pytest.fixture
 def copied(straight, tmp_path):
-    return shutil.copytree(straight, tmp_path / "run", ignore=shutil.ignore_patterns("profile"))
+    return shutil.copytree(straight, tmp_path / "run")
 
 
 def killed_at_3(workdir):
@@ -151,13 +151,19 @@ def test_the_last_evaluation_of_a_finished_run_is_made_up_for(straight, copied, 
     assert capsys.readouterr().out == f"{copied} is finished: step 4 of 4\n"
 
 
-def test_a_trace_of_some_steps(straight, tmp_path, capsys):
-    assert list((straight / "profile").rglob("*.xplane.pb"))
+def test_a_trace_of_some_steps(tmp_path, capsys):
+    # A program of its own: jax's tracer ended a process that had run hundreds of other programs before.
+    traced, log = tmp_path / "traced", tmp_path / "log"
+    program = start([*train_arguments(traced, *RUN[:4]), "--profile=2:3"], log)
+    assert program.wait(timeout=300) == 0, log.read_text()
+    assert list((traced / "profile").rglob("*.xplane.pb"))
     for text in ("3", "3:2", "a:b", "-1:2"):
         assert main([*train_arguments(tmp_path / "run", *RUN), f"--profile={text}"]) == 2
         error = capsys.readouterr().err
         assert f"--profile={text}: valid: FIRST:LAST" in error
         assert error.count("\n") == 1
+    assert main([*train_arguments(tmp_path / "run", *RUN), "--profile=4:9"]) == 2
+    assert "--profile=4:9: this start makes steps 0 to 3" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
