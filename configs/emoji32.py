@@ -10,7 +10,7 @@ The set is tiny: a long run memorises it, which is fine for finding faults in sa
     python -m diffjax sample   --workdir=runs/emoji32-diffit --num=450 --out=runs/emoji32-diffit/samples.npz
     python -m diffjax evaluate --samples=runs/emoji32-diffit/samples.npz --reference=emoji32
 
-It took 47 minutes beside other jobs: 3,000 steps of 32 images, each seen 56 times. What comes out
+It took 47 minutes on a loaded machine: 3,000 steps of 32 images, each seen 56 times. What comes out
 (launch/emoji32-diffit.png) has the white ground, the colours and the compactness of emoji, but shows none that one
 could name: 16 % of the samples are nearest to training images of their class (held-out real images: 67 %; by chance
 11 %), and the Frechet distance of pixels is 86.5 (52.2). A long GPU run is another matter, and untried.

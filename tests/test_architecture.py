@@ -1,4 +1,4 @@
-"""The import levels of the house, and what importing it must not do."""
+"""The import levels of the package, and what importing it must not do."""
 
 import subprocess
 import sys

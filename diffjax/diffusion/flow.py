@@ -1,7 +1,7 @@
 """Flow matching and stochastic interpolants (2210.02747, 2209.03003, 2303.08797; SiT 2401.08740) as processes.
 
 Noise is at t = 0 and data at t = 1, as in SiT's code; its paper and SD3 (2403.03206) count the other way round, which
-changes the sign of velocities. The network is told t as it is, and its input is not scaled. It predicts the velocity,
+changes the sign of velocities. The network is given t as it is, and its input is not scaled. It predicts the velocity,
 the noise, the score, the data or v (see `paths`), each trained by the squared error to
 
     (1)  f = p x0 + q eps

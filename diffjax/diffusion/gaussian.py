@@ -23,7 +23,7 @@ DDPM section 4, eq. 19), so that the marginals (1) at the kept steps stay what t
 
     (6)  β'_k = 1 - ᾱ_{s_k} / ᾱ_{s_{k-1}}
 
-Everywhere k counts the steps of the process at hand, from 0; the network is told the original step s_k. Tables are
+Everywhere k counts the steps of the process at hand, from 0; the network is given the original step s_k. Tables are
 float64 on the host; a gathered value becomes float32 before it is used.
 """
 

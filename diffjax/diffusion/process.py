@@ -23,7 +23,7 @@ LARGEST_NOISE_LEVEL = 20.0  # of |ln(σ/α)|, for the ends of a path; float32 kn
 class Grid(NamedTuple):
     """A process at the times where a sampler looks at it: float64 arrays [n].
 
-    t: in the process's own time. model_time: what the network is told of it. input_scale: what its input x is
+    t: in the process's own time. model_time: what the network is given of it. input_scale: what its input x is
     multiplied with. alpha, sigma: of the path. conversion: from (x, output) to data, noise and velocity.
     """
 
@@ -51,7 +51,7 @@ class Process:
         path: coefficients of data and noise at a time t.
         prediction: what the network's output estimates.
         input_scale: what the network's input is multiplied with, c_in of EDM.
-        model_time: what the network is told of t, c_noise of EDM.
+        model_time: what the network is given of t, c_noise of EDM.
         sample_times: typed keys [b] -> t float32 [b], in training.
         weight: of the squared error of the output at t, [b] -> [b].
         span: (t of pure noise, t of data), between which a sampler moves.

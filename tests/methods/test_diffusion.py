@@ -164,7 +164,7 @@ PIXELS = {"data.name": "digits", "data.size": 8, "data.channels": 3, "data.num_c
 
 
 def pixels(model=None, data=None, **sizes):
-    """A backbone that is told how its images were augmented."""
+    """A backbone that is given the augmentation of its images."""
     model = model or {"name": "DiffiT-UNet", **UNET, **sizes}
     changes = {f"model.{name}": value for name, value in model.items()}
     changes |= {f"data.{name}": value for name, value in (data or {}).items()}
