@@ -52,7 +52,7 @@ def get_config(arg: str | None = None):
     c.sampling.guidance.scale = 1.5
 
     c.optim.lr, c.optim.warmup_steps, c.optim.schedule = 5e-4, 500, "cosine"
-    c.ema.decay = 0.999
+    c.ema.decay, c.ema.decay_rampup = 0.999, 0.1
     c.checkpoint.every_steps = 2000
     if options.model == "diffit":
         c.total_steps, c.batch_size, c.optim.lr = 3000, 32, 1e-3

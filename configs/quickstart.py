@@ -68,7 +68,7 @@ def get_config(arg: str | None = None):
 
     c.optim.warmup_steps, c.optim.schedule = 100, "cosine"
     c.optim.clip = 1.0
-    c.ema.decay = 0.995
+    c.ema.decay, c.ema.decay_rampup = 0.995, 0.1
     c.checkpoint.every_steps = 500
     c.log.every_steps = 50
     c.evals.samples.every_steps, c.evals.samples.num = 500, 100

@@ -14,7 +14,9 @@ from diffjax.contracts import Tree
 from diffjax.data import tokens
 from diffjax.errors import UserError
 from diffjax.experiment import Experiment, build, mesh_sizes
+from diffjax.parallel import hosts
 from diffjax.parallel.mesh import make_mesh
+from diffjax.training import ema
 from diffjax.training.checkpoint import Checkpoints
 from diffjax.weights import store
 
@@ -81,6 +83,9 @@ def _open_folder(folder: Path, overrides: list[str], weights: str, step: int | N
     abstract = experiment.abstract.params
     if weights == "ema":
         params = checkpoints.restore_item("ema", step, abstract)
+        note = ema.initial_share_note(experiment.averages.ema, step)
+        if note and hosts.is_lead():
+            print(note, flush=True)
     else:
         params = checkpoints.restore_params(step, abstract)
     origin = {"workdir": str(folder), "step": step, "weights": weights, "sha256": store.tree_sha256(params)}

@@ -2,6 +2,7 @@
 #
 # DIFFJAX_VENV names an environment to make or reuse (default: .venv in the project). One that already satisfies the
 # requirements is used as it is; pip runs only where something is missing.
+# DIFFJAX_PYTHON is the interpreter that a new environment is made with (default: the newest one found).
 #
 # usage: . launch/environment.sh [EXTRA,EXTRA]      optional-dependency groups of pyproject.toml, such as dev
 
@@ -11,14 +12,8 @@ venv="${DIFFJAX_VENV:-$PWD/.venv}"
 PYTHON="$venv/bin/python"
 
 if [ ! -x "$PYTHON" ]; then
-  for candidate in python3.13 python3.12 python3.11 python3; do
-    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-      base="$candidate"
-      break
-    fi
-  done
-  if [ -z "${base:-}" ]; then
-    echo "diffjax needs Python 3.11 or newer on PATH" >&2
+  if ! base="${DIFFJAX_PYTHON:-$(bash launch/find_python.sh 3.13 3.12 3.11)}"; then
+    echo "diffjax needs Python 3.11, 3.12 or 3.13: none is on PATH or among pyenv's versions" >&2
     exit 2
   fi
   echo "making the environment $venv with $("$base" --version)"

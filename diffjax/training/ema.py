@@ -4,12 +4,17 @@ After update n (from 1) to parameters θ_n an average moves by its rate 1 - β_n
 
     (1)  e_n = β_n e_{n-1} + (1 - β_n) θ_n
 
-With batches of b images, t = n b of them seen, three rules for β_n are here: a constant; the half-life H in images of
-EDM (2206.00364), which at first is only the part r of the images seen,
+With batches of b images, t = n b of them seen, three rules for β_n are here. A constant β, with a length of at most the
+part r of the updates so far, so that a run of fewer than a few times 1 / (1 - β) updates forgets its initial
+parameters too (r = 0: no such limit, as published recipes have it):
 
-    (2)  β_n = 2^(-b / min(H, r t)),
+    (1a)  1 - β_n = max(1 - β, 1 / (1 + r n)).
 
-and the power function of EDM2 (2312.02696), whose average up to t weighs the parameters of time τ by the profile
+The half-life H in images of EDM (2206.00364), which at first is only the part r of the images seen,
+
+    (2)  β_n = 2^(-b / min(H, r t)).
+
+And the power function of EDM2 (2312.02696), whose average up to t weighs the parameters of time τ by the profile
 
     (3)  p(τ) = (γ + 1) τ^γ / t^(γ+1),  0 < τ <= t;   β_n = (1 - 1/n)^(γ+1)
 
@@ -64,8 +69,11 @@ def update(average: Any, params: Any, rate: Any) -> Any:
     return jax.tree.map(lambda a, p: a + rate * (p - a), average, params)
 
 
-def constant(decay: float) -> Rate:
-    return lambda number: 1.0 - decay
+def constant(decay: float, rampup: float = 0.0) -> Rate:
+    """(1a)."""
+    if not rampup:
+        return lambda number: 1.0 - decay
+    return lambda number: jnp.maximum(1.0 - decay, 1.0 / (1.0 + rampup * number))
 
 
 def halflife(images: float, rampup: float, batch_size: int) -> Rate:
@@ -82,6 +90,23 @@ def power(sigma_rel: float) -> Rate:
     """(3). Accurate at any number of updates, where β itself would be 1 in float32."""
     exponent = gamma_of(sigma_rel) + 1.0
     return lambda number: -jnp.expm1(exponent * jnp.log1p(-1.0 / number))
+
+
+def initial_share(rate: Rate, updates: int) -> float:
+    """The weight that the initial parameters still have in an average after so many updates: Π β_n, from 1 to 0."""
+    moved = np.broadcast_to(np.asarray(rate(np.arange(1, updates + 1)), np.float64), (updates,))
+    return float(np.prod(1.0 - moved))
+
+
+def initial_share_note(rate: Rate, updates: int) -> str:
+    """One line where an average still holds 1 % or more of the initial parameters; "" where it does not."""
+    share = initial_share(rate, updates)
+    if share < 0.01:
+        return ""
+    return (
+        f"after {updates:,} updates the average still holds {share:.0%} of the initial parameters; --weights=params "
+        "uses the last ones; ema.decay_rampup=0.1 or a smaller ema.decay makes the average of a short run forget them"
+    )
 
 
 def sigma_rel_of(gamma: Any) -> Any:
@@ -143,7 +168,7 @@ def _halflife(ema: "Ema", batch_size: int) -> Rate:
 
 
 AVERAGES: dict[str, Average] = {
-    "constant": Average(lambda ema, batch_size: constant(ema.decay), ("decay",)),
+    "constant": Average(lambda ema, batch_size: constant(ema.decay, ema.decay_rampup), ("decay", "decay_rampup")),
     "halflife": Average(_halflife, ("halflife_images", "rampup")),
 }
 LONGEST = float(sigma_rel_of(0.0))  # the relative length of the mean over all updates
@@ -163,6 +188,12 @@ class Ema:
 
     kind: Annotated[str, Leaf("how the average of the parameters forgets", valid=one_of(AVERAGES))] = "constant"
     decay: Annotated[float, Leaf("constant: β of equation (1)", valid=between(0, 1))] = 0.9999
+    decay_rampup: Annotated[
+        float,
+        Leaf(
+            "constant: r of equation (1a), the longest average as part of the updates", valid=at_least(0, zero="none")
+        ),
+    ] = 0.0
     halflife_images: Annotated[float, Leaf("halflife: H of equation (2), in images", valid=at_least(0))] = 0.0
     rampup: Annotated[float, Leaf("halflife: at most this part of the images seen", valid=at_least(0, zero="none"))] = (
         0.05

@@ -30,7 +30,7 @@ from diffjax.data import pipeline
 from diffjax.errors import UserError, writing
 from diffjax.experiment import Experiment, build
 from diffjax.parallel import hosts
-from diffjax.training import finetune
+from diffjax.training import ema, finetune
 from diffjax.training.checkpoint import Checkpoints, Snapshots, latest_step
 from diffjax.training.evaluations import Evaluations
 from diffjax.training.interrupt import StopRequest
@@ -235,6 +235,9 @@ class Run:
             kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint was written"
             raise NonFiniteError(f"{error}; {kept}; nothing was written after it") from error
         self.reporter.say(f"finished: step {total} of {total} in {self.workdir}")
+        note = ema.initial_share_note(self.experiment.averages.ema, total)
+        if note:
+            self.reporter.say(note)
 
     def _between(self, state: TrainState, step: int) -> None:
         """What is due before a step."""

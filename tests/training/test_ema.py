@@ -36,6 +36,27 @@ def test_rates_of_a_halflife_ramp_up():
     np.testing.assert_allclose(full, exact[-1], rtol=5e-7)
 
 
+@pytest.mark.parametrize("decay, rampup", [(0.9999, 0.1), (0.99, 0.05), (0.9999, 0.0)])
+def test_rates_of_a_constant_average_ramp_up(decay, rampup):
+    rates = jax.jit(jax.vmap(ema.constant(decay, rampup)))(jnp.asarray(NUMBERS, jnp.int32))
+    exact = np.maximum(1 - decay, 1 / (1 + rampup * NUMBERS)) if rampup else np.full(len(NUMBERS), 1 - decay)
+    np.testing.assert_allclose(rates, exact, rtol=5e-7)
+
+
+def test_what_is_left_of_the_initial_parameters_is_computed_and_said():
+    """Of 15,000 updates with β = 0.9999, e^-1.5 of them; with a ramp-up less than a thousandth."""
+    plain, ramped = ema.constant(0.9999), ema.constant(0.9999, 0.1)
+    assert ema.initial_share(plain, 15_000) == pytest.approx(0.9999**15_000)
+    assert "still holds 22% of the initial parameters" in ema.initial_share_note(plain, 15_000)
+    assert ema.initial_share(ramped, 1_000) < 1e-3
+    assert not ema.initial_share_note(ramped, 1_000)
+    moved = ema.initial_share(ema.halflife(1e5, 0.05, 64), 1_000)
+    average = 1.0
+    for number in range(1, 1_001):
+        average = ema.update(average, 0.0, float(ema.halflife(1e5, 0.05, 64)(number)))
+    assert moved == pytest.approx(average, abs=1e-7)
+
+
 def test_lengths_without_an_exponent_are_refused():
     for gamma in (0.0, 0.5, 7.0, 200.0):
         assert ema.gamma_of(ema.sigma_rel_of(gamma)) == pytest.approx(gamma, abs=1e-10)
@@ -150,7 +171,14 @@ def test_tracks_are_laid_out_as_the_parameters(layout):
 
 
 def test_tracks_of_a_sharded_run_are_the_averages_of_its_parameters():
-    averages = ("ema.kind=halflife", "ema.decay=0.9999", "ema.halflife_images=100", *TRACKS, "optim.warmup_steps=0")
+    averages = (
+        "ema.kind=halflife",
+        "ema.decay=0.9999",
+        "ema.decay_rampup=0",
+        "ema.halflife_images=100",
+        *TRACKS,
+        "optim.warmup_steps=0",
+    )
     experiment = build(tiny_config(*SHAPES, *OWN_SHAPES["dit"], *LAYOUTS["2x2x2"], *averages))
     batches = experiment.stream()
     with jax.set_mesh(experiment.mesh):
