@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from diffjax.errors import UserError
 from diffjax.models.layers import (
     DTYPES,
+    REMAT_POLICIES,
     Attention,
     Depth,
     Dtype,
@@ -276,8 +277,8 @@ class DiffiT(nn.Module):
         return out if seen is None else (out, seen)
 
     def _blocks(self, x: jax.Array, c: jax.Array, see: int | None) -> tuple[jax.Array, jax.Array | None]:
-        stack = stacked(DiffiTBlock, self.depth, self.remat, nn.broadcast)
+        stack = stacked(DiffiTBlock, self.depth, REMAT_POLICIES[self.remat], nn.broadcast)
         hidden = int(self.width * self.mlp_ratio)
         blocks = stack(self.heads, hidden, DTYPES[self.dtype], self.attention, self.time_in, name="blocks")
-        x, _, seen = run_stack(blocks, DiffiTBlock, x, c, remat=self.remat, see=see, broadcast=True)
+        x, _, seen = run_stack(blocks, DiffiTBlock, x, c, policy=REMAT_POLICIES[self.remat], see=see, broadcast=True)
         return x, seen

@@ -29,6 +29,7 @@ from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.models.layers import (
     DTYPES,
+    REMAT_POLICIES,
     Attention,
     Depth,
     Dtype,
@@ -251,7 +252,7 @@ class DiGIT(nn.Module):
         self.positions = self.param("positions", table, (FIRST_PLACE + self.length, d))
         if self.source_codes:
             self.source_positions = self.param("source_positions", table, (FIRST_PLACE + self.length, d))
-        stack = stacked(DiGITBlock, self.depth, self.remat)
+        stack = stacked(DiGITBlock, self.depth, REMAT_POLICIES[self.remat])
         fields = (int(d * self.mlp_ratio), DTYPES[self.dtype], self.attention, self.norm, self.causal, self.dropout)
         self.blocks = stack(self.heads, *fields)
         if self.norm == "pre":
@@ -392,7 +393,7 @@ class DiGIT(nn.Module):
             (x.astype(DTYPES[self.dtype]), cache),
             layers,
             keys,
-            remat=self.remat,
+            policy=REMAT_POLICIES[self.remat],
             see=see,
             output=lambda carry: carry[0],
         )

@@ -395,8 +395,9 @@ class DiS(nn.Module):
     ) -> tuple[Any, jax.Array, jax.Array | None]:
         """depth // 2 blocks as one scanned module, parameters [depth // 2, ...]: (carry, every block's h, output of
         block `see` of these)."""
-        stack = stacked(DiSBlock, self.depth // 2, self.remat)(*self._block_fields(), name=name)
-        return run_stack(stack, DiSBlock, carry, kept, skips, remat=self.remat, see=see, output=stream)
+        stack = stacked(DiSBlock, self.depth // 2, REMAT_POLICIES[self.remat])(*self._block_fields(), name=name)
+        policy = REMAT_POLICIES[self.remat]
+        return run_stack(stack, DiSBlock, carry, kept, skips, policy=policy, see=see, output=stream)
 
     def _block(self) -> Any:
         return DiSBlock if self.remat == "none" else nn.remat(DiSBlock, policy=REMAT_POLICIES[self.remat])

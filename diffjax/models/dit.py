@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from diffjax.errors import UserError
 from diffjax.models.layers import (
     DTYPES,
+    REMAT_POLICIES,
     Attention,
     Depth,
     Dtype,
@@ -167,8 +168,8 @@ class DiT(nn.Module):
         return out if seen is None else (out, seen)
 
     def _blocks(self, x: jax.Array, c: jax.Array, see: int | None) -> tuple[jax.Array, jax.Array | None]:
-        stack = stacked(DiTBlock, self.depth, self.remat, nn.broadcast)
+        stack = stacked(DiTBlock, self.depth, REMAT_POLICIES[self.remat], nn.broadcast)
         hidden = int(self.width * self.mlp_ratio)
         blocks = stack(self.heads, hidden, DTYPES[self.dtype], self.attention, name="blocks")
-        x, _, seen = run_stack(blocks, DiTBlock, x, c, remat=self.remat, see=see, broadcast=True)
+        x, _, seen = run_stack(blocks, DiTBlock, x, c, policy=REMAT_POLICIES[self.remat], see=see, broadcast=True)
         return x, seen

@@ -22,8 +22,9 @@ from diffjax.parallel.rules import constrain
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-# "dots" recomputes attention weights and elementwise functions and keeps a third of the memory of "none", which on a
-# CPU is also the fastest.
+# What the blocks of a model keep for the backward pass; None is everything. A family with costly operations that JAX
+# does not know as products has a table of its own. "dots" recomputes attention weights and elementwise functions and
+# keeps a third of the memory of "none", which on a CPU is also the fastest.
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -59,14 +60,15 @@ def uniform(bound: float) -> nn.initializers.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def stacked(block: Any, depth: int, remat: str, in_axes: Any = 0) -> Any:
+def stacked(block: Any, depth: int, policy: Any, in_axes: Any = 0) -> Any:
     """`depth` blocks as one scanned module, compiled once: parameters [depth, ...].
 
-    block: its call maps a carry and inputs to (carry, output). remat: a key of REMAT_POLICIES. in_axes: of the inputs
-    besides the carry, `nn.broadcast` for what is the same for all blocks.
+    block: its call maps a carry and inputs to (carry, output). policy: what is kept for the backward pass, an entry of
+    the family's REMAT_POLICIES; None keeps everything. in_axes: of the inputs besides the carry, `nn.broadcast` for
+    what is the same for all blocks.
     """
-    if remat != "none":
-        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    if policy is not None:
+        block = nn.remat(block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,
         variable_axes={"params": 0, "intermediates": 0},
@@ -81,7 +83,7 @@ def run_stack(
     block: Any,
     carry: Any,
     *inputs: Any,
-    remat: str,
+    policy: Any,
     see: int | None,
     broadcast: bool = False,
     output: Callable[[Any], jax.Array] = lambda carry: carry,
@@ -92,7 +94,7 @@ def run_stack(
     more, which the step of block `see` overwrites. The buffer lies outside the rematerialised block, so that neither
     the outputs nor the residuals of the scan grow by [depth, ...]; intermediates of the blocks are not collected.
 
-    stack: of `stacked(block, depth, remat, ...)`, bound. block: its class. inputs: besides the carry; of every block
+    stack: of `stacked(block, depth, policy, ...)`, bound. block: its class. inputs: besides the carry; of every block
     the same if `broadcast`, else [depth, ...]. output: the block's output out of the carry that it returns.
     """
     if see is None:
@@ -105,8 +107,8 @@ def run_stack(
     def call(params: Any, carry: Any, *inputs: Any) -> Any:
         return single.apply({"params": params}, carry, *inputs)
 
-    if remat != "none":
-        call = jax.checkpoint(call, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    if policy is not None:
+        call = jax.checkpoint(call, policy=policy, prevent_cse=False)
 
     def step(state: Any, layer: Any) -> Any:
         (carry, seen), (index, params, scanned) = state, layer

@@ -35,6 +35,7 @@ from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.models.layers import (
     DTYPES,
+    REMAT_POLICIES,
     Dtype,
     LabelEmbed,
     Mlp,
@@ -478,7 +479,7 @@ class UDiT(nn.Module):
 
     def _stage(self, stage: int, x: jax.Array, c: jax.Array) -> jax.Array:
         """The blocks of a stage as one scanned module: parameters [2 depth, ...], compiled once."""
-        stack = stacked(UDiTLayer, 2 * self.depth[stage], self.remat, nn.broadcast)
+        stack = stacked(UDiTLayer, 2 * self.depth[stage], REMAT_POLICIES[self.remat], nn.broadcast)
         options = {
             "heads": self.heads,
             "factor": self.factors[stage],
