@@ -190,7 +190,7 @@ def compile_group(cells: list[Cell], seed: int, labels: np.ndarray) -> functools
     """The sampler of a group, compiled for batches like `labels` by a first trajectory of one call of the network."""
     first, experiment = cells[0], cells[0].run.experiment
     compiled = generate.compile_sampler(first.sampler, experiment.model, experiment.mesh, seed)
-    short = functools.partial(compiled, plan=replace(first.sampler.plan, rows=np.int32(1)))
+    short = functools.partial(compiled, plan=replace(first.sampler.plan, nfe=np.int32(1)))
     numbers = np.arange(len(labels))
     list(generate.generate(short, first.run.params, labels, numbers, experiment.mesh, len(labels)))
     return compiled
@@ -206,10 +206,10 @@ def drawn(cell: Cell, compiled: functools.partial, labels: np.ndarray, batch_siz
     return samples.to_uint8(values), time.perf_counter() - started
 
 
-def evaluations(plan: samplers.Plan) -> int:
+def nfe(schedule: samplers.SamplerSchedule) -> int:
     """Calls of the network for one image; one with guidance counts as two."""
-    rows = samplers.evaluations(plan)
-    return rows + int(np.count_nonzero(plan.table.weight[:rows] != 1))
+    calls = int(schedule.nfe)
+    return calls + int(np.count_nonzero(schedule.table.weight[:calls] != 1))
 
 
 def result_of(
@@ -225,7 +225,7 @@ def result_of(
         "run": cell.folder,
         "sampler": sampling.sampler,
         "steps": sampling.steps,
-        "evaluations": evaluations(cell.sampler.plan),
+        "evaluations": nfe(cell.sampler.plan),
         "guidance": sampling.guidance.scale,
         "seconds_per_image": seconds / len(images),
         **protocol.result(

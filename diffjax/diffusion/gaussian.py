@@ -38,10 +38,10 @@ import numpy as np
 
 from diffjax import rng
 from diffjax.diffusion.paths import PREDICTIONS, Point, conversion
-from diffjax.diffusion.process import Grid, read
+from diffjax.diffusion.process import Grid, resolved
 from diffjax.diffusion.weighting import Gamma, SigmaData, check_numbers, weights
 from diffjax.errors import UserError
-from diffjax.options import Leaf, at_least, one_of
+from diffjax.options import Leaf, at_least, checked, one_of
 
 OPTIONS = {
     "prediction": ("epsilon", "x0", "v"),
@@ -177,22 +177,22 @@ class GaussianDiffusion:
     def grid(self, steps: np.ndarray) -> Grid:
         """The process at steps [n] of 0, ..., K-1, or -1 for the data themselves, as float64 tables for samplers.
 
-        t is the step, model_time the original one (-1 for the data); velocities are NaN. UserError on another step.
+        t is the step, c_noise the original one (-1 for the data); velocities are NaN. UserError on another step.
         """
         steps = np.asarray(steps, np.int64)
         if not ((steps >= -1) & (steps < self.num_steps)).all():
             raise UserError(f"steps {steps.tolist()} of a process of {self.num_steps}: valid: -1 (the data) to K-1")
         c = self.points(steps)
-        model_time = np.append(self.timestep_map, -1)[steps].astype(np.float64)
+        c_noise = np.append(self.timestep_map, -1)[steps].astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):  # the data determine no noise
             converted = conversion(c, PREDICTIONS[self.prediction])
-        return Grid(steps.astype(np.float64), model_time, np.ones(steps.shape), c.alpha, c.sigma, converted)
+        return Grid(steps.astype(np.float64), c_noise, np.ones(steps.shape), c.alpha, c.sigma, converted)
 
-    def input_scale(self, k: jax.Array) -> jax.Array:
+    def c_in(self, k: jax.Array) -> jax.Array:
         """What the network's input is multiplied with at steps k [b]: ones, float32 [b]."""
         return jnp.ones(k.shape, jnp.float32)
 
-    def model_time(self, k: jax.Array) -> jax.Array:
+    def c_noise(self, k: jax.Array) -> jax.Array:
         """The original step of step k [b] int32, as the network receives it: float32 [b]."""
         return jnp.asarray(self.timestep_map, jnp.float32)[k]
 
@@ -257,7 +257,7 @@ class GaussianDiffusion:
     ) -> dict[str, jax.Array]:
         """Loss terms of each example, float32 [b]: "loss", and "mse" and "vb" (as they enter it) where they apply.
 
-        model_output [b, ..., c or 2c] is the network's at (xt, model_time(k)); xt = q_sample(x0, k, eps).
+        model_output [b, ..., c or 2c] is the network's at (xt, c_noise(k)); xt = q_sample(x0, k, eps).
         """
         if self.loss == "rescaled_kl":
             vb = self.variational_bound(model_output, x0, xt, k) * self.num_steps
@@ -299,6 +299,7 @@ class GaussianDiffusion:
         return output[..., :channels], output[..., channels:] if expected > channels else None
 
 
+@checked
 def gaussian_diffusion(
     *,
     respacing: str = "",
@@ -319,8 +320,8 @@ def gaussian_diffusion(
     The defaults are those of DiT, and gamma 5 and sigma_data 0.5. Options: see `GaussianDiffusion` and
     `respaced_steps`. UserError on an unknown one, and on one that nothing reads.
     """
-    gamma = read("gamma", gamma, 5.0, weighting == "min_snr", "weighting 'min_snr'")
-    sigma_data = read("sigma_data", sigma_data, 0.5, weighting == "edm", "weighting 'edm'")
+    gamma = resolved("gamma", gamma, 5.0, weighting == "min_snr", "weighting 'min_snr'")
+    sigma_data = resolved("sigma_data", sigma_data, 0.5, weighting == "edm", "weighting 'edm'")
     # Also with nothing left out the variances are recovered from ᾱ, so that every process goes through one path.
     kept = np.array(respaced_steps(steps, respacing), np.int64)
     alphas_cumprod = np.cumprod(1.0 - linear_betas(steps))[kept]

@@ -105,7 +105,7 @@ def test_options_reach_the_process():
     keys, t = rng.per_example(jax.random.key(0), jnp.arange(3)), jnp.array([0.1, 3.0])
     np.testing.assert_allclose(process_of(c).sample_times(keys), np.exp(-0.4), rtol=1e-6)
     np.testing.assert_array_equal(process_of(c).weight(t), expected.weight(t))
-    np.testing.assert_array_equal(process_of(c).input_scale(t), expected.input_scale(t))
+    np.testing.assert_array_equal(process_of(c).c_in(t), expected.c_in(t))
 
 
 @pytest.mark.parametrize("name", ["edm", "flow_linear"])
@@ -123,8 +123,8 @@ def test_the_network_is_called_as_the_process_says(name):
     t = process.sample_times(rng.per_example(rng.fold_name(key, "time"), index))
     eps = rng.normal(rng.per_example(rng.fold_name(key, "noise"), index), (8, 8, 4))
     xt = process.q_sample(x0, t, eps)
-    np.testing.assert_allclose(seen["x"], process.input_scale(t)[:, None, None, None] * xt, rtol=1e-6)
-    np.testing.assert_array_equal(seen["t"], process.model_time(t))
+    np.testing.assert_allclose(seen["x"], process.c_in(t)[:, None, None, None] * xt, rtol=1e-6)
+    np.testing.assert_array_equal(seen["t"], process.c_noise(t))
     expected = process.losses(jnp.zeros_like(x0), x0, xt, t, eps)["loss"].mean()
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert set(terms) == {"mse"}
@@ -200,7 +200,7 @@ def test_the_network_sees_augmented_images_and_is_told_how():
     assert labels.any(axis=0).all()  # of each kind, some
     np.testing.assert_allclose(seen["augment"], labels, atol=1e-6)
     xt = process.q_sample(images, process.sample_times(keys("time")), rng.normal(keys("noise"), (8, 8, 3)))
-    scale = process.input_scale(process.sample_times(keys("time")))[:, None, None, None]
+    scale = process.c_in(process.sample_times(keys("time")))[:, None, None, None]
     np.testing.assert_allclose(seen["x"], scale * xt, atol=1e-5)
 
     order = np.random.default_rng(0).permutation(12)
