@@ -38,9 +38,11 @@ from diffjax.models.layers import (
     Remat,
     Width,
     check_counts,
+    check_heads,
     check_options,
     check_see,
     drop,
+    norm,
     normal,
     run_stack,
     stacked,
@@ -89,11 +91,6 @@ class Cache(NamedTuple):
 def table(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """N(0, 1/d) for embeddings [rows, d]; zeros for the padding, which no sequence has and no gradient reaches."""
     return normal(shape[1] ** -0.5)(key, shape).at[PAD].set(0.0)
-
-
-def affine_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with epsilon 1e-5 and statistics in float32."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
 
 
 class SelfAttention(nn.Module):
@@ -173,7 +170,7 @@ class DiGITBlock(nn.Module):
         x = constrain(x, "batch", "length", "embed")
         mean = jnp.mean(x.astype(jnp.float32), axis=1)
         pre = self.norm == "pre"
-        attention_norm, mlp_norm = affine_norm(self.dtype, "attention_norm"), affine_norm(self.dtype, "mlp_norm")
+        attention_norm, mlp_norm = (norm(self.dtype, name, epsilon=1e-5) for name in ("attention_norm", "mlp_norm"))
         attend = SelfAttention(self.heads, self.dtype, self.causal, self.attention, name="attention")
         h, cache = attend(attention_norm(x) if pre else x, cache, layer)
         x = x + self._dropped(h, keys, "attention")
@@ -230,8 +227,7 @@ class DiGIT(nn.Module):
         """Raise UserError for options that exclude each other, before anything is traced."""
         check_options("DiGIT", self)
         check_counts("DiGIT", self, codes=1, source_codes=0, num_classes=0)
-        if self.width % self.heads:
-            raise UserError(f"DiGIT: width = {self.width} is not divisible by heads = {self.heads}")
+        check_heads("DiGIT", self.width, self.heads)
         if self.source_codes and self.num_classes:
             raise UserError(f"DiGIT: a model with a source takes no labels; num_classes = {self.num_classes}, valid: 0")
         if self.null_class and not self.num_classes:
@@ -256,7 +252,7 @@ class DiGIT(nn.Module):
         fields = (int(d * self.mlp_ratio), DTYPES[self.dtype], self.attention, self.norm, self.causal, self.dropout)
         self.blocks = stack(self.heads, *fields)
         if self.norm == "pre":
-            self.final_norm = affine_norm(DTYPES[self.dtype])
+            self.final_norm = norm(DTYPES[self.dtype], epsilon=1e-5)
         # A float32 sum of products in the compute dtype.
         self.output = nn.Dense(
             vocabulary,

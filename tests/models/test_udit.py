@@ -11,8 +11,9 @@ import pytest
 from diffjax import models, rng
 from diffjax.errors import UserError
 from diffjax.models import udit
-from diffjax.models.udit import fuse, rope_angles
+from diffjax.models.udit import fuse
 from diffjax.ops.macs import count_macs
+from diffjax.ops.rotary import rope_angles
 from diffjax.training.state import initial_state
 
 SIZES = [name for name, row in models.MODELS.items() if row.family == "U-DiT"]
