@@ -7,9 +7,8 @@ python -m diffjax sweep --workdir=runs/a,runs/b --sampler=ddpm:250,ddim:25,edm:1
 
 A sampler written as name:steps has these steps, all others have each of --steps. All images are of the same seed and
 numbers, so that what differs is the method alone. Samplers have their default options; what a run's config says of
-guidance besides its weight holds, and its clip for samplers that go through x0. Evaluations are calls of the network
-for one image, of which one with guidance counts as two. The plot is of the Frechet distance. Scores on pixels are for
-small images and are not FID.
+guidance besides its weight holds, and its clip. Evaluations are calls of the network for one image, of which one with
+guidance counts as two. The plot is of the Frechet distance. Scores on pixels are for small images and are not FID.
 """
 
 import functools
@@ -182,8 +181,7 @@ def other_sampling(own: diffusion.Sampling, sampler: str, steps: int, weight: fl
     guidance = replace(own.guidance, scale=weight)
     if weight == 1:
         guidance = replace(guidance, schedule="constant", options={})
-    clip = own.clip and samplers.SAMPLERS[sampler].through_x0
-    return replace(own, sampler=sampler, steps=steps, options={}, guidance=guidance, clip=clip)
+    return replace(own, sampler=sampler, steps=steps, options={}, guidance=guidance)
 
 
 def compile_group(cells: list[Cell], seed: int, labels: np.ndarray) -> functools.partial:

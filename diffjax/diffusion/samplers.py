@@ -51,7 +51,7 @@ Weight = float | Callable[[np.ndarray, np.ndarray], np.ndarray]
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["table", "nfe", "start", "start_noise"],
-    meta_fields=["random", "learned_variance", "through_x0"],
+    meta_fields=["random", "learned_variance"],
 )
 @dataclass(frozen=True)
 class SamplerSchedule:
@@ -62,7 +62,6 @@ class SamplerSchedule:
     start, start_noise: the first state is start x plus start_noise times the noise number 0.
     random: whether noise is used; static, as the following.
     learned_variance: whether the network chooses that noise's size.
-    through_x0: whether a limit on x0 makes sense.
     """
 
     table: Table
@@ -71,7 +70,6 @@ class SamplerSchedule:
     start_noise: Any
     random: bool
     learned_variance: bool
-    through_x0: bool
 
 
 @partial(
@@ -140,7 +138,6 @@ def padded(process: AnyProcess, sampler: str, made: Trajectory, weight: Weight, 
         start_noise=np.float64(made.start_noise),
         random=bool(np.any(table.noise != 0) or made.start_noise != 0),
         learned_variance=bool(np.any(table.log_high != 0)),
-        through_x0=SAMPLERS[sampler].through_x0,
     )
 
 
@@ -203,16 +200,6 @@ def known_steps() -> list[str]:
     return [name for name, record in SAMPLERS.items() if record.trajectory]
 
 
-def through_x0() -> list[str]:
-    """The samplers that go through predicted data."""
-    return [name for name, record in SAMPLERS.items() if record.through_x0]
-
-
-def can_clip(schedule: SamplerSchedule | AdaptiveSchedule) -> bool:
-    """Whether the sampler goes through predicted data, so that they can be limited."""
-    return isinstance(schedule, SamplerSchedule) and schedule.through_x0
-
-
 def sample(
     schedule: SamplerSchedule | AdaptiveSchedule, denoise: Denoise, x: jax.Array, noise: Noise, clip: bool = False
 ) -> jax.Array:
@@ -220,8 +207,8 @@ def sample(
 
     clip limits the predicted data to [-1, 1]; it suits pixels, never latents.
     """
-    if clip and not can_clip(schedule):
-        raise UserError(f"clip limits x0, which this sampler does not go through; valid: {', '.join(through_x0())}")
+    if clip and isinstance(schedule, AdaptiveSchedule):
+        raise UserError(f"clip limits x0, which an adaptive sampler does not know; valid: {', '.join(known_steps())}")
     if isinstance(schedule, AdaptiveSchedule):
         return follow_flow(schedule, denoise, x)
     table = jax.tree.map(lambda column: in_dtype_of(x, column), schedule.table)
@@ -267,7 +254,9 @@ def converted(row: Table, x: jax.Array, prediction: jax.Array, clip: bool) -> tu
     if not clip:
         return x0, row.eps_x * x + row.eps_f * prediction
     x0 = jnp.clip(x0, -1.0, 1.0)
-    return x0, (x - row.alpha * x0) / row.sigma
+    noisy = row.sigma > 0  # else x is the data, and says nothing of the noise
+    eps = (x - row.alpha * x0) / jnp.where(noisy, row.sigma, 1.0)
+    return x0, jnp.where(noisy, eps, row.eps_x * x + row.eps_f * prediction)
 
 
 def combined(c: StepCoefficients, x: jax.Array, x0: jax.Array, eps: jax.Array, buffer: jax.Array) -> jax.Array:
@@ -307,10 +296,10 @@ def step_noise(keys: jax.Array, shape: Sequence[int]) -> Noise:
 
 
 SAMPLERS: dict[str, SamplerRecord] = {
-    "ddpm": SamplerRecord(sigma_samplers.ddpm, nfe=lambda steps: steps, through_x0=True),
-    "ddim": SamplerRecord(sigma_samplers.ddim, nfe=lambda steps: steps, through_x0=True),
-    "edm": SamplerRecord(sigma_samplers.edm, nfe=lambda steps: 2 * steps - 1, through_x0=True),
-    "dpmpp_2m": SamplerRecord(sigma_samplers.dpmpp_2m, nfe=lambda steps: steps, through_x0=True),
+    "ddpm": SamplerRecord(sigma_samplers.ddpm, nfe=lambda steps: steps),
+    "ddim": SamplerRecord(sigma_samplers.ddim, nfe=lambda steps: steps),
+    "edm": SamplerRecord(sigma_samplers.edm, nfe=lambda steps: 2 * steps - 1),
+    "dpmpp_2m": SamplerRecord(sigma_samplers.dpmpp_2m, nfe=lambda steps: steps),
     "euler": SamplerRecord(time_samplers.euler, nfe=lambda steps: steps),
     "heun": SamplerRecord(time_samplers.heun, nfe=lambda steps: 2 * steps),
     "euler_maruyama": SamplerRecord(stochastic_samplers.euler_maruyama, nfe=lambda steps: steps + 1),

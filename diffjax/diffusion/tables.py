@@ -95,13 +95,11 @@ class SamplerRecord:
     Attributes:
         trajectory: (process, steps, options) -> its table; None for one that chooses its steps as it goes.
         nfe: steps -> how often the network is called, at most.
-        through_x0: whether it goes through predicted data, so that they can be limited.
         adaptive: (process, guidance weight, options) -> its schedule, of one that chooses its steps as it goes.
     """
 
     trajectory: Callable[..., Trajectory] | None = None
     nfe: Callable[[int], int] | None = None
-    through_x0: bool = False
     adaptive: Callable[..., Any] | None = None
 
     @property

@@ -190,10 +190,12 @@ def make_sampler(
     """
     check_guidance(data, null, sampling.guidance, autoguided)
     schedule = sampler_schedule(process, sampling, max_steps)
-    if sampling.clip and not samplers.can_clip(schedule):
+    if sampling.clip and data.name == "latents":
+        raise UserError("sampling.clip limits pixels, and data.name = 'latents' has none; valid: false")
+    if sampling.clip and isinstance(schedule, AdaptiveSchedule):
         raise UserError(
-            f"sampling.clip limits x0, which sampler {sampling.sampler!r} does not go through; valid: false, or "
-            f"sampling.sampler of {', '.join(samplers.through_x0())}"
+            f"sampling.clip limits x0, which the adaptive sampler {sampling.sampler!r} does not know; valid: false, or "
+            f"sampling.sampler of {', '.join(samplers.known_steps())}"
         )
     return Sampler(sample_function(data, sampling), schedule)
 

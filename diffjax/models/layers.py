@@ -303,10 +303,12 @@ class FinalLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array | None) -> jax.Array:
-        d, x = x.shape[-1], layer_norm(x)
-        if c is not None:
-            parameters = nn.Dense(2 * d, kernel_init=self.kernel_init, dtype=self.dtype, name="modulation")(c)
-            x = modulate(x, *jnp.split(parameters, 2, axis=-1))
+        if c is None:
+            x = layer_norm(x)
+        else:
+            modulation = nn.Dense(2 * x.shape[-1], kernel_init=self.kernel_init, dtype=self.dtype, name="modulation")
+            shift, scale = jnp.split(modulation(c), 2, axis=-1)
+            x = modulate(layer_norm(x), shift, scale)
         if self.conv:
             return conv3(self.features, self.dtype, "conv", init=self.kernel_init)(x)
         return nn.Dense(self.features, kernel_init=self.kernel_init, dtype=self.dtype, name="linear")(x)

@@ -399,10 +399,10 @@ REFUSED = {
         "'sbdm' divides by zero at t = 0",
     ),
     "sde-edm": ({"process": "edm"}, {"sampler": "sde_heun"}, "counts time from noise at 0 to data at 1"),
-    "clip-heun": (
+    "clip-dopri5": (
         {"process": "edm"},
-        {"sampler": "heun", "clip": True},
-        "sampling.clip limits x0, which sampler 'heun'",
+        {"sampler": "dopri5", "steps": 0, "clip": True},
+        "sampling.clip limits x0, which the adaptive sampler 'dopri5'",
     ),
     "eta-ddpm": ({}, {"options": "eta=1"}, "no leaf 'sampling.ddpm.eta'; did you mean sampling.ddim.eta"),
     "sampler-word": (
@@ -419,7 +419,7 @@ REFUSED = {
     "churn-range": (
         {"process": "edm"},
         {"sampler": "edm", "options": "churn=40,churn_min=9,churn_max=1"},
-        "churn_min 9.0, churn_max 1.0",
+        "churn_min = 9.0 is above churn_max = 1.0",
     ),
     "ahead-rounded": (
         {"process": "edm_iddpm"},
