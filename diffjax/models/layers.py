@@ -307,8 +307,8 @@ class FinalLayer(nn.Module):
             x = layer_norm(x)
         else:
             modulation = nn.Dense(2 * x.shape[-1], kernel_init=self.kernel_init, dtype=self.dtype, name="modulation")
-            shift, scale = jnp.split(modulation(c), 2, axis=-1)
-            x = modulate(layer_norm(x), shift, scale)
+            parameters = modulation(c)
+            x = modulate(layer_norm(x), *jnp.split(parameters, 2, axis=-1))
         if self.conv:
             return conv3(self.features, self.dtype, "conv", init=self.kernel_init)(x)
         return nn.Dense(self.features, kernel_init=self.kernel_init, dtype=self.dtype, name="linear")(x)
