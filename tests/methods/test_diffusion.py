@@ -12,7 +12,7 @@ from diffjax.contracts import Batch, bind
 from diffjax.diffusion import PROCESSES, create_process, samplers, weighting
 from diffjax.errors import UserError
 from diffjax.experiment import build
-from diffjax.methods.diffusion import sampler_plan
+from diffjax.methods.diffusion import sampler_schedule
 from diffjax.ops import augment
 from tests.programs import method_of, tiny_config
 
@@ -344,7 +344,7 @@ def test_guidance_of_one_is_a_plain_call_and_an_interval_is_skipped():
 
 def test_another_plan_is_the_same_as_another_config():
     few, many = (small("flow_linear", "heun", steps=steps, guidance=2.0) for steps in (3, 6))
-    plan = sampler_plan(process_of(few), few.sampling, max_steps=6)
+    plan = sampler_schedule(process_of(few), few.sampling, max_steps=6)
     np.testing.assert_allclose(drawn(many, plan=plan), drawn(few), atol=1e-5)
 
 
