@@ -7,8 +7,8 @@ with w standard normal and u uniform in [0, 1):
     rotation    theta = pi (2u - 1)                    aniso      t = 2^(0.2 w), along r = pi (2u - 1) or, half of the
     translation W w0 / 8, H w1 / 8 pixels                         time, along x: r = 0
 
-The mirrors move pixels. The rest is one affine map from positions in the result to positions in the image, in pixels, with
-the origin at the centre and y downwards; R is a rotation, D a diagonal matrix:
+The mirrors move pixels. The rest is one affine map from positions in the result to positions in the image, in pixels
+with the origin at the centre and y downwards; R is a rotation, D a diagonal matrix:
 
     G(o) = L (o - (W w0, H w1) / 8),   L = 1/s R(theta) R(-r) D(1/t, t) R(r)                                       (1)
 

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,24 +125,26 @@ def run(family: str, case: Case, x: np.ndarray, t: np.ndarray, y: np.ndarray | N
 def check_guidance(
     case: Case,
     forward: Callable[..., np.ndarray],
-    null: int,
-    x: np.ndarray,
-    t: np.ndarray,
-    y: Any,
+    given: Sequence[np.ndarray | None],
     scale: float,
     stored: np.ndarray,
     usual: float,
 ) -> None:
-    """The package's guidance of forward(x, t, y), NCHW, against the references' forward_with_cfg.
+    """The package's guidance of forward(x, t, y), NCHW, against the references' forward_with_cfg of `given`, (x, t, y).
 
-    Those take the first half of x twice, labels and then nulls; three channels are extrapolated in both halves, the
-    rest is what the network gives either half, of which the package keeps the conditional one.
+    Those take the first half of x twice, with labels and then without; three channels are extrapolated in both halves,
+    the rest is what the network gives either half, of which the package keeps the conditional one.
     """
+    x, t, y = given
+    assert x is not None
+    assert t is not None
     half = len(x) // 2
-    labels = np.zeros(half, np.int32) if y is None else y[:half].astype(np.int32)
+    labels, null = (np.zeros((2, half)) if y is None else y.reshape(2, half)).astype(np.int32)
 
-    def network(x: jax.Array, t: jax.Array, labels: jax.Array) -> np.ndarray:
-        return to_nhwc(forward(to_nchw(x), np.asarray(t), None if y is None else np.asarray(labels)))
+    times = t.reshape(2, half).T.reshape(-1)  # of the rows as the package has them: some cases give the halves others
+
+    def network(x: jax.Array, _: jax.Array, labels: jax.Array) -> np.ndarray:
+        return to_nhwc(forward(to_nchw(x), times, None if y is None else np.asarray(labels)))
 
     denoise = guidance.classifier_free(network, jnp.asarray(labels), null, channels=3)
     found = to_nchw(denoise(jnp.asarray(to_nhwc(x[:half])), jnp.asarray(t[:half], jnp.float32), scale))

@@ -111,13 +111,13 @@ def schedule(name: str, levels: np.ndarray) -> ablations.Schedule:
     return {"ve": ablations.ve, "linear": ablations.linear}[name]()
 
 
-def ablations() -> list:
+def stored_ablations() -> list:
     found = [parameter for parameter in cases("edm") if parameter.values[0] is not None]
     names = [(p.values[0], name, p.id) for p in found for name in p.values[0].info["ablation"]]
     return [pytest.param(case, name, id=f"{i}-{name}") for case, name, i in names] or [pytest.param(None, "", id="edm")]
 
 
-@pytest.mark.parametrize("case, name", ablations())
+@pytest.mark.parametrize("case, name", stored_ablations())
 def test_other_schedules_and_scalings(case, name):
     """EDM's generalised sampler: Euler and the second-order family on other paths, in their own time; looking ahead by
     a part of a step is its own sampler's in noise levels. The table of iDDPM is known to float32 alone, so that there
