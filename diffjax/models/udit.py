@@ -68,8 +68,6 @@ SIZES = {
     "B": (192, 8, (2, 5, 8, 5, 2)),
     "L": (384, 16, (2, 5, 8, 5, 2)),
 }
-# The paper's models without its modifications of attention and feed-forward network (table 10).
-VANILLA = {"similarity": "dot", "positions": "none", "ffn": "basic"}
 
 STAGES = ("encoder_1", "encoder_2", "latent", "decoder_2", "decoder_1")
 WIDTHS = (1, 2, 4, 2, 2)  # of the stages, in multiples of `width`
