@@ -430,7 +430,7 @@ REFUSED = {
     "no-last-step": (
         {"process": "flow_linear"},
         {"sampler": "sde_heun", "options": "last_step=none,last_step_size=0.1"},
-        "last_step_size 0.1 has no meaning",
+        "last_step_size = 0.1 has no meaning",
     ),
     "nan": (
         {"process": "edm"},
