@@ -145,10 +145,11 @@ def compile_spread(devices: list[jax.Device], name: str, implementation: str | N
 if __name__ == "__main__":
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x8")
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    for shape in SHAPES:
-        for dtype in ("bfloat16", "float32"):
-            compile_alone(device, shape, dtype, reverse=False)
-    compile_alone(device, SHAPES[0], "bfloat16", reverse=True)
+    with jax.set_mesh(make_mesh({"data": 1}, topology.devices[:1])):  # by which the kernels know what they are for
+        for shape in SHAPES:
+            for dtype in ("bfloat16", "float32"):
+                compile_alone(device, shape, dtype, reverse=False)
+        compile_alone(device, SHAPES[0], "bfloat16", reverse=True)
     compile_spread(topology.devices, "spread", "pallas")
     compile_spread(topology.devices, "spread by default", None)
     for length in (16, 64, 128):
