@@ -215,7 +215,7 @@ def test_samplers_with_equal_room_share_a_compilation():
         return samplers.sample(plan, correlated(LINEAR), samplers.initial_noise(keys, SHAPE), lambda i: None)
 
     run = jax.jit(drawn_from)
-    for sampler, room in (("ddim", 31), ("dpmpp_2m", 31), ("edm", 16), ("euler", 32), ("heun", 16)):
+    for sampler, room in (("ddim", 32), ("dpmpp_2m", 32), ("euler", 32), ("heun", 16)):
         run(samplers.schedule(LINEAR, sampler, 8, max_steps=room), keys(2))
     assert run._cache_size() == 1
 
@@ -271,7 +271,7 @@ def test_plans_of_a_discrete_process_are_its_steps():
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "edm-discrete", "dpmpp_2m-discrete", "euler"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "edm-discrete", "dpmpp_2m-discrete"])
 def test_clipping_a_plan_keeps_samples_in_range(name):
     plan = named_plan(name, 10)
     wild = lambda x, t, weight: -2.0 * x  # noqa: E731
@@ -280,14 +280,14 @@ def test_clipping_a_plan_keeps_samples_in_range(name):
     assert float(jnp.abs(clipped).max()) <= 1.0 + 1e-6
 
 
-@pytest.mark.parametrize("name", ["heun", "euler_maruyama", "sde_heun"])
+@pytest.mark.parametrize("name", ["euler", "heun", "euler_maruyama", "sde_heun"])
 def test_a_clip_acts_on_the_flow(name):
     """At the end of a path, where x is the data and says nothing of the noise, too."""
     plan = named_plan(name, 4)
-    wild = lambda x, t, weight: -2.0 * x  # noqa: E731
+    wild = lambda x, t, weight: 20.0 * x  # noqa: E731
     free, clipped = (samplers.sample(plan, wild, jnp.ones((1, *SHAPE)), jnp.zeros_like, clip) for clip in (False, True))
     assert np.isfinite(clipped).all()
-    assert float(jnp.abs(clipped).max()) < float(jnp.abs(free).max())
+    assert float(jnp.abs(clipped).max()) < 0.1 * float(jnp.abs(free).max())
 
 
 def test_a_clip_of_an_adaptive_sampler_is_refused():
