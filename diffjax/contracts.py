@@ -121,10 +121,10 @@ class Process(Protocol):
     def q_sample(self, x0: Array, t: Array, eps: Array) -> Array:
         """Noisy data at t from data x0 and noise eps, [b, ..., c] each."""
 
-    def input_scale(self, t: Array) -> Array:
+    def c_in(self, t: Array) -> Array:
         """c_in [b]: what the network's input is multiplied by."""
 
-    def model_time(self, t: Array) -> Array:
+    def c_noise(self, t: Array) -> Array:
         """c_noise [b]: the time that the network is given."""
 
     def losses(self, output: Array, x0: Array, xt: Array, t: Array, eps: Array, **log_variance: Array) -> Metrics:

@@ -30,7 +30,7 @@ from diffjax.methods import METHODS, encoders
 from diffjax.ops.macs import count_macs
 from diffjax.options import Options
 from diffjax.parallel.mesh import batch_sharding, check_batch, check_processes, make_mesh, replicated
-from diffjax.parallel.rules import LogicalAxes, parameters, shardings
+from diffjax.parallel.rules import LogicalAxes, on_mesh, parameters, shardings
 from diffjax.sampling import generate
 from diffjax.training import ema, optimizer
 from diffjax.training.state import TrainState, initial_state, state_shardings, with_shardings
@@ -239,12 +239,11 @@ class Experiment:
         def terms(params: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> tuple[Metrics, jax.Array, jax.Array]:
             return *of_method(self.apply, params, frozen, batch, key, train=False), batch.index
 
-        return jax.jit(terms, out_shardings=replicated(self.mesh))
+        return jax.jit(on_mesh(terms, self.mesh), out_shardings=replicated(self.mesh))
 
     def terms(self, params: Tree, batch: Batch, key: jax.Array) -> tuple[Metrics, jax.Array, jax.Array]:
         """`Method.terms` without dropout and `batch.index`, compiled; on every process those of the whole batch."""
-        with jax.set_mesh(self.mesh):
-            return self._terms(params, self.frozen, batch, key)
+        return self._terms(params, self.frozen, batch, key)
 
     @functools.cached_property
     def _compiled_sampler(self) -> functools.partial:
@@ -343,7 +342,7 @@ def build(config: Config, mesh: Mesh | None = None, devices: Any = None, *, trai
     shapes = jax.eval_shape(init, params_key)
     parallel, state_axes = config.parallel, optimizer.OPTIMIZERS[config.optim.name].state_axes
     sharding = state_shardings(shapes, mesh, parallel.strategy, parallel.replicate_below, axes, state_axes)
-    jitted_init = jax.jit(init, out_shardings=sharding)
+    jitted_init = jax.jit(on_mesh(init, mesh), out_shardings=sharding)
 
     apply = bind(model)
     step = functools.partial(
@@ -364,9 +363,9 @@ def build(config: Config, mesh: Mesh | None = None, devices: Any = None, *, trai
         tracks=ema.track_lengths(config.ema.tracks),
         abstract=with_shardings(shapes, sharding),
         init=lambda: jitted_init(params_key),
-        fresh=lambda: jax.jit(fresh, out_shardings=sharding.params)(params_key),
+        fresh=lambda: jax.jit(on_mesh(fresh, mesh), out_shardings=sharding.params)(params_key),
         start=jax.jit(start, out_shardings=sharding),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, replicated(mesh))),
+        step=jax.jit(on_mesh(step, mesh), donate_argnums=0, out_shardings=(sharding, replicated(mesh))),
     )
 
 

@@ -17,10 +17,12 @@ import math
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from diffjax.errors import UserError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Value = bool | int | float | str | tuple[Any, ...] | None
 Options = Mapping[str, Value]
 
@@ -166,6 +168,19 @@ def check(path: str, option: Option, value: Any) -> Any:
     if valid and converted is not None and not valid.test(converted):
         raise UserError(f"{path} = {value!r}: valid: {valid.words}")
     return converted
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, whose options are checked one by one, as `check` does, before it is called."""
+    known = options(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in known.keys() & kwargs.keys():
+            kwargs[name] = check(f"{function.__name__}: {name}", known[name], kwargs[name])
+        return function(*args, **kwargs)
+
+    return call
 
 
 def convert(value: Any, kind: Any) -> Any:

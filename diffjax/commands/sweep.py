@@ -7,9 +7,8 @@ python -m diffjax sweep --workdir=runs/a,runs/b --sampler=ddpm:250,ddim:25,edm:1
 
 A sampler written as name:steps has these steps, all others have each of --steps. All images are of the same seed and
 numbers, so that what differs is the method alone. Samplers have their default options; what a run's config says of
-guidance besides its weight holds, and its clip for samplers that go through x0. Evaluations are calls of the network
-for one image, of which one with guidance counts as two. The plot is of the Frechet distance. Scores on pixels are for
-small images and are not FID.
+guidance besides its weight holds, and its clip. Evaluations are calls of the network for one image, of which one with
+guidance counts as two. The plot is of the Frechet distance. Scores on pixels are for small images and are not FID.
 """
 
 import functools
@@ -182,15 +181,14 @@ def other_sampling(own: diffusion.Sampling, sampler: str, steps: int, weight: fl
     guidance = replace(own.guidance, scale=weight)
     if weight == 1:
         guidance = replace(guidance, schedule="constant", options={})
-    clip = own.clip and samplers.SAMPLERS[sampler].through_x0
-    return replace(own, sampler=sampler, steps=steps, options={}, guidance=guidance, clip=clip)
+    return replace(own, sampler=sampler, steps=steps, options={}, guidance=guidance)
 
 
 def compile_group(cells: list[Cell], seed: int, labels: np.ndarray) -> functools.partial:
     """The sampler of a group, compiled for batches like `labels` by a first trajectory of one call of the network."""
     first, experiment = cells[0], cells[0].run.experiment
     compiled = generate.compile_sampler(first.sampler, experiment.model, experiment.mesh, seed)
-    short = functools.partial(compiled, plan=replace(first.sampler.plan, rows=np.int32(1)))
+    short = functools.partial(compiled, plan=replace(first.sampler.plan, nfe=np.int32(1)))
     numbers = np.arange(len(labels))
     list(generate.generate(short, first.run.params, labels, numbers, experiment.mesh, len(labels)))
     return compiled
@@ -206,10 +204,10 @@ def drawn(cell: Cell, compiled: functools.partial, labels: np.ndarray, batch_siz
     return samples.to_uint8(values), time.perf_counter() - started
 
 
-def evaluations(plan: samplers.Plan) -> int:
+def nfe(schedule: samplers.SamplerSchedule) -> int:
     """Calls of the network for one image; one with guidance counts as two."""
-    rows = samplers.evaluations(plan)
-    return rows + int(np.count_nonzero(plan.table.weight[:rows] != 1))
+    calls = int(schedule.nfe)
+    return calls + int(np.count_nonzero(schedule.table.weight[:calls] != 1))
 
 
 def result_of(
@@ -225,7 +223,7 @@ def result_of(
         "run": cell.folder,
         "sampler": sampling.sampler,
         "steps": sampling.steps,
-        "evaluations": evaluations(cell.sampler.plan),
+        "evaluations": nfe(cell.sampler.plan),
         "guidance": sampling.guidance.scale,
         "seconds_per_image": seconds / len(images),
         **protocol.result(

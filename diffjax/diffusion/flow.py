@@ -21,10 +21,9 @@ import jax
 
 from diffjax import rng
 from diffjax.diffusion.paths import PREDICTIONS, Array, Path, gvp, linear, vp
-from diffjax.diffusion.process import Process, choose, ones, read, unchanged
+from diffjax.diffusion.process import Process, choose, ones, resolved, unchanged
 from diffjax.diffusion.weighting import Gamma, SigmaData, Weighting, weight_of_time
-from diffjax.errors import UserError
-from diffjax.options import Leaf, above, at_least, one_of
+from diffjax.options import Leaf, above, at_least, checked, one_of
 
 PATHS: dict[str, Path] = {"linear": linear, "gvp": gvp, "vp": vp}
 MARGIN = 1e-3  # kept from an end of a path where a prediction says too little
@@ -55,6 +54,7 @@ def intervals(path: str, prediction: str, last_step: float = 0.0) -> Intervals:
     return Intervals(train, ode, sde=(ode[0], 1 - last_step) if last_step else ode)
 
 
+@checked
 def flow(
     path: str = "linear",
     *,
@@ -78,13 +78,11 @@ def flow(
     trained.
     """
     train, ode, _ = intervals(path, prediction)
-    gamma = read("gamma", gamma, 5.0, weighting == "min_snr", "weighting 'min_snr'")
-    sigma_data = read("sigma_data", sigma_data, 0.5, weighting == "edm", "weighting 'edm'")
-    logit_mean = read("logit_mean", logit_mean, 0.0, times == "logit_normal", "times 'logit_normal'")
-    logit_std = read("logit_std", logit_std, 1.0, times == "logit_normal", "times 'logit_normal'")
-    shift = read("shift", shift, 1.0, True, "any times")
-    if logit_std < 0 or not shift > 0:
-        raise UserError(f"logit_std = {logit_std}, shift = {shift}: valid: at least 0, above 0")
+    gamma = resolved("gamma", gamma, 5.0, weighting == "min_snr", "weighting 'min_snr'")
+    sigma_data = resolved("sigma_data", sigma_data, 0.5, weighting == "edm", "weighting 'edm'")
+    logit_mean = resolved("logit_mean", logit_mean, 0.0, times == "logit_normal", "times 'logit_normal'")
+    logit_std = resolved("logit_std", logit_std, 1.0, times == "logit_normal", "times 'logit_normal'")
+    shift = resolved("shift", shift, 1.0, True, "any times")
 
     draws: dict[str, Callable[[jax.Array], jax.Array]] = {
         "uniform": lambda keys: 1 - rng.uniform(keys),
@@ -99,8 +97,8 @@ def flow(
     return Process(
         path=PATHS[path],
         prediction=predicted,
-        input_scale=ones,
-        model_time=unchanged,
+        c_in=ones,
+        c_noise=unchanged,
         sample_times=sample_times,
         weight=weight_of_time(weighting, PATHS[path], predicted, train, gamma=gamma, sigma_data=sigma_data),
         span=ode,

@@ -27,6 +27,7 @@ Everywhere k counts the steps of the process at hand, from 0; the network is giv
 float64 on the host; a gathered value becomes float32 before it is used.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, ClassVar, NamedTuple
@@ -37,10 +38,10 @@ import numpy as np
 
 from diffjax import rng
 from diffjax.diffusion.paths import PREDICTIONS, Point, conversion
-from diffjax.diffusion.process import Grid, read
+from diffjax.diffusion.process import Grid, resolved
 from diffjax.diffusion.weighting import Gamma, SigmaData, check_numbers, weights
 from diffjax.errors import UserError
-from diffjax.options import Leaf, at_least, one_of
+from diffjax.options import Leaf, at_least, checked, one_of
 
 OPTIONS = {
     "prediction": ("epsilon", "x0", "v"),
@@ -48,6 +49,10 @@ OPTIONS = {
     "loss": ("mse", "rescaled_mse", "rescaled_kl"),
     "weighting": ("uniform", "snr", "min_snr", "edm"),
 }
+
+
+SQRT_8_OVER_PI = math.sqrt(8 / math.pi)
+SMALLEST_PROBABILITY = 2.0**-25  # above 0, that a difference of float32 values of (1 + tanh) / 2 can be
 
 
 class PMeanVariance(NamedTuple):
@@ -172,22 +177,22 @@ class GaussianDiffusion:
     def grid(self, steps: np.ndarray) -> Grid:
         """The process at steps [n] of 0, ..., K-1, or -1 for the data themselves, as float64 tables for samplers.
 
-        t is the step, model_time the original one (-1 for the data); velocities are NaN. UserError on another step.
+        t is the step, c_noise the original one (-1 for the data); velocities are NaN. UserError on another step.
         """
         steps = np.asarray(steps, np.int64)
         if not ((steps >= -1) & (steps < self.num_steps)).all():
             raise UserError(f"steps {steps.tolist()} of a process of {self.num_steps}: valid: -1 (the data) to K-1")
         c = self.points(steps)
-        model_time = np.append(self.timestep_map, -1)[steps].astype(np.float64)
+        c_noise = np.append(self.timestep_map, -1)[steps].astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):  # the data determine no noise
             converted = conversion(c, PREDICTIONS[self.prediction])
-        return Grid(steps.astype(np.float64), model_time, np.ones(steps.shape), c.alpha, c.sigma, converted)
+        return Grid(steps.astype(np.float64), c_noise, np.ones(steps.shape), c.alpha, c.sigma, converted)
 
-    def input_scale(self, k: jax.Array) -> jax.Array:
+    def c_in(self, k: jax.Array) -> jax.Array:
         """What the network's input is multiplied with at steps k [b]: ones, float32 [b]."""
         return jnp.ones(k.shape, jnp.float32)
 
-    def model_time(self, k: jax.Array) -> jax.Array:
+    def c_noise(self, k: jax.Array) -> jax.Array:
         """The original step of step k [b] int32, as the network receives it: float32 [b]."""
         return jnp.asarray(self.timestep_map, jnp.float32)[k]
 
@@ -252,7 +257,7 @@ class GaussianDiffusion:
     ) -> dict[str, jax.Array]:
         """Loss terms of each example, float32 [b]: "loss", and "mse" and "vb" (as they enter it) where they apply.
 
-        model_output [b, ..., c or 2c] is the network's at (xt, model_time(k)); xt = q_sample(x0, k, eps).
+        model_output [b, ..., c or 2c] is the network's at (xt, c_noise(k)); xt = q_sample(x0, k, eps).
         """
         if self.loss == "rescaled_kl":
             vb = self.variational_bound(model_output, x0, xt, k) * self.num_steps
@@ -294,6 +299,7 @@ class GaussianDiffusion:
         return output[..., :channels], output[..., channels:] if expected > channels else None
 
 
+@checked
 def gaussian_diffusion(
     *,
     respacing: str = "",
@@ -314,8 +320,8 @@ def gaussian_diffusion(
     The defaults are those of DiT, and gamma 5 and sigma_data 0.5. Options: see `GaussianDiffusion` and
     `respaced_steps`. UserError on an unknown one, and on one that nothing reads.
     """
-    gamma = read("gamma", gamma, 5.0, weighting == "min_snr", "weighting 'min_snr'")
-    sigma_data = read("sigma_data", sigma_data, 0.5, weighting == "edm", "weighting 'edm'")
+    gamma = resolved("gamma", gamma, 5.0, weighting == "min_snr", "weighting 'min_snr'")
+    sigma_data = resolved("sigma_data", sigma_data, 0.5, weighting == "edm", "weighting 'edm'")
     # Also with nothing left out the variances are recovered from ᾱ, so that every process goes through one path.
     kept = np.array(respaced_steps(steps, respacing), np.int64)
     alphas_cumprod = np.cumprod(1.0 - linear_betas(steps))[kept]
@@ -402,14 +408,26 @@ def discretized_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Arr
 
     x lies on the grid of 256 levels over [-1, 1]; the outer bins are open. Latents are not 8-bit images, yet the
     published models were trained with this term on them, so it is kept for an equal loss.
+
+    For the normal distribution the published losses take (1 + tanh(√(2/π) (z + 0.044715 z³))) / 2, which is the
+    logistic function F of w = √(8/π) (z + 0.044715 z³). Its difference over a bin from w_0 to w_1 is
+
+        F(w_1) - F(w_0) = F(w_1) F(-w_0) (1 - exp(w_0 - w_1)),
+
+    a product, of which the logarithm is taken term by term, and w_1 - w_0 follows from the width of the bin: so neither
+    the value nor the gradient is a small difference of large numbers. What the float32 of the published losses cannot
+    tell from 0, below SMALLEST_PROBABILITY, counts as 1e-12 without a gradient, as there.
     """
-    centered, inverse_scale = x - mean, jnp.exp(-log_scale)
-    upper = approximate_normal_cdf(inverse_scale * (centered + 1.0 / 255.0))
-    lower = approximate_normal_cdf(inverse_scale * (centered - 1.0 / 255.0))
-    probability = jnp.where(x < -0.999, upper, jnp.where(x > 0.999, 1.0 - lower, upper - lower))
-    return jnp.log(jnp.maximum(probability, 1e-12))
+    inverse_scale = jnp.exp(-log_scale)
+    centre, half = inverse_scale * (x - mean), inverse_scale / 255.0
+    upper, lower = logistic_argument(centre + half), logistic_argument(centre - half)
+    width = 2 * SQRT_8_OVER_PI * half * (1 + 0.044715 * (3 * centre**2 + half**2))
+    below, above = jax.nn.log_sigmoid(upper), jax.nn.log_sigmoid(-lower)
+    inside = below + above + jnp.log(-jnp.expm1(-width))
+    value = jnp.where(x < -0.999, below, jnp.where(x > 0.999, above, inside))
+    return jnp.where(value < math.log(SMALLEST_PROBABILITY), math.log(1e-12), value)
 
 
-def approximate_normal_cdf(x: jax.Array) -> jax.Array:
-    """The standard normal cumulative distribution by the tanh formula that the published losses use."""
-    return 0.5 * (1.0 + jnp.tanh(np.float32(np.sqrt(2.0 / np.pi)) * (x + 0.044715 * x**3)))
+def logistic_argument(z: jax.Array) -> jax.Array:
+    """w of `discretized_log_likelihood`: the logistic function of it is nearly the normal distribution of z."""
+    return SQRT_8_OVER_PI * (z + 0.044715 * z**3)

@@ -25,7 +25,7 @@ import numpy as np
 
 from diffjax.diffusion.samplers import Denoise, Weight
 from diffjax.errors import UserError
-from diffjax.options import Leaf, Value, above, at_least, check, options
+from diffjax.options import Leaf, Value, above, at_least, checked, options
 
 DenoiseConditionally = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 DenoiseBoth = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -100,7 +100,7 @@ def combine(better: jax.Array, worse: jax.Array, weight: float | jax.Array, chan
 
 
 def weights(kind: str, scale: float, /, **numbers: Value) -> Weight:
-    """What `samplers.plan` takes as its weight: one of SCHEDULES with its options.
+    """What `samplers.schedule` takes as its weight: one of SCHEDULES with its options.
 
     UserError for an unknown kind, for options that it lacks and for values without meaning.
     """
@@ -111,20 +111,21 @@ def weights(kind: str, scale: float, /, **numbers: Value) -> Weight:
         raise UserError(f"guidance weight {kind!r} with {unknown[0]}: valid: numbers for {list(known)}")
     if not np.isfinite(scale):
         raise UserError(f"guidance {scale}: valid: a finite number, 1 for none")
-    checked = {name: check(f"guidance weight {kind!r}: {name}", known[name], each) for name, each in numbers.items()}
-    return SCHEDULES[kind](scale, **checked)
+    return SCHEDULES[kind](scale, **numbers)
 
 
 def constant_weight(scale: float) -> Weight:
     return scale
 
 
+@checked
 def power_cosine_weight(
     scale: float, *, power: Annotated[float, Leaf("large: guide late; small: throughout", "watch", above(0))] = 4.0
 ) -> Weight:
     return lambda level, time: power_cosine(time, scale, power)
 
 
+@checked
 def interval_weight(
     scale: float,
     *,
@@ -132,8 +133,8 @@ def interval_weight(
     high: Annotated[float | None, Leaf("highest one; none: all", "watch", above(0))] = None,
 ) -> Weight:
     high = np.inf if high is None else high
-    if not low < high:
-        raise UserError(f"a guidance interval from {low} to {high}: valid: 0 and above, and not empty")
+    if low >= high:
+        raise UserError(f"guidance interval: low = {low} is not below high = {high}; valid: 0 to below high")
     return lambda level, time: interval(level, scale, low, high)
 
 
@@ -152,7 +153,5 @@ def power_cosine(time: np.ndarray, scale: float, power: float) -> np.ndarray:
 
 def interval(level: np.ndarray, scale: float, low: float, high: float) -> np.ndarray:
     """Equation (3) at the noise levels of a schedule, float64 [n]."""
-    if not 0 <= low < high:
-        raise UserError(f"a guidance interval from {low} to {high}: valid: 0 and above, and not empty")
     low, high = (level[np.abs(level - end).argmin()] if 0 < end < np.inf else end for end in (low, high))
     return np.where((low < level) & (level <= high), scale, 1.0)

@@ -65,7 +65,7 @@ def namespace(t: Array) -> Any:
     return jnp if isinstance(t, jax.Array) else np
 
 
-def noise_level(t: Array) -> Point:
+def sigma_as_time(t: Array) -> Point:
     """EDM (2206.00364): t is the standard deviation σ of the noise that is added to the data."""
     ones = namespace(t).ones_like(t)
     return Point(alpha=ones, sigma=t, alpha_dot=0 * ones, sigma_dot=ones)
@@ -133,12 +133,6 @@ def determinant(c: Point, prediction: Prediction) -> Array:
     """Δ of (3)."""
     p, q = prediction(c)
     return c.alpha * q - c.sigma * p
-
-
-def drift(c: Point) -> tuple[Array, Array]:
-    """(r, D) of (5), shaped like t."""
-    r = c.alpha_dot / c.alpha
-    return r, c.sigma * (r * c.sigma - c.sigma_dot)
 
 
 def conversion(c: Point, prediction: Prediction) -> Conversion:

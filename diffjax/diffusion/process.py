@@ -1,7 +1,7 @@
 """A process in continuous time: a path, what the network predicts on it, and how it is trained.
 
-`GaussianDiffusion` is the process in discrete steps. Both have `sample_times`, `q_sample`, `input_scale`, `model_time`
-and `losses`, by which they are trained, and `grid`, by which samplers know them.
+`GaussianDiffusion` is the process in discrete steps. Both have `sample_times`, `q_sample`, `c_in`, `c_noise` and
+`losses`, by which they are trained, and `grid`, by which samplers know them.
 """
 
 import math
@@ -13,23 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.diffusion.paths import Array, Conversion, Path, Point, Prediction, conversion, namespace, noise_level
+from diffjax.diffusion.paths import Array, Conversion, Path, Point, Prediction, conversion, namespace, sigma_as_time
 from diffjax.errors import UserError
 
 Coefficients = TypeVar("Coefficients", Point, Conversion)
-LARGEST_NOISE_LEVEL = 20.0  # of |ln(σ/α)|, for the ends of a path; float32 knows nothing beyond
+LARGEST_LOG_SIGMA = 20.0  # of |ln(σ/α)|, for the ends of a path; float32 knows nothing beyond
 
 
 class Grid(NamedTuple):
     """A process at the times where a sampler looks at it: float64 arrays [n].
 
-    t: in the process's own time. model_time: what the network is given of it. input_scale: what its input x is
+    t: in the process's own time. c_noise: what the network is given of it. c_in: what its input x is
     multiplied with. alpha, sigma: of the path. conversion: from (x, output) to data, noise and velocity.
     """
 
     t: np.ndarray
-    model_time: np.ndarray
-    input_scale: np.ndarray
+    c_noise: np.ndarray
+    c_in: np.ndarray
     alpha: np.ndarray
     sigma: np.ndarray
     conversion: Conversion
@@ -50,8 +50,8 @@ class Process:
     Attributes:
         path: coefficients of data and noise at a time t.
         prediction: what the network's output estimates.
-        input_scale: what the network's input is multiplied with, c_in of EDM.
-        model_time: what the network is given of t, c_noise of EDM.
+        c_in: what the network's input is multiplied with, c_in of EDM.
+        c_noise: what the network is given of t, c_noise of EDM.
         sample_times: typed keys [b] -> t float32 [b], in training.
         weight: of the squared error of the output at t, [b] -> [b].
         span: (t of pure noise, t of data), between which a sampler moves.
@@ -61,8 +61,8 @@ class Process:
 
     path: Path
     prediction: Prediction
-    input_scale: Callable[[Array], Array]
-    model_time: Callable[[Array], Array]
+    c_in: Callable[[Array], Array]
+    c_noise: Callable[[Array], Array]
     sample_times: Callable[[jax.Array], jax.Array]
     weight: Callable[[Array], Array]
     span: tuple[float, float]
@@ -75,7 +75,7 @@ class Process:
             t = self.nearest(t)
             point = self.path(t)
             converted = conversion(point, self.prediction)
-            return Grid(t, self.model_time(t), self.input_scale(t), point.alpha, point.sigma, converted)
+            return Grid(t, self.c_noise(t), self.c_in(t), point.alpha, point.sigma, converted)
 
     def q_sample(self, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
         """x at times t [b] from data x0 and noise eps, both [b, ..., c]: equation (1) of `paths`."""
@@ -98,7 +98,7 @@ class Process:
     ) -> dict[str, jax.Array]:
         """Loss terms of each example, [b], in the dtype of x0: "loss", the plain squared error "mse" of the output.
 
-        output [b, ..., c or 2c] is the network's at (input_scale(t) xt, model_time(t)), xt = q_sample(x0, t, eps); a
+        output [b, ..., c or 2c] is the network's at (c_in(t) xt, c_noise(t)), xt = q_sample(x0, t, eps); a
         second half of its channels is no part of the loss. log_variance [b] is u of equation (3) in `weighting`, given
         if and only if the process has `uncertainty`; then there is also "log_variance".
 
@@ -119,14 +119,14 @@ class Process:
     def noise_fraction(self, t: jax.Array) -> jax.Array:
         """How far times t [b] are from the data, 0 to 1: along the span, or in ln σ where time is the noise level."""
         noise, data = self.span
-        if self.path is noise_level:
+        if self.path is sigma_as_time:
             t, noise, data = jnp.log(t), math.log(noise), math.log(data)
         return jnp.clip((t - data) / (noise - data), 0.0, 1.0)
 
-    def noise_level(self, t: jax.Array) -> jax.Array:
-        """ln(σ/α) at t [b], within ±LARGEST_NOISE_LEVEL."""
+    def log_sigma(self, t: jax.Array) -> jax.Array:
+        """ln(σ/α) at t [b], within ±LARGEST_LOG_SIGMA."""
         c = self.path(t)
-        return jnp.clip(jnp.log(c.sigma) - jnp.log(c.alpha), -LARGEST_NOISE_LEVEL, LARGEST_NOISE_LEVEL)
+        return jnp.clip(jnp.log(c.sigma) - jnp.log(c.alpha), -LARGEST_LOG_SIGMA, LARGEST_LOG_SIGMA)
 
 
 def per_example(coefficients: Coefficients, like: jax.Array) -> Coefficients:
@@ -152,12 +152,10 @@ def choose(table: Mapping[str, Any], option: str, name: str) -> Any:
     return table[name]
 
 
-def read(option: str, value: float | None, default: float, used: bool, needs: str) -> float:
-    """The value of an option, or its default for None. UserError when it is not finite or given where not `used`."""
+def resolved(option: str, value: float | None, default: float, used: bool, needs: str) -> float:
+    """The value of an option, or its default for None. UserError when it is given where it is not `used`."""
     if value is None:
         return default
     if not used:
         raise UserError(f"{option} = {value!r} is read by nothing in this process; valid with {needs}")
-    if not math.isfinite(value):
-        raise UserError(f"{option} = {value!r}: valid: a finite number")
     return value

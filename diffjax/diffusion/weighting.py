@@ -99,14 +99,14 @@ def init_uncertainty() -> dict[str, jax.Array]:
     return {"kernel": jnp.zeros(2 * FEATURES + 1, jnp.float32)}
 
 
-def uncertainty(params: dict[str, jax.Array], noise_level: jax.Array) -> jax.Array:
-    """u of (3) at the log noise level ln(σ/α) [b] (see `Process.noise_level`): float32 [b].
+def uncertainty(params: dict[str, jax.Array], log_sigma: jax.Array) -> jax.Array:
+    """u of (3) at ln(σ/α) [b] (see `Process.log_sigma`): float32 [b].
 
     A linear map of cosines and sines of c = ln(σ/α)/4. EDM2 takes cosines of 128 random frequencies with standard
     deviation 2π and random phases, and a unit-norm weight without a constant. Here the frequencies are spread evenly
     up to 4π, which needs no stored numbers, and a constant lets the mean settle at once.
     """
-    c = noise_level.astype(jnp.float32)[:, None] / 4
+    c = log_sigma.astype(jnp.float32)[:, None] / 4
     angles = c * jnp.asarray(4 * np.pi * np.arange(1, FEATURES + 1) / FEATURES, jnp.float32)
     features = jnp.concatenate([jnp.ones_like(c), jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return jnp.sum(features * params["kernel"], axis=-1)

@@ -24,6 +24,7 @@ from einops import rearrange
 
 from diffjax.errors import UserError
 from diffjax.ops.attention import attention
+from diffjax.ops.dtypes import DTYPES
 from diffjax.ops.resize import cubic_matrix, resize
 from diffjax.parallel.rules import constrain
 
@@ -40,7 +41,6 @@ STD = np.array([0.229, 0.224, 0.225], np.float32)
 SIDE, LARGER_SIDE = 224, 256  # of the network's image, and of one that is made smaller
 OFFSET = 0.1
 EPSILON = 1e-6
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def features(module: "DINOv2", params: Mapping[str, Any], images: jax.Array, layer: int = LAYER) -> jax.Array:

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from diffjax.errors import UserError
+from diffjax.ops.dtypes import DTYPES
 from diffjax.parallel.rules import constrain
 
 GROUPS = 32
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def encode(module: "VQGAN", params: Mapping[str, Any], images: jax.Array) -> jax.Array:

@@ -17,8 +17,8 @@ from diffjax import models, rng
 from diffjax.contracts import Apply, Batch, DataSpec, MakeModel, Method, MethodRecord, Metrics, Sampler, Tree
 from diffjax.diffusion import PROCESSES, create_process, guidance, samplers, weighting
 from diffjax.diffusion.gaussian import GaussianDiffusion
-from diffjax.diffusion.samplers import AdaptivePlan, Plan
-from diffjax.diffusion.tables import AnyProcess
+from diffjax.diffusion.samplers import AdaptiveSchedule, SamplerSchedule
+from diffjax.diffusion.sigma_grids import AnyProcess
 from diffjax.errors import UserError
 from diffjax.ops import augment
 from diffjax.options import Chosen, Leaf, Options, at_least, fraction, one_of
@@ -143,8 +143,8 @@ def training_terms(process: Any, data: DataSpec, drop: float) -> Any:
         if y is not None and train:
             y = dropped(y, null, rng.uniform(keys("label_drop")) < drop)
         xt = process.q_sample(x0, t, eps)
-        scale = process.input_scale(t).reshape(-1, 1, 1, 1)
-        output = apply(params, scale * xt, process.model_time(t), y, train=train, keys=keys("dropout"), **given)
+        scale = process.c_in(t).reshape(-1, 1, 1, 1)
+        output = apply(params, scale * xt, process.c_noise(t), y, train=train, keys=keys("dropout"), **given)
         losses = process.losses(output, x0, xt, t, eps, **log_variance(process, params, t))
         return losses, process.noise_fraction(t)
 
@@ -171,7 +171,7 @@ def log_variance(process: Any, params: Tree, t: jax.Array) -> Mapping[str, jax.A
     """The log variance that the loss of some processes asks for."""
     if not process.uncertainty:
         return {}
-    return {"log_variance": weighting.uncertainty(params["uncertainty"], process.noise_level(t))}
+    return {"log_variance": weighting.uncertainty(params["uncertainty"], process.log_sigma(t))}
 
 
 def make_sampler(
@@ -186,23 +186,27 @@ def make_sampler(
     """The sampler of a config. UserError for options that contradict each other.
 
     autoguided: the guidance scale is the weight of a guide that `sample` is given, not of the null condition.
-    max_steps: room in the plan, so that samplers of fewer steps share a compilation.
+    max_steps: room in the schedule, so that samplers of fewer steps share a compilation.
     """
     check_guidance(data, null, sampling.guidance, autoguided)
-    plan = sampler_plan(process, sampling, max_steps)
-    if sampling.clip and not samplers.can_clip(plan):
+    schedule = sampler_schedule(process, sampling, max_steps)
+    if sampling.clip and data.name == "latents":
+        raise UserError("sampling.clip limits pixels, and data.name = 'latents' has none; valid: false")
+    if sampling.clip and isinstance(schedule, AdaptiveSchedule):
         raise UserError(
-            f"sampling.clip limits x0, which sampler {sampling.sampler!r} does not go through; valid: false, or "
-            f"sampling.sampler of {', '.join(samplers.through_x0())}"
+            f"sampling.clip limits x0, which the adaptive sampler {sampling.sampler!r} does not know; valid: false, or "
+            f"sampling.sampler of {', '.join(samplers.known_steps())}"
         )
-    return Sampler(sample_function(data, sampling), plan)
+    return Sampler(sample_function(data, sampling), schedule)
 
 
-def sampler_plan(process: AnyProcess, sampling: Sampling, max_steps: int | None = None) -> Plan | AdaptivePlan:
-    """The plan of a sampler and its guidance, with room for `max_steps`."""
+def sampler_schedule(
+    process: AnyProcess, sampling: Sampling, max_steps: int | None = None
+) -> SamplerSchedule | AdaptiveSchedule:
+    """The schedule of a sampler and its guidance, with room for `max_steps`."""
     given = sampling.guidance
     weight = guidance.weights(given.schedule, given.scale, **dict(given.options))
-    return samplers.plan(
+    return samplers.schedule(
         process, sampling.sampler, sampling.steps, max_steps=max_steps, weight=weight, **sampling.options
     )
 
@@ -235,7 +239,7 @@ def sample_function(data: DataSpec, sampling: Sampling) -> Any:
     def sample(
         apply: Apply,
         params: Tree,
-        plan: Plan | AdaptivePlan,
+        schedule: SamplerSchedule | AdaptiveSchedule,
         conditions: jax.Array,
         keys: jax.Array,
         guide: Any = None,
@@ -255,7 +259,7 @@ def sample_function(data: DataSpec, sampling: Sampling) -> Any:
                 network, conditions, condition.null(), channels=channels, calls=calls, skip=skip
             )
         x, noise = samplers.initial_noise(keys, shape), samplers.step_noise(keys, shape)
-        return samplers.sample(plan, denoise, x, noise, sampling.clip)
+        return samplers.sample(schedule, denoise, x, noise, sampling.clip)
 
     return sample
 
@@ -265,8 +269,8 @@ def same_process(a: Diffusion, b: Diffusion) -> bool:
 
     How their outputs enter a sampler is compared, not the options: weightings and losses of training may differ.
     """
-    plans = [jax.tree.leaves(samplers.plan(create_process(x.process, **x.options), "edm", 4)) for x in (a, b)]
-    return all(np.array_equal(*pair) for pair in zip(*plans))
+    schedules = [jax.tree.leaves(samplers.schedule(create_process(x.process, **x.options), "edm", 4)) for x in (a, b)]
+    return all(np.array_equal(*pair) for pair in zip(*schedules))
 
 
 RECORD = MethodRecord(build, Diffusion, Sampling)

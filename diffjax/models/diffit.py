@@ -23,20 +23,24 @@ import jax.numpy as jnp
 from diffjax.errors import UserError
 from diffjax.models.layers import (
     DTYPES,
+    REMAT_POLICIES,
     Attention,
     Depth,
     Dtype,
     Heads,
-    LabelEmbed,
+    ImageBackbone,
+    Mlp,
     MlpRatio,
     Patch,
     Remat,
     TimeEmbed,
     Width,
     check_counts,
+    check_heads,
     check_options,
     check_see,
-    drop,
+    check_sincos,
+    norm,
     normal,
     patchify,
     per_example,
@@ -85,13 +89,6 @@ LOGICAL_AXES: LogicalAxes = (
     (r"final/kernel", ("embed", "patch")),
     (r"bias", (None,)),
 )
-
-
-def norm(affine: bool, dtype: Any, name: str | None) -> nn.LayerNorm:
-    """LayerNorm with epsilon 1e-6 and statistics in float32."""
-    return nn.LayerNorm(
-        epsilon=1e-6, use_scale=affine, use_bias=affine, use_fast_variance=False, dtype=dtype, name=name
-    )
 
 
 class TMSA(nn.Module):
@@ -148,31 +145,6 @@ class TMSA(nn.Module):
         return constrain(windows.relative_bias(table, side), "heads")
 
 
-class FeedForward(nn.Module):
-    """Linear -> GELU (tanh form) -> dropout -> Linear; x [b, ..., n, d], c [b, d_t] -> [b, ..., n, d].
-
-    With `time` a linear map of c is added before the GELU. Keys [b], one per example, draw what `dropout` drops;
-    without keys nothing is.
-    """
-
-    hidden: int
-    dtype: Any
-    time: bool = False
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array, c: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        hidden = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
-        hidden = constrain(hidden, "batch", *(None,) * (x.ndim - 2), "mlp")
-        if self.time:
-            time = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="fc1_time")(c)
-            hidden = hidden + per_example(constrain(time, "batch", "mlp"), hidden)
-        hidden = nn.gelu(hidden, approximate=True)
-        if keys is not None and self.dropout:
-            hidden = drop(hidden, self.dropout, keys)
-        return nn.Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="fc2")(hidden)
-
-
 class DiffiTBlock(nn.Module):
     """The transformer block, of the latent and of the image-space model; norms with parameters if `affine`."""
 
@@ -189,14 +161,14 @@ class DiffiTBlock(nn.Module):
         """x [b, ..., n, d], c [b, d_t], keys [b] in training with dropout -> (x, None), the carry of `nn.scan`."""
         x = constrain(x, "batch", *(None,) * (x.ndim - 2), "embed")
         attend = TMSA(self.heads, self.dtype, self.attention, self.time_in, name="attention")
-        x = x + attend(norm(self.affine, self.dtype, "norm_1")(x), c)
+        x = x + attend(norm(self.dtype, "norm_1", epsilon=1e-6, affine=self.affine)(x), c)
         x = constrain(x, "batch", *(None,) * (x.ndim - 2), "embed")
-        mlp = FeedForward(self.hidden, self.dtype, self.time_in == "mlp", self.dropout, name="mlp")
-        x = x + mlp(norm(self.affine, self.dtype, "norm_2")(x), c, keys)
+        mlp = Mlp(self.hidden, self.dtype, self.time_in == "mlp", self.dropout, name="mlp")
+        x = x + mlp(norm(self.dtype, "norm_2", epsilon=1e-6, affine=self.affine)(x), c, keys)
         return constrain(x, "batch", *(None,) * (x.ndim - 2), "embed"), None
 
 
-class DiffiT(nn.Module):
+class DiffiT(ImageBackbone):
     """The latent model; see the module docstring. It is made for one image size, `patch * window`."""
 
     patch: Patch
@@ -208,10 +180,6 @@ class DiffiT(nn.Module):
         Leaf("tokens along a side of the image, all of which attend to each other", valid=at_least(1), fixed=True),
     ]
     mlp_ratio: MlpRatio = 4.0
-    channels: int = 4  # of the input; the output has twice as many with `learn_sigma`
-    num_classes: int = 1000  # 0: an unconditional model
-    null_class: bool = True  # one more label, index `num_classes`, for classifier-free guidance
-    learn_sigma: bool = True
     time_in: TimeIn = "attention"
     dtype: Dtype = "float32"
     remat: Remat = "dots"
@@ -228,10 +196,8 @@ class DiffiT(nn.Module):
         """Raise UserError for options that exclude each other, before anything is traced."""
         check_options("DiffiT", self)
         check_counts("DiffiT", self, channels=1, num_classes=0)
-        if self.width % self.heads:
-            raise UserError(f"DiffiT: width = {self.width} is not divisible by heads = {self.heads}")
-        if self.width % 4:
-            raise UserError(f"DiffiT: width = {self.width} is not divisible by 4, as its sine-cosine positions need")
+        check_heads("DiffiT", self.width, self.heads)
+        check_sincos("DiffiT", self.width)
 
     def check_input(self, height: int, width: int) -> None:
         """Raise UserError unless an image of this size is what the tables of B are made for."""
@@ -264,20 +230,16 @@ class DiffiT(nn.Module):
         x = nn.Dense(self.width, kernel_init=xavier, dtype=dtype, name="patch_embed")(patchify(x, self.patch))
         x = x + sincos_positions(side, side, self.width).astype(dtype)
         c = TimeEmbed(self.width, self.width, name="time_embed")(sinusoidal_time(t))
-        if self.num_classes:
-            if y is None:
-                raise UserError(f"this DiffiT has {self.num_classes} classes: it needs labels y, not None")
-            c = c + LabelEmbed(self.num_classes + self.null_class, self.width, name="label_embed")(y)
+        c = self.add_label(c, y)
         x, seen = self._blocks(x, constrain(c, "batch", "embed"), see)
-        x = nn.silu(norm(affine=False, dtype=dtype, name=None)(x))
-        features = self.patch**2 * self.channels * (1 + self.learn_sigma)
-        x = nn.Dense(features, kernel_init=zeros, dtype=dtype, name="final")(x)
+        x = nn.silu(norm(dtype, epsilon=1e-6, affine=False)(x))
+        x = nn.Dense(self.patch**2 * self.out_channels, kernel_init=zeros, dtype=dtype, name="final")(x)
         out = unpatchify(x, self.patch, side, side).astype(jnp.float32)
         return out if seen is None else (out, seen)
 
     def _blocks(self, x: jax.Array, c: jax.Array, see: int | None) -> tuple[jax.Array, jax.Array | None]:
-        stack = stacked(DiffiTBlock, self.depth, self.remat, nn.broadcast)
+        stack = stacked(DiffiTBlock, self.depth, REMAT_POLICIES[self.remat], nn.broadcast)
         hidden = int(self.width * self.mlp_ratio)
         blocks = stack(self.heads, hidden, DTYPES[self.dtype], self.attention, self.time_in, name="blocks")
-        x, _, seen = run_stack(blocks, DiffiTBlock, x, c, remat=self.remat, see=see, broadcast=True)
+        x, _, seen = run_stack(blocks, DiffiTBlock, x, c, policy=REMAT_POLICIES[self.remat], see=see, broadcast=True)
         return x, seen

@@ -38,13 +38,14 @@ from diffjax.models.layers import (
     DTYPES,
     Attention,
     Dtype,
-    LabelEmbed,
+    ImageBackbone,
     MlpRatio,
     Remat,
     TimeEmbed,
     check_counts,
     check_options,
     check_see,
+    conv3,
     xavier,
     zeros,
 )
@@ -82,11 +83,6 @@ LOGICAL_AXES: LogicalAxes = (
     (r"final/kernel", (None, None, "embed", "patch")),
     (r"(scale|bias)", (None,)),
 )
-
-
-def conv3(features: int, dtype: Any, name: str, stride: int = 1, init: Any = xavier) -> nn.Conv:
-    """3x3 with one zero around the map, also where the stride is 2."""
-    return nn.Conv(features, (3, 3), stride, padding=1, kernel_init=init, dtype=dtype, name=name)
 
 
 def group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
@@ -141,7 +137,7 @@ class ResBlock(nn.Module):
         return constrain(x + windows.merge(tokens, height, width), "batch", None, None, "embed")
 
 
-class DiffiTUNet(nn.Module):
+class DiffiTUNet(ImageBackbone, kw_only=True):
     """The image-space model; see the module docstring."""
 
     widths: Annotated[
@@ -160,9 +156,8 @@ class DiffiTUNet(nn.Module):
     groups: Annotated[
         int, Leaf("groups of every GroupNorm; they divide every width", valid=at_least(1), fixed=True)
     ] = 32
-    channels: int = 3  # of the images; the output has twice as many with `learn_sigma`
-    num_classes: int = 0  # 0: an unconditional model
-    null_class: bool = True  # one more label, index `num_classes`, for classifier-free guidance
+    channels: int = 3  # of the images
+    num_classes: int = 0
     learn_sigma: bool = False
     augment_labels: Annotated[
         int,
@@ -255,7 +250,7 @@ class DiffiTUNet(nn.Module):
             x = self._stage(f"decoder_{i}", i, jnp.concatenate([x, maps[i]], axis=-1), c, keys)
             maps.append(x)
         x = nn.silu(group_norm(self.groups, dtype, "norm")(x))
-        x = conv3(self.channels * (1 + self.learn_sigma), dtype, "final", init=zeros)(x).astype(jnp.float32)
+        x = conv3(self.out_channels, dtype, "final", init=zeros)(x).astype(jnp.float32)
         return x if see is None else (x, maps[see])
 
     def _condition(self, t: jax.Array, y: jax.Array | None, augment: jax.Array | None) -> jax.Array:
@@ -268,10 +263,7 @@ class DiffiTUNet(nn.Module):
         elif augment is not None:
             raise UserError("this DiffiT has augment_labels = 0: it takes none")
         c = TimeEmbed(self.time_width, self.time_width, xavier, name="time_embed")(features)
-        if self.num_classes:
-            if y is None:
-                raise UserError(f"this DiffiT has {self.num_classes} classes: it needs labels y, not None")
-            c = c + LabelEmbed(self.num_classes + self.null_class, self.time_width, name="label_embed")(y)
+        c = self.add_label(c, y)
         return constrain(c, "batch", "embed")
 
     def _stage(self, name: str, stage: int, x: jax.Array, c: jax.Array, keys: jax.Array | None) -> jax.Array:

@@ -1,6 +1,6 @@
 """DiGIT: a transformer over the codes of an image, one code after the other (arXiv 2410.12490).
 
-    x = sqrt(d) E[token] + P[place]
+    x = sqrt(d) E[token] + P[position]
     x = LN(x + Attention(x)),   x = LN(x + Mlp(x))                                       (norm "post": stage 1)
     x = x + Attention(LN(x)),   x = x + Mlp(LN(x)),   and one LN after the last block    (norm "pre": stage 2)
     logits = W x
@@ -9,10 +9,10 @@ Three uses of one module:
 
     stage 1            [start, s_1 .. s_n]                 causal; start is </s>, or the row of the class
     stage 2            [r_1 .. r_m | </s>, v_1 .. v_n]     causal; the source r has tables of its own
-    stage 2, masked    [r_1 .. r_m | </s>, v_1 .. v_n]     every place sees every other; some v are hidden
+    stage 2, masked    [r_1 .. r_m | </s>, v_1 .. v_n]     every position sees every other; some v are hidden
 
 Codes of stage 1 are clusters of image features; stage 2 turns them (r) into codes of a decoder to pixels (v). A causal
-model's output at a place predicts the next one and at the last </s>; a masked model's predicts the code at its place.
+model's output at a position predicts the next one and at the last </s>; a masked model's predicts the code at its own.
 """
 
 import functools
@@ -29,6 +29,7 @@ from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.models.layers import (
     DTYPES,
+    REMAT_POLICIES,
     Attention,
     Depth,
     Dtype,
@@ -37,9 +38,11 @@ from diffjax.models.layers import (
     Remat,
     Width,
     check_counts,
+    check_heads,
     check_options,
     check_see,
     drop,
+    norm,
     normal,
     run_stack,
     stacked,
@@ -54,7 +57,7 @@ from diffjax.parallel.rules import LogicalAxes, constrain
 SIZES = {"B": (16, 1024, 16, 8192), "L": (24, 1536, 16, 16384)}
 VQGAN_CODES = 1024  # of stage 2
 
-FIRST_PLACE = PAD + 1  # the tables of positions begin with rows that no place has, as fairseq's do
+FIRST_POSITION = PAD + 1  # the tables of positions begin with rows that no position has, as fairseq's do
 
 LOGICAL_AXES: LogicalAxes = (
     (r"token_embed", ("vocab", "embed")),
@@ -72,10 +75,10 @@ LOGICAL_AXES: LogicalAxes = (
 
 
 class Cache(NamedTuple):
-    """What decoding keeps of the places it has seen.
+    """What decoding keeps of the positions it has seen.
 
     Attributes:
-        keys, values: [layers, b, heads, m, k] in the compute dtype, with room for m places.
+        keys, values: [layers, b, heads, m, k] in the compute dtype, with room for m positions.
         filled: how many of them are there. target: how many of these are of the target, the start included.
     """
 
@@ -90,15 +93,10 @@ def table(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return normal(shape[1] ** -0.5)(key, shape).at[PAD].set(0.0)
 
 
-def affine_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with epsilon 1e-5 and statistics in float32."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention; x [b, n, d] -> ([b, n, d], cache).
 
-    With a cache, x is what follows the places in it: their keys and values are read, those of x are added.
+    With a cache, x is what follows the positions in it: their keys and values are read, those of x are added.
     """
 
     heads: int
@@ -167,12 +165,12 @@ class DiGITBlock(nn.Module):
         self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, keys: jax.Array | None
     ) -> tuple[tuple[jax.Array, Cache | None], jax.Array]:
         """carry = (x [b, n, d], cache), its own number, keys [b] in training with dropout -> (carry, the mean of its
-        input over all places, float32 [b, d])."""
+        input over all positions, float32 [b, d])."""
         x, cache = carry
         x = constrain(x, "batch", "length", "embed")
         mean = jnp.mean(x.astype(jnp.float32), axis=1)
         pre = self.norm == "pre"
-        attention_norm, mlp_norm = affine_norm(self.dtype, "attention_norm"), affine_norm(self.dtype, "mlp_norm")
+        attention_norm, mlp_norm = (norm(self.dtype, name, epsilon=1e-5) for name in ("attention_norm", "mlp_norm"))
         attend = SelfAttention(self.heads, self.dtype, self.causal, self.attention, name="attention")
         h, cache = attend(attention_norm(x) if pre else x, cache, layer)
         x = x + self._dropped(h, keys, "attention")
@@ -181,8 +179,8 @@ class DiGITBlock(nn.Module):
         x = x + self._dropped(h, keys, "mlp")
         return (constrain(x if pre else mlp_norm(x), "batch", "length", "embed"), cache), mean
 
-    def _dropped(self, h: jax.Array, keys: jax.Array | None, place: str) -> jax.Array:
-        return h if keys is None else drop(h, self.dropout, rng.fold_name(keys, place))
+    def _dropped(self, h: jax.Array, keys: jax.Array | None, name: str) -> jax.Array:
+        return h if keys is None else drop(h, self.dropout, rng.fold_name(keys, name))
 
 
 class DiGIT(nn.Module):
@@ -229,18 +227,17 @@ class DiGIT(nn.Module):
         """Raise UserError for options that exclude each other, before anything is traced."""
         check_options("DiGIT", self)
         check_counts("DiGIT", self, codes=1, source_codes=0, num_classes=0)
-        if self.width % self.heads:
-            raise UserError(f"DiGIT: width = {self.width} is not divisible by heads = {self.heads}")
+        check_heads("DiGIT", self.width, self.heads)
         if self.source_codes and self.num_classes:
             raise UserError(f"DiGIT: a model with a source takes no labels; num_classes = {self.num_classes}, valid: 0")
         if self.null_class and not self.num_classes:
             raise UserError("DiGIT: null_class = True needs num_classes above 0")
 
     def check_input(self, height: int, width: int) -> None:
-        """Raise UserError unless there are places for an image of so many codes, its start and its source."""
+        """Raise UserError unless there are positions for an image of so many codes, its start and its source."""
         if height * width >= self.length:
             raise UserError(
-                f"DiGIT: {height} x {width} codes and their start need {height * width + 1} places; length = "
+                f"DiGIT: {height} x {width} codes and their start need {height * width + 1} positions; length = "
                 f"{self.length}"
             )
 
@@ -248,14 +245,14 @@ class DiGIT(nn.Module):
         d, vocabulary = self.width, SPECIALS + self.codes
         more = SPECIALS + self.source_codes if self.source_codes else self.num_classes + self.null_class
         self.token_embed = self.param("token_embed", table, (vocabulary + more, d))
-        self.positions = self.param("positions", table, (FIRST_PLACE + self.length, d))
+        self.positions = self.param("positions", table, (FIRST_POSITION + self.length, d))
         if self.source_codes:
-            self.source_positions = self.param("source_positions", table, (FIRST_PLACE + self.length, d))
-        stack = stacked(DiGITBlock, self.depth, self.remat)
+            self.source_positions = self.param("source_positions", table, (FIRST_POSITION + self.length, d))
+        stack = stacked(DiGITBlock, self.depth, REMAT_POLICIES[self.remat])
         fields = (int(d * self.mlp_ratio), DTYPES[self.dtype], self.attention, self.norm, self.causal, self.dropout)
         self.blocks = stack(self.heads, *fields)
         if self.norm == "pre":
-            self.final_norm = affine_norm(DTYPES[self.dtype])
+            self.final_norm = norm(DTYPES[self.dtype], epsilon=1e-5)
         # A float32 sum of products in the compute dtype.
         self.output = nn.Dense(
             vocabulary,
@@ -293,7 +290,7 @@ class DiGIT(nn.Module):
         return logits if seen is None else (logits, seen)
 
     def features(self, codes: jax.Array, y: jax.Array | None = None, source: jax.Array | None = None) -> jax.Array:
-        """What a linear probe sees: the input of each block, averaged over all places; float32 [layers, b, d]."""
+        """What a linear probe sees: the input of each block, averaged over all positions; float32 [layers, b, d]."""
         return self.hidden(codes, y, source)[1]
 
     def hidden(
@@ -304,7 +301,7 @@ class DiGIT(nn.Module):
         train: bool = False,
         keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """What logits are made of, at all places, source first: [b, m + 1 + n, d]; and the `features`."""
+        """What logits are made of, at all positions, source first: [b, m + 1 + n, d]; and the `features`."""
         x, means, _ = self._hidden(codes, y, source, train, keys, None)
         return x, means
 
@@ -392,7 +389,7 @@ class DiGIT(nn.Module):
             (x.astype(DTYPES[self.dtype]), cache),
             layers,
             keys,
-            remat=self.remat,
+            policy=REMAT_POLICIES[self.remat],
             see=see,
             output=lambda carry: carry[0],
         )
@@ -413,16 +410,16 @@ class DiGIT(nn.Module):
         tokens = _entries(codes, self.codes, SPECIALS)
         return tokens if self.causal else jnp.where(codes == NO_CODE, MASK, tokens)
 
-    def _embed(self, tokens: jax.Array, places: jax.Array, positions: jax.Array) -> jax.Array:
-        """tokens [b, n] at places [n] -> float32 [b, n, d]."""
+    def _embed(self, tokens: jax.Array, positions: jax.Array, rows: jax.Array) -> jax.Array:
+        """tokens [b, n] at positions [n] -> float32 [b, n, d]."""
         # Whole on every device for the look-up, as FSDP gathers any weight: rows of a split table would be exchanged.
         embedding, positions = (constrain(rows, None, None) for rows in (self.token_embed, positions))
         scaled = math.sqrt(self.width) * jnp.take(embedding, tokens, axis=0)
-        return scaled + jnp.take(positions, FIRST_PLACE + places, axis=0)
+        return scaled + jnp.take(rows, FIRST_POSITION + positions, axis=0)
 
     def _check_length(self, part: str, length: int) -> None:
         if length > self.length:
-            raise UserError(f"DiGIT: a {part} of {length} places (the start included); valid: up to {self.length}")
+            raise UserError(f"DiGIT: a {part} of {length} positions (the start included); valid: up to {self.length}")
 
 
 def _entries(codes: jax.Array, count: int, first: int) -> jax.Array:

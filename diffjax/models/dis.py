@@ -30,7 +30,8 @@ from diffjax.models import layers
 from diffjax.models.layers import (
     DTYPES,
     Dtype,
-    LabelEmbed,
+    FinalLayer,
+    ImageBackbone,
     Patch,
     Remat,
     TimeEmbed,
@@ -39,7 +40,6 @@ from diffjax.models.layers import (
     check_options,
     check_see,
     layer_norm,
-    modulate,
     patchify,
     run_stack,
     sinusoidal_time,
@@ -211,20 +211,7 @@ class DiSBlock(nn.Module):
         return (h, r), h
 
 
-class FinalLayer(nn.Module):
-    features: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, c: jax.Array | None) -> jax.Array:
-        d = x.shape[-1]
-        x = layer_norm(x)
-        if c is not None:
-            x = modulate(x, *jnp.split(dense(2 * d, self.dtype, "modulation", bias=True)(c), 2, axis=-1))
-        return dense(self.features, self.dtype, "linear", bias=True)(x)
-
-
-class DiS(nn.Module):
+class DiS(ImageBackbone):
     """The backbone; see the module docstring. It is made for one image size, that of its table of positions."""
 
     patch: Patch
@@ -232,10 +219,6 @@ class DiS(nn.Module):
         int, Leaf("published depth; the number of blocks is 2 (depth // 2) + 1", valid=at_least(1), fixed=True)
     ]
     width: Width
-    channels: int = 4  # of the input; the output has twice as many with `learn_sigma`
-    num_classes: int = 1000  # 0: an unconditional model
-    null_class: bool = True  # one more label, index `num_classes`, for classifier-free guidance
-    learn_sigma: bool = True
     d_state: Annotated[int, Leaf("states of a channel", valid=at_least(1), fixed=True)] = 16
     d_conv: Annotated[int, Leaf("taps of the depthwise convolution", valid=at_least(1), fixed=True)] = 4
     expand: Annotated[int, Leaf("channels of the mixer per channel of a token", valid=at_least(1), fixed=True)] = 2
@@ -315,8 +298,7 @@ class DiS(nn.Module):
         kept = self._kept(keys) if train and self.drop_path else None
         (h, r), seen = self._all_blocks(tokens, kept, see)
         h = Norm(self.norm, dtype, name="norm")(add(r, h, None if kept is None else kept[-1]))
-        out_channels = self.channels * (1 + self.learn_sigma)
-        final = FinalLayer(self.patch**2 * out_channels, dtype, name="final")
+        final = FinalLayer(self.patch**2 * self.out_channels, dtype, fan_in(), name="final")
         h = final(h, constrain(nn.silu(c), "batch", "embed") if self.num_classes else None)
         out = unpatchify(h[:, -(side**2) :], self.patch, side, side).astype(jnp.float32)
         return out if seen is None else (out, seen)
@@ -331,10 +313,8 @@ class DiS(nn.Module):
         if self.time_mlp:
             c = TimeEmbed(d, 4 * d, fan_in(), name="time_embed")(c)
         tokens = [c[:, None], patches]
-        if self.num_classes:
-            if y is None:
-                raise UserError(f"this DiS has {self.num_classes} classes: it needs labels y, not None")
-            label = LabelEmbed(self.num_classes + self.null_class, d, name="label_embed")(y)
+        label = self.label(y, d)
+        if label is not None:
             tokens, c = [label[:, None], *tokens], c + label
         x = jnp.concatenate(tokens, axis=1)
         return x + self._positions(x.shape[1]), c
@@ -395,8 +375,9 @@ class DiS(nn.Module):
     ) -> tuple[Any, jax.Array, jax.Array | None]:
         """depth // 2 blocks as one scanned module, parameters [depth // 2, ...]: (carry, every block's h, output of
         block `see` of these)."""
-        stack = stacked(DiSBlock, self.depth // 2, self.remat)(*self._block_fields(), name=name)
-        return run_stack(stack, DiSBlock, carry, kept, skips, remat=self.remat, see=see, output=stream)
+        stack = stacked(DiSBlock, self.depth // 2, REMAT_POLICIES[self.remat])(*self._block_fields(), name=name)
+        policy = REMAT_POLICIES[self.remat]
+        return run_stack(stack, DiSBlock, carry, kept, skips, policy=policy, see=see, output=stream)
 
     def _block(self) -> Any:
         return DiSBlock if self.remat == "none" else nn.remat(DiSBlock, policy=REMAT_POLICIES[self.remat])

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from diffjax.errors import UserError
 from diffjax.models.layers import (
     DTYPES,
+    REMAT_POLICIES,
     Attention,
     Depth,
     Dtype,
+    FinalLayer,
     Heads,
-    LabelEmbed,
+    ImageBackbone,
     Mlp,
     MlpRatio,
     Patch,
@@ -30,8 +32,10 @@ from diffjax.models.layers import (
     TimeEmbed,
     Width,
     check_counts,
+    check_heads,
     check_options,
     check_see,
+    check_sincos,
     layer_norm,
     modulate,
     patchify,
@@ -84,18 +88,7 @@ class DiTBlock(nn.Module):
         return constrain(x, "batch", "length", "embed"), None
 
 
-class FinalLayer(nn.Module):
-    features: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        parameters = nn.Dense(2 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="modulation")(c)
-        x = modulate(layer_norm(x), *jnp.split(parameters, 2, axis=-1))
-        return nn.Dense(self.features, kernel_init=zeros, dtype=self.dtype, name="linear")(x)
-
-
-class DiT(nn.Module):
+class DiT(ImageBackbone):
     """The backbone; see the module docstring."""
 
     patch: Patch
@@ -103,10 +96,6 @@ class DiT(nn.Module):
     width: Width
     heads: Heads
     mlp_ratio: MlpRatio = 4.0
-    channels: int = 4  # of the input; the output has twice as many with `learn_sigma`
-    num_classes: int = 1000  # 0: an unconditional model
-    null_class: bool = True  # one more label, index `num_classes`, for classifier-free guidance
-    learn_sigma: bool = True
     dtype: Dtype = "float32"
     remat: Remat = "dots"
     attention: Attention = "xla"
@@ -122,10 +111,8 @@ class DiT(nn.Module):
         """Raise UserError for options that exclude each other, before anything is traced."""
         check_options("DiT", self)
         check_counts("DiT", self, channels=1, num_classes=0)
-        if self.width % self.heads:
-            raise UserError(f"DiT: width = {self.width} is not divisible by heads = {self.heads}")
-        if self.width % 4:
-            raise UserError(f"DiT: width = {self.width} is not divisible by 4, as its sine-cosine positions need")
+        check_heads("DiT", self.width, self.heads)
+        check_sincos("DiT", self.width)
 
     def check_input(self, height: int, width: int) -> None:
         """Raise UserError unless an image of this size can be cut into patches."""
@@ -155,20 +142,16 @@ class DiT(nn.Module):
         x = nn.Dense(self.width, kernel_init=xavier, dtype=dtype, name="patch_embed")(patchify(x, self.patch))
         x = x + sincos_positions(height, width, self.width).astype(dtype)
         c = TimeEmbed(self.width, self.width, name="time_embed")(sinusoidal_time(t))
-        if self.num_classes:
-            if y is None:
-                raise UserError(f"this DiT has {self.num_classes} classes: it needs labels y, not None")
-            c = c + LabelEmbed(self.num_classes + self.null_class, self.width, name="label_embed")(y)
+        c = self.add_label(c, y)
         c = constrain(nn.silu(c), "batch", "embed")
         x, seen = self._blocks(x, c, see)
-        out_channels = self.channels * (1 + self.learn_sigma)
-        x = FinalLayer(self.patch**2 * out_channels, dtype, name="final")(x, c)
+        x = FinalLayer(self.patch**2 * self.out_channels, dtype, name="final")(x, c)
         out = unpatchify(x, self.patch, height, width).astype(jnp.float32)
         return out if seen is None else (out, seen)
 
     def _blocks(self, x: jax.Array, c: jax.Array, see: int | None) -> tuple[jax.Array, jax.Array | None]:
-        stack = stacked(DiTBlock, self.depth, self.remat, nn.broadcast)
+        stack = stacked(DiTBlock, self.depth, REMAT_POLICIES[self.remat], nn.broadcast)
         hidden = int(self.width * self.mlp_ratio)
         blocks = stack(self.heads, hidden, DTYPES[self.dtype], self.attention, name="blocks")
-        x, _, seen = run_stack(blocks, DiTBlock, x, c, remat=self.remat, see=see, broadcast=True)
+        x, _, seen = run_stack(blocks, DiTBlock, x, c, policy=REMAT_POLICIES[self.remat], see=see, broadcast=True)
         return x, seen

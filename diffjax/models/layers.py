@@ -17,13 +17,13 @@ from einops import rearrange
 
 from diffjax.errors import UserError
 from diffjax.ops.attention import IMPLEMENTATIONS, attention
+from diffjax.ops.dtypes import DTYPES
 from diffjax.options import Leaf, above, at_least, check, one_of, options
 from diffjax.parallel.rules import constrain
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-# "dots" recomputes attention weights and elementwise functions and keeps a third of the memory of "none", which on a
-# CPU is also the fastest.
+# What the blocks of a model keep for the backward pass; None is everything. A family with costly operations that JAX
+# does not know as products has a table of its own. "dots" recomputes attention weights and elementwise functions and
+# keeps a third of the memory of "none", which on a CPU is also the fastest.
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -59,14 +59,15 @@ def uniform(bound: float) -> nn.initializers.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def stacked(block: Any, depth: int, remat: str, in_axes: Any = 0) -> Any:
+def stacked(block: Any, depth: int, policy: Any, in_axes: Any = 0) -> Any:
     """`depth` blocks as one scanned module, compiled once: parameters [depth, ...].
 
-    block: its call maps a carry and inputs to (carry, output). remat: a key of REMAT_POLICIES. in_axes: of the inputs
-    besides the carry, `nn.broadcast` for what is the same for all blocks.
+    block: its call maps a carry and inputs to (carry, output). policy: what is kept for the backward pass, an entry of
+    the family's REMAT_POLICIES; None keeps everything. in_axes: of the inputs besides the carry, `nn.broadcast` for
+    what is the same for all blocks.
     """
-    if remat != "none":
-        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    if policy is not None:
+        block = nn.remat(block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,
         variable_axes={"params": 0, "intermediates": 0},
@@ -81,7 +82,7 @@ def run_stack(
     block: Any,
     carry: Any,
     *inputs: Any,
-    remat: str,
+    policy: Any,
     see: int | None,
     broadcast: bool = False,
     output: Callable[[Any], jax.Array] = lambda carry: carry,
@@ -92,7 +93,7 @@ def run_stack(
     more, which the step of block `see` overwrites. The buffer lies outside the rematerialised block, so that neither
     the outputs nor the residuals of the scan grow by [depth, ...]; intermediates of the blocks are not collected.
 
-    stack: of `stacked(block, depth, remat, ...)`, bound. block: its class. inputs: besides the carry; of every block
+    stack: of `stacked(block, depth, policy, ...)`, bound. block: its class. inputs: besides the carry; of every block
     the same if `broadcast`, else [depth, ...]. output: the block's output out of the carry that it returns.
     """
     if see is None:
@@ -105,8 +106,8 @@ def run_stack(
     def call(params: Any, carry: Any, *inputs: Any) -> Any:
         return single.apply({"params": params}, carry, *inputs)
 
-    if remat != "none":
-        call = jax.checkpoint(call, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    if policy is not None:
+        call = jax.checkpoint(call, policy=policy, prevent_cse=False)
 
     def step(state: Any, layer: Any) -> Any:
         (carry, seen), (index, params, scanned) = state, layer
@@ -132,6 +133,12 @@ def check_options(model: str, module: nn.Module) -> None:
         check(f"{model}: {name}", option, getattr(module, name))
 
 
+def check_heads(model: str, width: int, heads: int) -> None:
+    """Raise UserError unless the heads divide the width."""
+    if width % heads:
+        raise UserError(f"{model}: width = {width} is not divisible by heads = {heads}")
+
+
 def check_counts(model: str, module: nn.Module, **least: int) -> None:
     """Raise UserError unless these fields, which are no options, are integers of at least 1 or 0, as given."""
     for name, low in least.items():
@@ -139,6 +146,12 @@ def check_counts(model: str, module: nn.Module, **least: int) -> None:
         if not isinstance(value, int) or value < low:
             valid = "a positive integer" if low else "0 (none) or a positive integer"
             raise UserError(f"{model}: {name} = {value!r}; valid: {valid}")
+
+
+def check_sincos(model: str, width: int) -> None:
+    """Raise UserError unless `sincos_positions` exist for a width."""
+    if width % 4:
+        raise UserError(f"{model}: width = {width} is not divisible by 4, as its sine-cosine positions need")
 
 
 def sincos_positions(height: int, width: int, d: int) -> np.ndarray:
@@ -180,6 +193,16 @@ def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     return (centred * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+
+
+def norm(dtype: Any, name: str | None = None, *, epsilon: float, affine: bool = True) -> nn.LayerNorm:
+    """LayerNorm with statistics in float32, by default with scale and bias."""
+    return nn.LayerNorm(epsilon, use_scale=affine, use_bias=affine, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def conv3(features: int, dtype: Any, name: str, *, stride: int = 1, bias: bool = True, init: Any = xavier) -> nn.Conv:
+    """3x3 with one zero around the map, also where the stride is 2."""
+    return nn.Conv(features, (3, 3), stride, padding=1, use_bias=bias, kernel_init=init, dtype=dtype, name=name)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -246,14 +269,72 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear -> GELU (tanh form) -> Linear; [b, n, d] -> [b, n, d]."""
+    """Linear -> GELU (tanh form) -> dropout -> Linear; x [b, ..., n, d] -> the same.
+
+    With `time` a linear map of c [b, d_t] is added before the GELU. Keys [b], one per example, draw what `dropout`
+    drops; without keys nothing is.
+    """
 
     hidden: int
     dtype: Any
+    time: bool = False
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        d = x.shape[-1]
-        x = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
-        x = nn.gelu(constrain(x, "batch", "length", "mlp"), approximate=True)
-        return nn.Dense(d, kernel_init=xavier, dtype=self.dtype, name="fc2")(x)
+    def __call__(self, x: jax.Array, c: jax.Array | None = None, keys: jax.Array | None = None) -> jax.Array:
+        hidden = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
+        hidden = constrain(hidden, "batch", *(None,) * (x.ndim - 2), "mlp")
+        if self.time:
+            time = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="fc1_time")(c)
+            hidden = hidden + per_example(constrain(time, "batch", "mlp"), hidden)
+        hidden = nn.gelu(hidden, approximate=True)
+        if keys is not None and self.dropout:
+            hidden = drop(hidden, self.dropout, keys)
+        return nn.Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="fc2")(hidden)
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm, shift and scale linear in c [b, d_t] if there is one, Linear (3x3 `conv` of a map); of [b, ..., d]."""
+
+    features: int
+    dtype: Any
+    kernel_init: nn.initializers.Initializer = zeros
+    conv: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array | None) -> jax.Array:
+        if c is None:
+            x = layer_norm(x)
+        else:
+            modulation = nn.Dense(2 * x.shape[-1], kernel_init=self.kernel_init, dtype=self.dtype, name="modulation")
+            parameters = modulation(c)
+            x = modulate(layer_norm(x), *jnp.split(parameters, 2, axis=-1))
+        if self.conv:
+            return conv3(self.features, self.dtype, "conv", init=self.kernel_init)(x)
+        return nn.Dense(self.features, kernel_init=self.kernel_init, dtype=self.dtype, name="linear")(x)
+
+
+class ImageBackbone(nn.Module, kw_only=True):
+    """What follows from the data and the method for every backbone of images."""
+
+    channels: int = 4  # of the input; the output has twice as many with `learn_sigma`
+    num_classes: int = 1000  # 0: an unconditional model
+    null_class: bool = True  # one more label, index `num_classes`, for classifier-free guidance
+    learn_sigma: bool = True
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels * (1 + self.learn_sigma)
+
+    def label(self, y: jax.Array | None, width: int, name: str = "label_embed") -> jax.Array | None:
+        """The rows of labels y [b], float32 [b, width]; None in an unconditional model, which does not look at y."""
+        if not self.num_classes:
+            return None
+        if y is None:
+            raise UserError(f"this {type(self).__name__} has {self.num_classes} classes: it needs labels y, not None")
+        return LabelEmbed(self.num_classes + self.null_class, width, name=name)(y)
+
+    def add_label(self, c: jax.Array, y: jax.Array | None, name: str = "label_embed") -> jax.Array:
+        """c [b, width] with the rows of labels y [b] added, if there are any."""
+        label = self.label(y, c.shape[-1], name)
+        return c if label is None else c + label

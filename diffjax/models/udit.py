@@ -28,22 +28,25 @@ from typing import Annotated, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 
 from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.models.layers import (
     DTYPES,
+    REMAT_POLICIES,
     Dtype,
-    LabelEmbed,
+    FinalLayer,
+    ImageBackbone,
     Mlp,
     MlpRatio,
     Remat,
     TimeEmbed,
     check_counts,
+    check_heads,
     check_options,
     check_see,
+    conv3,
     layer_norm,
     modulate,
     per_example,
@@ -54,6 +57,7 @@ from diffjax.models.layers import (
 )
 from diffjax.ops.attention import attention
 from diffjax.ops.depthwise import IMPLEMENTATIONS, add_kernels, depthwise_conv
+from diffjax.ops.rotary import rope_angles, rotate
 from diffjax.options import Leaf, Valid, at_least, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain
 
@@ -64,8 +68,6 @@ SIZES = {
     "B": (192, 8, (2, 5, 8, 5, 2)),
     "L": (384, 16, (2, 5, 8, 5, 2)),
 }
-# The paper's models without its modifications of attention and feed-forward network (table 10).
-VANILLA = {"similarity": "dot", "positions": "none", "ffn": "basic"}
 
 STAGES = ("encoder_1", "encoder_2", "latent", "decoder_2", "decoder_1")
 WIDTHS = (1, 2, 4, 2, 2)  # of the stages, in multiples of `width`
@@ -109,10 +111,6 @@ LOGICAL_AXES: LogicalAxes = (
 def xavier_as_matrix(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Xavier-uniform values for a convolution kernel seen as the matrix [height * width * in, out]."""
     return xavier(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
-
-
-def conv3(features: int, dtype: Any, name: str, bias: bool = True, init: Any = xavier) -> nn.Conv:
-    return nn.Conv(features, (3, 3), use_bias=bias, kernel_init=init, dtype=dtype, name=name)
 
 
 def dense(features: int, dtype: Any, name: str, init: Any = xavier) -> nn.Dense:
@@ -163,30 +161,6 @@ class Downsample(nn.Module):
             bias = self.param("bias", zeros, (d,)).astype(self.dtype)
             x = depthwise_conv(x, [kernel], shortcut=self.shortcut, implementation=self.depthwise) + bias
         return rearrange(x, "b (h y) (w x) d -> b (y x) (h w) d", y=self.factor, x=self.factor)
-
-
-def rope_angles(height: int, width: int, k: int, rows: str) -> np.ndarray:
-    """The rotation angles of RoPE2D for a map of tokens, float32 [height * width, k / 2].
-
-    They alternate x f_0, y f_0, x f_1, ... with f_j = 10000^(-4 j / k). `rows` is the length of a row by which a token
-    number becomes (x, y): "sqrt" = floor(sqrt(height * width)), as published, which is the true one of square maps
-    only; "width" = the true one of any map.
-    """
-    frequencies = np.float32(10000.0) ** (-np.arange(0, k, 4, dtype=np.float32) / np.float32(k))
-    number = np.arange(height * width)
-    row_length = width if rows == "width" else math.isqrt(height * width)
-    places = np.stack([number % row_length, number // row_length], axis=-1).astype(np.float32)
-    return rearrange(places[:, None] * frequencies[:, None], "n k xy -> n (k xy)")
-
-
-def rotate(x: jax.Array, angles: np.ndarray) -> jax.Array:
-    """Rotates the pairs (x_j, x_(j + k/2)) by the angles [n, k / 2]; x [b, n, heads, k] float32.
-
-    The references pair neighbours instead; their weights are reordered when read, since halves need no shuffling.
-    """
-    a, b = jnp.split(x, 2, axis=-1)
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
 def normalize(x: jax.Array) -> jax.Array:
@@ -293,18 +267,7 @@ class UDiTLayer(nn.Module):
         return ConvMlp(self.hidden, self.ffn == "rep", depthwise, self.dtype, name="mlp")(x)
 
 
-class FinalLayer(nn.Module):
-    features: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        parameters = dense(2 * x.shape[-1], self.dtype, "modulation", init=zeros)(c)
-        x = modulate(layer_norm(x), *jnp.split(parameters, 2, axis=-1))
-        return conv3(self.features, self.dtype, "conv", init=zeros)(x)
-
-
-class UDiT(nn.Module):
+class UDiT(ImageBackbone):
     """The backbone; see the module docstring."""
 
     width: Annotated[int, Leaf("channels of the first stage", valid=at_least(1), fixed=True)]
@@ -314,10 +277,6 @@ class UDiT(nn.Module):
         Leaf("blocks of the stages encoder 1, encoder 2, latent, decoder 2, decoder 1", valid=FIVE, fixed=True),
     ]
     mlp_ratio: MlpRatio = 2.0
-    channels: int = 4  # of the input; the output has twice as many with `learn_sigma`
-    num_classes: int = 1000  # 0: an unconditional model
-    null_class: bool = True  # one more label, index `num_classes`, for classifier-free guidance
-    learn_sigma: bool = True
     similarity: Annotated[
         str,
         Leaf(
@@ -395,8 +354,7 @@ class UDiT(nn.Module):
     def _validate_width(self) -> None:
         if self.width % 2:
             raise UserError(f"U-DiT: width = {self.width} is not even, as halving the channels needs")
-        if self.width % self.heads:
-            raise UserError(f"U-DiT: width = {self.width} is not divisible by heads = {self.heads}")
+        check_heads("U-DiT", self.width, self.heads)
         if self.positions == "rope" and self.width // self.heads % 4:
             raise UserError(
                 f"U-DiT: width / heads = {self.width} / {self.heads} = {self.width // self.heads} is not divisible "
@@ -446,21 +404,18 @@ class UDiT(nn.Module):
         x = jnp.concatenate([Grow(dtype, name="grow_1")(d2), e1], axis=-1)
         d1 = self._stage(4, dense(2 * self.width, dtype, "reduce_1")(x), c2)
         x = conv3(2 * self.width, dtype, "output")(constrain(d1, "batch", None, None, "embed"))
-        out = FinalLayer(self.channels * (1 + self.learn_sigma), dtype, name="final")(x, c2).astype(jnp.float32)
+        out = FinalLayer(self.out_channels, dtype, conv=True, name="final")(x, c2).astype(jnp.float32)
         return out if see is None else (out, (e1, e2, m, d2, d1)[see])
 
     def _conditions(self, t: jax.Array, y: jax.Array | None, train: bool, keys: jax.Array | None) -> list[jax.Array]:
         """SiLU(time + label) of the three levels, float32 [b, D], [b, 2 D] and [b, 4 D]."""
-        if self.num_classes and y is None:
-            raise UserError(f"this U-DiT has {self.num_classes} classes: it needs labels y, not None")
         features = sinusoidal_time(t)
         conditions = []
         for level in (1, 2, 3):
             width = self.width * 2 ** (level - 1)
             c = TimeEmbed(width, width, name=f"time_embed_{level}")(features)
-            if y is not None and self.num_classes:
-                kept = self._drop(y, level, keys) if train else y
-                c = c + LabelEmbed(self.num_classes + self.null_class, width, name=f"label_embed_{level}")(kept)
+            seen = self._drop(y, level, keys) if train and y is not None and self.num_classes else y
+            c = self.add_label(c, seen, f"label_embed_{level}")
             conditions.append(constrain(nn.silu(c), "batch", "embed"))
         return conditions
 
@@ -478,7 +433,7 @@ class UDiT(nn.Module):
 
     def _stage(self, stage: int, x: jax.Array, c: jax.Array) -> jax.Array:
         """The blocks of a stage as one scanned module: parameters [2 depth, ...], compiled once."""
-        stack = stacked(UDiTLayer, 2 * self.depth[stage], self.remat, nn.broadcast)
+        stack = stacked(UDiTLayer, 2 * self.depth[stage], REMAT_POLICIES[self.remat], nn.broadcast)
         options = {
             "heads": self.heads,
             "factor": self.factors[stage],

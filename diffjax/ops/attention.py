@@ -52,9 +52,9 @@ def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, first: ja
     """Causal attention to keys and values that are kept from before.
 
     Args:
-        q: [b, n, heads, k], of the places first .. first + n - 1 of a sequence.
-        keys, values: [b, heads, m, k]; place first + i sees the places 0 .. first + i, and what is kept after them is
-            not looked at.
+        q: [b, n, heads, k], of the positions first .. first + n - 1 of a sequence.
+        keys, values: [b, heads, m, k]; position first + i sees the positions 0 .. first + i, and what is kept after
+            them is not looked at.
         first: int32 scalar.
 
     Returns:

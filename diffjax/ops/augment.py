@@ -7,8 +7,8 @@ with w standard normal and u uniform in [0, 1):
     rotation    theta = pi (2u - 1)                    aniso      t = 2^(0.2 w), along r = pi (2u - 1) or, half of the
     translation W w0 / 8, H w1 / 8 pixels                         time, along x: r = 0
 
-The mirrors move pixels. The rest is one affine map from places in the result to places in the image, in pixels with the
-origin at the centre and y downwards; R is a rotation, D a diagonal matrix:
+The mirrors move pixels. The rest is one affine map from positions in the result to positions in the image, in pixels
+with the origin at the centre and y downwards; R is a rotation, D a diagonal matrix:
 
     G(o) = L (o - (W w0, H w1) / 8),   L = 1/s R(theta) R(-r) D(1/t, t) R(r)                                       (1)
 
@@ -146,7 +146,7 @@ def _rotation(angle: jax.Array) -> jax.Array:
 
 
 def warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
-    """Images [b, h, w, c] read at the places that `matrices` [b, 2, 3] say, eq. 1."""
+    """Images [b, h, w, c] read at the positions that `matrices` [b, 2, 3] say, eq. 1."""
     height, width = images.shape[1:3]
     sampled = sample(enlarged(images), matrices, height, width)
     return _separably(sampled, shrinking(height), shrinking(width))
@@ -158,7 +158,7 @@ def enlarged(images: jax.Array) -> jax.Array:
 
 
 def sample(image: jax.Array, matrices: jax.Array, height: int, width: int) -> jax.Array:
-    """What `enlarged` gave, read bilinearly at the places of the finer grid: [b, 2h + 12, 2w + 12, c].
+    """What `enlarged` gave, read bilinearly at the positions of the finer grid: [b, 2h + 12, 2w + 12, c].
 
     Four look-ups of all channels at one index: 17 ms on a CPU for 64 images of 32 x 32, with all the rest, against 94
     for products with rows of weights, which need no look-up, 29 for one look-up of 2 x 2 pixels and 37 for one of four
@@ -175,11 +175,11 @@ def sample(image: jax.Array, matrices: jax.Array, height: int, width: int) -> ja
     at_x, at_y = (row[:, 0] * x + row[:, 1] * y[:, None] + 2 * row[:, 2] for row in (terms[:, 0], terms[:, 1]))
     column, right = _neighbours(at_x + 3 * (width - 1), width)
     row, below = _neighbours(at_y + 3 * (height - 1), height)
-    places = (row * columns + column).reshape(b, -1, 1)
+    positions = (row * columns + column).reshape(b, -1, 1)
     pixels = image.reshape(b, -1, channels)
 
     def read(step: int) -> jax.Array:
-        found = jnp.take_along_axis(pixels, places + step, axis=1, mode="promise_in_bounds")
+        found = jnp.take_along_axis(pixels, positions + step, axis=1, mode="promise_in_bounds")
         return found.reshape(*column.shape, channels)
 
     right, below = right[..., None], below[..., None]
@@ -188,14 +188,14 @@ def sample(image: jax.Array, matrices: jax.Array, height: int, width: int) -> ja
     return (1 - below) * upper + below * lower
 
 
-def _neighbours(place: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Along an axis of what `enlarged` gave: number of the pixel before each place, and the part of the one after it.
+def _neighbours(position: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Along an axis of what `enlarged` gave: number of the pixel before each position, and the part of the next.
 
-    Places outside are moved to the nearest from which nothing but zeros is read.
+    Positions outside are moved to the nearest from which nothing but zeros is read.
     """
-    place = jnp.clip(place, -1, 6 * size - 4)
-    before = jnp.floor(place)
-    return before.astype(jnp.int32) + 1, place - before
+    position = jnp.clip(position, -1, 6 * size - 4)
+    before = jnp.floor(position)
+    return before.astype(jnp.int32) + 1, position - before
 
 
 def enlarging(size: int) -> np.ndarray:

@@ -67,8 +67,8 @@ def _grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _shifts(x: jax.Array, kernel: jax.Array) -> jax.Array:
     size, (height, width) = kernel.shape[0], x.shape[1:3]
     padded, kernel = _pad(x, size), kernel.astype(jnp.float32)
-    places = [(a, b) for a in range(size) for b in range(size)]
-    total = sum(padded[:, a : a + height, b : b + width].astype(jnp.float32) * kernel[a, b, 0] for a, b in places)
+    positions = [(a, b) for a in range(size) for b in range(size)]
+    total = sum(padded[:, a : a + height, b : b + width].astype(jnp.float32) * kernel[a, b, 0] for a, b in positions)
     return total.astype(x.dtype)  # type: ignore[union-attr]
 
 

@@ -12,7 +12,7 @@ def cubic_matrix(size: int, out: int, scale: float) -> np.ndarray:
 
     Sample i of the result lies at (i + 0.5) / scale - 0.5 of the source, whatever `out` is, and is the cubic through
     the four samples around it; beyond the ends the end samples repeat. So does PyTorch with a given scale factor, in
-    float32, whose rounding of the places is visible: it moves pixels of deviation 1 by 5e-5.
+    float32, whose rounding of the positions is visible: it moves pixels of deviation 1 by 5e-5.
     """
     x = (np.arange(out, dtype=np.float32) + 0.5) * (1 / scale) - 0.5
     before = np.floor(x).astype(int)

@@ -2,8 +2,10 @@
 
     sequential    token by token, keeping every state: n times the size of u
     associative   `lax.associative_scan` over the whole length: log-depth, and a dozen arrays n times the size of u
-    chunked       token by token, keeping the state of every 16th token and recomputing the rest: any backend
-    pallas        the same in one kernel whose states never leave the chip: TPU and GPU
+    chunked       in pieces, keeping the state that enters each and recomputing the rest: any backend. Pieces are 16
+                  tokens, one by one; for a GPU 64 tokens at once by `lax.associative_scan`
+    pallas        token by token in one kernel whose states never leave the chip: TPU, and GPU by name alone, since the
+                  compiler behind it, Triton, is leaving JAX
 
 Between the passes they all keep the inputs and the state that enters each of their chunks [b, chunks, n, e].
 """
@@ -21,18 +23,13 @@ from jax.sharding import PartitionSpec
 
 from diffjax.errors import UserError
 from diffjax.ops import recurrence
+from diffjax.ops.dtypes import DTYPES
 from diffjax.ops.recurrence import Inputs
 from diffjax.parallel.mesh import platform
 from diffjax.parallel.rules import mesh_axes, per_device, sum_over_devices
 
-PLAIN = {
-    "sequential": recurrence.SEQUENTIAL,
-    "associative": recurrence.WHOLE_ASSOCIATIVE,
-    "chunked": recurrence.CHUNKED,
-}
-IMPLEMENTATIONS = (*PLAIN, "pallas")
+IMPLEMENTATIONS = ("sequential", "associative", "chunked", "pallas")
 KERNELS_FOR = ("tpu", "gpu")
-DTYPES = (jnp.float32, jnp.bfloat16)
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +61,7 @@ def selective_scan(
         A: [e, n], negative. B, C: [b, l, n], float32 or bfloat16. D, delta_bias: [e]; none: zero.
         delta_softplus: False takes delta + delta_bias itself as the step size.
         reverse: run from the last token to the first.
-        implementation: one of `IMPLEMENTATIONS`; None takes pallas for TPU and GPU and chunked elsewhere, and logs it.
+        implementation: one of `IMPLEMENTATIONS`; None takes pallas for a TPU and chunked elsewhere, and logs it.
             What the program is for says the mesh in context, else jax's default device.
         interpret: run the pallas kernel as plain operations on any backend, slowly: for tests.
 
@@ -159,8 +156,10 @@ def _passes(options: Options) -> tuple[Callable, Callable]:
         kernels = _kernels(options.target)
         passes = kernels.forward, kernels.backward
         keywords["interpret"] = options.interpret
+    elif options.implementation == "chunked":
+        passes = recurrence.CHUNKED_IN_PARALLEL if options.target == "gpu" else recurrence.CHUNKED
     else:
-        passes = PLAIN[options.implementation]
+        passes = recurrence.SEQUENTIAL if options.implementation == "sequential" else recurrence.WHOLE_ASSOCIATIVE
     forward, backward = (functools.partial(function, **keywords) for function in passes)
     return forward, backward
 
@@ -194,7 +193,7 @@ def _chosen(implementation: str | None, target: str, interpret: bool) -> str:
 @functools.cache
 def _default(target: str) -> str:
     """The implementation for a platform; cached, so that it is logged once."""
-    implementation = "pallas" if target in KERNELS_FOR else "chunked"
+    implementation = "pallas" if target == "tpu" else "chunked"
     log.info("selective_scan: %s, as this program is for %s", implementation, target)
     return implementation
 
@@ -215,8 +214,8 @@ def _check(arrays: Mapping[str, Any]) -> None:
         if (x := arrays[name]) is not None and x.shape != shape:
             raise UserError(f"selective_scan: {name} is {x.shape}, expected {shape} for u {u.shape} and A {A.shape}")
     for name, x in arrays.items():
-        if x is not None and x.dtype not in DTYPES:
-            raise UserError(f"selective_scan: {name} is {x.dtype}; valid: float32, bfloat16")
+        if x is not None and x.dtype not in DTYPES.values():
+            raise UserError(f"selective_scan: {name} is {x.dtype}; valid: {', '.join(DTYPES)}")
         if x is not None and name in ("delta", "z") and x.dtype != u.dtype:
             raise UserError(f"selective_scan: {name} is {x.dtype} and u is {u.dtype}; valid: the same for both")
 

@@ -7,10 +7,11 @@ the average's copies, whose paths end alike. A leaf of the optimizer's state tha
 takes the names that the optimizer declares (`state_axes`); scalars are replicated.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import BATCH_AXES
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Names = tuple[str | None, ...]
 LogicalAxes = Sequence[tuple[str, Names]]
 
@@ -54,10 +57,22 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Fix the sharding of an activation by the names of its leading axes; without a mesh in context, nothing.
 
     Without these on block inputs and outputs and on the conditioning vector the partitioner gathers activations.
+    A model called alone needs none; programs for a mesh are made with `on_mesh`, so that it cannot be forgotten.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(ACTIVATIONS[name] if name else None for name in names)))
+
+
+def on_mesh(function: Callable[P, R], mesh: Mesh) -> Callable[P, R]:
+    """`function`, to be compiled: `constrain` and the others here see `mesh`, whatever is in context at the call."""
+
+    @functools.wraps(function)
+    def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def mesh_axes(**sizes: int) -> dict[str, tuple[str, ...]]:

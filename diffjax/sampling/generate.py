@@ -14,6 +14,7 @@ from diffjax import models, rng
 from diffjax.contracts import Apply, Sampler, Tree, bind
 from diffjax.parallel.hosts import fetch_whole
 from diffjax.parallel.mesh import BATCH_AXES, batch_sharding
+from diffjax.parallel.rules import on_mesh
 
 
 def compile_sampler(
@@ -57,7 +58,7 @@ def compile_sampler(
         x = sampler.sample(apply, weights, plan, conditions, keys, denoise_worse)
         return x if decode is None else decode(x)
 
-    jitted = jax.jit(sample, out_shardings=batch_sharding(mesh))
+    jitted = jax.jit(on_mesh(sample, mesh), out_shardings=batch_sharding(mesh))
     return functools.partial(
         jitted, plan=sampler.plan, decode=decode, seed=np.uint32(seed), guide_params=guide[1] if guide else None
     )

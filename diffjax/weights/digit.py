@@ -13,7 +13,7 @@ import numpy as np
 
 from diffjax.errors import UserError
 from diffjax.models import create
-from diffjax.models.digit import FIRST_PLACE, SIZES
+from diffjax.models.digit import FIRST_POSITION, SIZES
 from diffjax.ops.dictionary import END, MASK, PAD, SPECIALS
 from diffjax.weights import mapping
 
@@ -130,7 +130,7 @@ class Family:
         null = not self.source and config.get("num_classes", more) == more - 1 > 0
         told = {
             "K": source if self.source else codes,
-            "max_target_positions": sizes["p"] - FIRST_PLACE,
+            "max_target_positions": sizes["p"] - FIRST_POSITION,
             "normalize_before": pre_norm,
             "decoder_layers": depth,
             "decoder_embed_dim": width,
@@ -153,7 +153,7 @@ class Family:
             "source_codes": source,
             "num_classes": 0 if self.source else more - null,
             "null_class": null,
-            "length": sizes["p"] - FIRST_PLACE,
+            "length": sizes["p"] - FIRST_POSITION,
             "norm": "pre" if pre_norm else "post",
             "causal": self.causal,
         }
@@ -188,5 +188,5 @@ def _sizes(module: Any) -> dict[str, int]:
         "f": int(module.width * module.mlp_ratio),
         "e": SPECIALS + module.codes + more,
         "v": SPECIALS + module.codes,
-        "p": FIRST_PLACE + module.length,
+        "p": FIRST_POSITION + module.length,
     }

@@ -52,15 +52,15 @@ def main() -> None:
     jax.block_until_ready(forward(params, x, t, y))
 
     @jax.jit
-    def trajectory(params: Any, plan: samplers.Plan) -> jax.Array:
+    def trajectory(params: Any, plan: samplers.SamplerSchedule) -> jax.Array:
         start, noise = samplers.initial_noise(keys, SHAPE), samplers.step_noise(keys, SHAPE)
         return samplers.sample(plan, lambda x, t, weight: apply(params, x, t, y), start, noise)
 
     print(f"{'process':<13}{'sampler':<16}{'calls':>6}{'seconds':>9}  over calls x forward")
     for process, sampler in CASES:
         two = sampler in ("edm", "heun", "sde_heun")
-        plan = samplers.plan(diffusion.create_process(process), sampler, arguments.calls // (2 if two else 1))
-        calls = samplers.evaluations(plan)
+        plan = samplers.schedule(diffusion.create_process(process), sampler, arguments.calls // (2 if two else 1))
+        calls = int(plan.nfe)
         jax.block_until_ready(trajectory(params, plan))
         ratios, times = [], []
         for _ in range(arguments.turns):

@@ -106,7 +106,7 @@ def jax_step(options: argparse.Namespace, batch: dict[str, Any], state_dict: dic
     def loss(params, frozen, batch, key):
         x0, eps, k = batch["x0"], batch["eps"], batch["k"]
         xt = process.q_sample(x0, k, eps)
-        output = model.apply({"params": params}, xt, process.model_time(k), batch["y"], train=True)
+        output = model.apply({"params": params}, xt, process.c_noise(k), batch["y"], train=True)
         return process.losses(output, x0, xt, k, eps)["loss"].mean(), {}
 
     rates = ema.Rates(ema.constant(0.9999))

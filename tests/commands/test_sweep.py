@@ -73,20 +73,20 @@ def test_cells_that_share_a_compilation():
     ]
     for cells in groups:
         assert len({str(jax.tree.map(np.shape, cell.sampler.plan)) for cell in cells}) == 1
-    assert [sweep.evaluations(cells[0].sampler.plan) for cells in groups] == [2, 4, 5, 10]
+    assert [sweep.nfe(cells[0].sampler.plan) for cells in groups] == [2, 4, 5, 10]
 
 
-def test_a_clip_and_weights_that_have_no_meaning_are_dropped():
+def test_weights_that_have_no_meaning_are_dropped_and_a_clip_is_kept():
     leaves = ("diffusion.process=flow_linear", "sampling.sampler=ddim", "sampling.ddim.eta=1")
     interval = (f"sampling.guidance.{leaf}" for leaf in ("schedule=interval", "interval.low=0.28", "interval.high=2.9"))
     config = tiny_config(*leaves, *interval)
     own = config.sampling
     heun, unguided = sweep.other_sampling(own, "heun", 3, 2.0), sweep.other_sampling(own, "edm", 3, 1.0)
-    assert (heun.clip, heun.options) == (False, {})
+    assert (heun.clip, heun.options) == (True, {})
     assert heun.guidance == dataclasses.replace(own.guidance, scale=2.0)
     assert (unguided.clip, unguided.guidance.schedule, unguided.guidance.options) == (True, "constant", {})
     groups, _ = sweep.plan_cells([Run(build(config), None, {"workdir": "a"})], [("edm", [8])], [2.0])
-    assert 15 < sweep.evaluations(groups[0][0].sampler.plan) < 30
+    assert 15 < sweep.nfe(groups[0][0].sampler.plan) < 30
     assert (own.sampler, own.options["eta"], own.guidance.schedule) == ("ddim", 1.0, "interval")
 
 

@@ -49,8 +49,8 @@ def test_span_is_the_interval_of_the_ode():
 
 def test_the_network_sees_time_and_input_as_they_are():
     process, t = flow.flow(), jnp.array([0.1, 0.9])
-    np.testing.assert_array_equal(process.model_time(t), t)
-    np.testing.assert_array_equal(process.input_scale(t), [1.0, 1.0])
+    np.testing.assert_array_equal(process.c_noise(t), t)
+    np.testing.assert_array_equal(process.c_in(t), [1.0, 1.0])
 
 
 @pytest.mark.parametrize("path, prediction", [("ve", "velocity"), ("linear", "edm")])

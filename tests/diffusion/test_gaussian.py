@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from diffjax import rng
-from diffjax.diffusion.gaussian import gaussian_diffusion, linear_betas, respaced_steps
+from diffjax.diffusion.gaussian import (
+    discretized_log_likelihood,
+    gaussian_diffusion,
+    linear_betas,
+    respaced_steps,
+)
 from diffjax.errors import UserError
+from tests.golden.x64 import float64
 
 
 @pytest.mark.parametrize(
@@ -101,6 +107,40 @@ def test_eight_bit_bins_add_up_to_one():
     np.testing.assert_allclose(jnp.sum(2.0**-bits), 1.0, atol=1e-4)
 
 
+def published_log_likelihood(x, mean, log_scale):
+    """As the published losses write it: a difference of two values of a distribution."""
+    cdf = lambda z: 0.5 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))  # noqa: E731
+    upper, lower = (cdf((x - mean + half) * jnp.exp(-log_scale)) for half in (1 / 255, -1 / 255))
+    probability = jnp.where(x < -0.999, upper, jnp.where(x > 0.999, 1 - lower, upper - lower))
+    return jnp.log(jnp.maximum(probability, 1e-12))
+
+
+def test_the_likelihood_of_a_bin_and_its_gradient_are_exact_to_float32():
+    """Bins of all widths within four standard deviations, against float64."""
+    r = np.random.default_rng(5)
+    x = (r.integers(0, 256, 4000) / 127.5 - 1).astype(np.float32)
+    log_scale = r.uniform(-6, 0, x.shape).astype(np.float32)
+    mean = (x + np.exp(log_scale) * r.uniform(-4, 4, x.shape)).astype(np.float32)
+
+    def found(function, dtype):
+        total = lambda *arguments: jnp.sum(function(jnp.asarray(x, dtype), *arguments))  # noqa: E731
+        arguments = jnp.asarray(mean, dtype), jnp.asarray(log_scale, dtype)
+        return function(jnp.asarray(x, dtype), *arguments), *jax.jit(jax.grad(total, argnums=(0, 1)))(*arguments)
+
+    with float64():
+        exact = found(published_log_likelihood, jnp.float64)
+    for value, expected in zip(found(discretized_log_likelihood, jnp.float32), exact):
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, expected, rtol=3e-5, atol=1e-5)
+
+
+def test_what_float32_cannot_tell_from_nothing_counts_as_published():
+    x, far = jnp.zeros(2), jnp.array([0.0, 8.0])
+    value, gradient = jax.value_and_grad(lambda m: jnp.sum(discretized_log_likelihood(x, m, jnp.zeros(2))))(far)
+    np.testing.assert_allclose(value, np.log(1e-12) + published_log_likelihood(0.0, 0.0, 0.0), rtol=1e-5)
+    assert gradient[1] == 0
+
+
 def test_low_precision_outputs_give_float32_losses():
     process = gaussian_diffusion()
     x = jnp.ones((2, 2, 2, 1))
@@ -141,8 +181,8 @@ def test_grid_holds_the_steps_and_the_data(prediction):
     steps = np.array([9, 4, 0, -1])
     grid = process.grid(steps)
     np.testing.assert_array_equal(grid.t, steps)
-    np.testing.assert_array_equal(grid.model_time, [*process.timestep_map[[9, 4, 0]], -1])
-    np.testing.assert_array_equal(grid.input_scale, 1.0)
+    np.testing.assert_array_equal(grid.c_noise, [*process.timestep_map[[9, 4, 0]], -1])
+    np.testing.assert_array_equal(grid.c_in, 1.0)
     np.testing.assert_allclose(grid.alpha**2, np.append(process.alphas_cumprod[[9, 4, 0]], 1.0))
     np.testing.assert_allclose(grid.alpha**2 + grid.sigma**2, 1.0)
     assert np.isnan(grid.conversion.velocity_f).all()

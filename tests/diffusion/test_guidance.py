@@ -48,7 +48,7 @@ def test_a_guided_denoiser_drives_a_sampler():
     """Guidance on a model that ignores labels changes nothing."""
     blind = lambda x, t, y: labelled(x, t, jnp.zeros_like(y))  # noqa: E731
     denoise = guidance.classifier_free(blind, LABELS, NULL)
-    plans = [samplers.plan(gaussian_diffusion(), "ddim", 5, weight=weight) for weight in (1.0, 4.0)]
+    plans = [samplers.schedule(gaussian_diffusion(), "ddim", 5, weight=weight) for weight in (1.0, 4.0)]
     plain, guided = (samplers.sample(plan, denoise, X, jnp.zeros_like) for plan in plans)
     np.testing.assert_allclose(guided, plain, atol=1e-5)
 
@@ -71,7 +71,7 @@ def test_autoguidance_moves_away_from_the_worse_network():
 INTERVAL = guidance.weights("interval", 3.0, low=0.3, high=3.0)
 
 
-def executed(skip: bool, calls: str, weight) -> tuple[np.ndarray, list[int], samplers.Plan]:
+def executed(skip: bool, calls: str, weight) -> tuple[np.ndarray, list[int], samplers.SamplerSchedule]:
     """A sample of EDM's Heun method, and the batch sizes with which the network really ran."""
     sizes = []
 
@@ -80,7 +80,7 @@ def executed(skip: bool, calls: str, weight) -> tuple[np.ndarray, list[int], sam
         return jnp.tanh(x) + 0.1 * jnp.sin(t + y)[:, None, None, None]
 
     denoise = guidance.classifier_free(network, LABELS, NULL, calls=calls, skip=skip)
-    plan = samplers.plan(trajectories.edm(), "edm", 12, weight=weight)
+    plan = samplers.schedule(trajectories.edm(), "edm", 12, weight=weight)
     run = jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, jnp.zeros_like))
     sample = np.asarray(run(plan, X))
     jax.effects_barrier()
@@ -92,7 +92,7 @@ def test_outside_an_interval_the_unconditional_call_is_skipped(calls):
     """By the calls that a compiled loop makes, and without a change to the samples."""
     everywhere, all_sizes, plan = executed(False, calls, INTERVAL)
     skipped, sizes, _ = executed(True, calls, INTERVAL)
-    total, guided = int(plan.rows), int((plan.table.weight[: plan.rows] != 1).sum())
+    total, guided = int(plan.nfe), int((plan.table.weight[: plan.nfe] != 1).sum())
     assert 0 < guided < total
     per_call = {"one": [4], "two": [2, 2]}[calls]
     assert sorted(all_sizes) == sorted(per_call * total)
@@ -104,7 +104,7 @@ def test_outside_an_interval_the_unconditional_call_is_skipped(calls):
 
 def test_the_weight_of_a_step_holds_for_both_of_its_calls():
     _, _, plan = executed(True, "one", INTERVAL)
-    weights = plan.table.weight[: plan.rows]
+    weights = plan.table.weight[: plan.nfe]
     np.testing.assert_array_equal(weights[0:-1:2], weights[1::2])
 
 
@@ -125,7 +125,7 @@ def test_an_interval_without_an_end_has_none():
 def test_power_cosine_rises_from_noise_to_data():
     weights = guidance.power_cosine(np.array([1.0, 0.5, 0.0]), 4.0, 1.0)
     np.testing.assert_allclose(weights, [1.0, 2.5, 4.0])
-    plan = samplers.plan(gaussian_diffusion(), "ddim", 10, weight=guidance.weights("power_cosine", 4.0, power=1.0))
+    plan = samplers.schedule(gaussian_diffusion(), "ddim", 10, weight=guidance.weights("power_cosine", 4.0, power=1.0))
     assert (np.diff(plan.table.weight) > 0).all()
 
 
@@ -133,19 +133,17 @@ def test_power_cosine_rises_from_noise_to_data():
     "arguments, reason",
     [
         ({"kind": "linear"}, "valid: constant, power_cosine, interval"),
-        ({"kind": "interval", "low": 3.0, "high": 1.0}, "from 3.0 to 1.0: valid: .* not empty"),
+        ({"kind": "interval", "low": 3.0, "high": 1.0}, "low = 3.0 is not below high = 1.0; valid: 0 to below high"),
         ({"kind": "interval", "high": 0.0}, "high = 0.0: valid: above 0$"),
         ({"kind": "interval", "low": "all"}, "low = 'all': valid: a number$"),
         ({"kind": "interval", "power": 2.0}, r"'interval' with power: valid: numbers for \['low', 'high'\]"),
         ({"kind": "constant", "power": 2.0}, r"'constant' with power: valid: numbers for \[\]"),
-        ({"kind": "power_cosine", "power": "high"}, "'power_cosine': power = 'high': valid: a number$"),
+        ({"kind": "power_cosine", "power": "high"}, "power = 'high': valid: a number$"),
     ],
 )
 def test_impossible_weights_are_refused(arguments, reason):
     with pytest.raises(UserError, match=reason):
         guidance.weights(arguments.pop("kind"), 2.0, **arguments)
-    with pytest.raises(UserError, match="not empty"):
-        guidance.interval(np.ones(3), 2.0, 3.0, 1.0)
 
 
 CONDITIONS = {

@@ -7,10 +7,11 @@ import pytest
 
 from diffjax.diffusion import edm, flow, paths
 from diffjax.diffusion.paths import conversion, determinant
+from tests import trajectories
 from tests.golden.x64 import float64
 
 T = np.array([0.05, 0.3, 0.5, 0.77, 0.97])
-PATHS = flow.PATHS | {"noise_level": paths.noise_level}
+PATHS = flow.PATHS | {"sigma_as_time": paths.sigma_as_time}
 PREDICTIONS = paths.PREDICTIONS | {"minus_epsilon": paths.predicts_minus_epsilon, "edm": edm.predicts_edm(0.5)}
 
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
@@ -76,7 +77,7 @@ def test_velocity_of_the_score(path):
     x0, eps = data_and_noise()
     c = path(T)
     x = c.alpha * x0 + c.sigma * eps
-    r, diffusion = paths.drift(c)
+    r, diffusion = trajectories.drift(c)
     np.testing.assert_allclose(
         r * x - diffusion * eps / c.sigma, c.alpha_dot * x0 + c.sigma_dot * eps, rtol=1e-9, atol=1e-12
     )

@@ -40,8 +40,8 @@ def test_training_by_the_same_calls(name):
     def loss(keys, x0, eps):
         t = process.sample_times(keys)
         xt = process.q_sample(x0, t, eps)
-        x = process.input_scale(t).reshape(-1, 1, 1, 1) * xt
-        output = jnp.concatenate([x, jnp.zeros_like(x)], axis=-1) + process.model_time(t).reshape(-1, 1, 1, 1)
+        x = process.c_in(t).reshape(-1, 1, 1, 1) * xt
+        output = jnp.concatenate([x, jnp.zeros_like(x)], axis=-1) + process.c_noise(t).reshape(-1, 1, 1, 1)
         return process.losses(output, x0, xt, t, eps)
 
     found = loss(KEYS, jnp.asarray(X0, jnp.float32), jnp.asarray(EPS, jnp.float32))
@@ -119,7 +119,7 @@ def test_uncertainty():
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_noise_level_is_finite_to_the_ends(name):
     process = create_process(name)
-    level = process.noise_level(jnp.array([*process.span, *((0.0, 1.0) if name.startswith("flow") else (1e-9, 1e9))]))
+    level = process.log_sigma(jnp.array([*process.span, *((0.0, 1.0) if name.startswith("flow") else (1e-9, 1e9))]))
     assert jnp.isfinite(level).all()
     assert level[0] > level[1]
     u = weighting.uncertainty(weighting.init_uncertainty(), level)

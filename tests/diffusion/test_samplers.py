@@ -14,6 +14,7 @@ from diffjax.diffusion.edm import edm
 from diffjax.diffusion.gaussian import GaussianDiffusion, gaussian_diffusion
 from diffjax.errors import UserError
 from tests import trajectories
+from tests.diffusion import single_steps
 
 MEAN, STD = 0.7, 0.4
 SHAPE = (1, 1, 2)
@@ -56,7 +57,7 @@ def assert_moments(samples: jax.Array, mean: float, std: float) -> None:
 
 def planned(process: GaussianDiffusion, sampler: str, steps: int, denoise: samplers.Denoise, x, noise=None, **options):
     """Samples of a plan, compiled."""
-    plan = samplers.plan(process, sampler, steps, **options)
+    plan = samplers.schedule(process, sampler, steps, **options)
     return jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, noise or jnp.zeros_like))(plan, x)
 
 
@@ -83,14 +84,6 @@ def test_random_ddim_reaches_the_data_distribution():
     sample = planned(gaussian_diffusion(), "ddim", 1000, exact_eps, x, noise, eta=1.0)
     assert abs(float(sample.mean()) - MEAN) < 0.02
     assert abs(float(sample.std()) / STD - 1.0) < 0.03
-
-
-def test_ddim_reverse_finds_the_noise_that_ddim_starts_from():
-    process = gaussian_diffusion(variance="fixed_small")
-    x0 = MEAN + STD * samplers.initial_noise(keys(8), SHAPE)
-    x = samplers.ddim_reverse(process, exact_eps, x0)
-    np.testing.assert_allclose(x, (x0 - MEAN) / STD, atol=0.05)
-    np.testing.assert_allclose(planned(process, "ddim", 1000, exact_eps, x), x0, atol=1e-2)
 
 
 def test_noise_differs_between_steps_and_from_the_start():
@@ -140,10 +133,10 @@ PLANS = {
 }
 
 
-def named_plan(name: str, steps: int | None = None, **others) -> samplers.Plan | samplers.AdaptivePlan:
+def named_plan(name: str, steps: int | None = None, **others) -> samplers.SamplerSchedule | samplers.AdaptiveSchedule:
     process, default, options = PLANS[name]
     steps = 0 if name == "dopri5" else steps or default
-    return samplers.plan(process, name.split("-")[0], steps, **(options | others))
+    return samplers.schedule(process, name.split("-")[0], steps, **(options | others))
 
 
 def correlated(process) -> samplers.Denoise:
@@ -157,7 +150,7 @@ def correlated(process) -> samplers.Denoise:
             return alpha, sigma, jnp.ones_like(a), (0.0, 1.0)
         t = jnp.exp(4 * told) if process is EDM else told
         c = process.path(t)
-        return c.alpha, c.sigma, process.input_scale(t), process.prediction(c)
+        return c.alpha, c.sigma, process.c_in(t), process.prediction(c)
 
     def denoise(x, told, weight):
         alpha, sigma, scale, (p, q) = (
@@ -171,7 +164,7 @@ def correlated(process) -> samplers.Denoise:
     return denoise
 
 
-def drawn(name: str, plan: samplers.Plan | samplers.AdaptivePlan, keys: jax.Array) -> jax.Array:
+def drawn(name: str, plan: samplers.SamplerSchedule | samplers.AdaptiveSchedule, keys: jax.Array) -> jax.Array:
     x, noise = samplers.initial_noise(keys, SHAPE), samplers.step_noise(keys, SHAPE)
     return samplers.sample(plan, correlated(PLANS[name][0]), x, noise)
 
@@ -218,15 +211,13 @@ def test_adaptive_sampler_compiles_once_for_all_tolerances_and_seeds():
 
 
 def test_samplers_with_equal_room_share_a_compilation():
-    """One for those that go through x0, which may be clipped, one for the others."""
-
     def drawn_from(plan, keys):
         return samplers.sample(plan, correlated(LINEAR), samplers.initial_noise(keys, SHAPE), lambda i: None)
 
     run = jax.jit(drawn_from)
-    for sampler, room in (("ddim", 31), ("dpmpp_2m", 31), ("edm", 16), ("euler", 32), ("heun", 16)):
-        run(samplers.plan(LINEAR, sampler, 8, max_steps=room), keys(2))
-    assert run._cache_size() == 2
+    for sampler, room in (("ddim", 32), ("dpmpp_2m", 32), ("euler", 32), ("heun", 16)):
+        run(samplers.schedule(LINEAR, sampler, 8, max_steps=room), keys(2))
+    assert run._cache_size() == 1
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim-eta", "edm-churn", "euler_maruyama", "sde_heun", "dopri5"])
@@ -237,7 +228,7 @@ def test_a_planned_sample_depends_on_its_own_key_alone(name):
     assert len(np.unique(together)) == together.size
 
 
-def calls_of(plan: samplers.Plan | samplers.AdaptivePlan, process) -> int:
+def calls_of(plan: samplers.SamplerSchedule | samplers.AdaptiveSchedule, process) -> int:
     """How often the compiled sampler really calls the network."""
     counted = []
 
@@ -252,19 +243,18 @@ def calls_of(plan: samplers.Plan | samplers.AdaptivePlan, process) -> int:
 
 
 @pytest.mark.parametrize("name", [name for name in PLANS if "eta" not in name and "churn" not in name])
-def test_the_network_is_called_as_often_as_evaluations_says(name):
+def test_the_network_is_called_as_often_as_the_nfe_says(name):
     process = PLANS[name][0]
     if process is EDM:
-        process = trajectories.make(paths.noise_level, paths.predicts_x0, (80.0, 0.002))
+        process = trajectories.make(paths.sigma_as_time, paths.predicts_x0, (80.0, 0.002))
     sampler, steps = name.split("-")[0], 10
     if sampler == "dopri5":
-        assert calls_of(samplers.plan(process, sampler), process) > 7
-        with pytest.raises(UserError, match="not known beforehand"):
-            samplers.evaluations(sampler, steps)
+        assert calls_of(samplers.schedule(process, sampler), process) > 7
+        assert sampler not in samplers.known_steps()
         return
-    plan = samplers.plan(process, sampler, steps, max_steps=20)
+    plan = samplers.schedule(process, sampler, steps, max_steps=20)
     left_out = name == "heun-edm"  # the last look ahead, at no noise
-    assert calls_of(plan, process) == samplers.evaluations(plan) == samplers.evaluations(sampler, steps) - left_out
+    assert calls_of(plan, process) == int(plan.nfe) == samplers.SAMPLERS[sampler].nfe(steps) - left_out
 
 
 def test_plans_of_a_discrete_process_are_its_steps():
@@ -272,15 +262,11 @@ def test_plans_of_a_discrete_process_are_its_steps():
     full, ten = gaussian_diffusion(), gaussian_diffusion(respacing="10")
     x, noise = samplers.initial_noise(keys(3), SHAPE), samplers.step_noise(keys(3), SHAPE)
     wide = lambda x, t, w: jnp.concatenate([jnp.sin(3 * x + 0.01 * t[:, None, None, None]), jnp.cos(x)], -1)  # noqa: E731
-    steps = {"ddpm": samplers.ddpm_step, "ddim": partial(samplers.ddim_step, eta=0.6)}
+    steps = {"ddpm": single_steps.ddpm_step, "ddim": partial(single_steps.ddim_step, eta=0.6)}
     options = {"ddpm": {}, "ddim": {"eta": 0.6, "spacing": "even"}}
     for sampler, clip in itertools.product(steps, (False, True)):
-        expected = x
-        for i in range(10):
-            k = jnp.full(3, 9 - i)
-            output = wide(expected, ten.model_time(k), None)
-            expected = steps[sampler](ten, output, expected, k, noise(jnp.int32(i)), clip=clip)
-        plan = samplers.plan(full, sampler, 10, **options[sampler])
+        expected = single_steps.loop(ten, steps[sampler], wide, x, noise, clip)
+        plan = samplers.schedule(full, sampler, 10, **options[sampler])
         actual = jax.jit(lambda plan, x, clip=clip: samplers.sample(plan, wide, x, noise, clip))(plan, x)
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-5)
 
@@ -294,10 +280,19 @@ def test_clipping_a_plan_keeps_samples_in_range(name):
     assert float(jnp.abs(clipped).max()) <= 1.0 + 1e-6
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "euler_maruyama", "sde_heun", "dopri5"])
-def test_a_clip_without_meaning_is_refused(name):
-    with pytest.raises(UserError, match="valid: ddpm, ddim, edm, dpmpp_2m"):
-        samplers.sample(named_plan(name, 4), correlated(LINEAR), jnp.ones((1, *SHAPE)), jnp.zeros_like, clip=True)
+@pytest.mark.parametrize("name", ["euler", "heun", "euler_maruyama", "sde_heun"])
+def test_a_clip_acts_on_the_flow(name):
+    """At the end of a path, where x is the data and says nothing of the noise, too."""
+    plan = named_plan(name, 4)
+    wild = lambda x, t, weight: 20.0 * x  # noqa: E731
+    free, clipped = (samplers.sample(plan, wild, jnp.ones((1, *SHAPE)), jnp.zeros_like, clip) for clip in (False, True))
+    assert np.isfinite(clipped).all()
+    assert float(jnp.abs(clipped).max()) < 0.1 * float(jnp.abs(free).max())
+
+
+def test_a_clip_of_an_adaptive_sampler_is_refused():
+    with pytest.raises(UserError, match="valid: ddpm, ddim, edm, dpmpp_2m, euler"):
+        samplers.sample(named_plan("dopri5"), correlated(LINEAR), jnp.ones((1, *SHAPE)), jnp.zeros_like, clip=True)
 
 
 def test_a_network_in_low_precision_leaves_the_state_as_it_is():
@@ -307,7 +302,7 @@ def test_a_network_in_low_precision_leaves_the_state_as_it_is():
 
 
 def test_output_channels_must_fit():
-    plan, x = samplers.plan(gaussian_diffusion(), "ddpm", 5), jnp.ones((1, *SHAPE))
+    plan, x = samplers.schedule(gaussian_diffusion(), "ddpm", 5), jnp.ones((1, *SHAPE))
     with pytest.raises(UserError, match="needs 4 output channels for 2 input channels, the model gives 2"):
         samplers.sample(plan, lambda x, t, weight: x, x, jnp.zeros_like)
     with pytest.raises(UserError, match="needs 2 or 4 output channels"):
@@ -317,9 +312,9 @@ def test_output_channels_must_fit():
 def test_flows_of_a_network_of_discrete_steps_keep_to_them():
     """The times of "heun" on iDDPM's table are in the table, also those between which its steps are measured."""
     process = edm("iddpm")
-    plan = samplers.plan(process, "heun", 12)
-    levels = plan.table.sigma[: plan.rows]
+    plan = samplers.schedule(process, "heun", 12)
+    levels = plan.table.sigma[: plan.nfe]
     np.testing.assert_array_equal(levels, process.nearest(levels))
     assert np.all(np.diff(levels)[levels[:-1] > 0.1] <= 0)
-    moved = plan.table.state.eps[: plan.rows : 2]
+    moved = plan.table.state.eps[: plan.nfe : 2]
     np.testing.assert_allclose(moved, np.diff(np.unique(levels)[::-1]), rtol=1e-12)

@@ -1,14 +1,17 @@
 """Order of convergence and equivalence of the tables, exactly: for Gaussian data every sampler is a linear map."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.diffusion import paths, samplers, tables
+from diffjax.diffusion import PROCESSES, guidance, paths, samplers, sigma_grids
 from diffjax.diffusion.gaussian import gaussian_diffusion
 from diffjax.diffusion.process import Process
 from diffjax.errors import UserError
+from diffjax.options import REQUIRED, convert, options
 from tests import trajectories
 from tests.golden.x64 import float64
 
@@ -21,14 +24,14 @@ PREDICTIONS = {
     "v": paths.predicts_v,
 }
 LINEAR = trajectories.make(paths.linear, paths.predicts_velocity, (0.0, 1.0))
-EDM = trajectories.make(paths.noise_level, paths.predicts_epsilon, (80.0, 0.002))
+EDM = trajectories.make(paths.sigma_as_time, paths.predicts_epsilon, (80.0, 0.002))
 
 
 def final(process: Process, sampler: str, steps: int, x=None, **options) -> np.ndarray:
     """What a sampler makes of x in float64, on the exact network."""
     with float64():
         x = jnp.asarray(np.array([[-1.3], [0.2], [1.7]]) if x is None else x)
-        plan = samplers.plan(process, sampler, steps, **options)
+        plan = samplers.schedule(process, sampler, steps, **options)
         denoise = trajectories.exact(process, MEAN, STD)
         return np.asarray(jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, jnp.zeros))(plan, x))
 
@@ -42,7 +45,7 @@ def moments(process: Process, sampler: str, steps: int, **options) -> tuple[floa
     """Mean and variance of what a random sampler makes of N(0, 1), exactly: the sampler is affine in the first x and in
     the noise of each step, so one batch of unit vectors tells all its coefficients."""
     with float64():
-        plan = samplers.plan(process, sampler, steps, **options)
+        plan = samplers.schedule(process, sampler, steps, **options)
         unit = jnp.eye(steps + 2)[
             :, :, None
         ]  # first the response to nothing, then to x, then to the noise of each step
@@ -138,7 +141,11 @@ def test_one_flow_on_every_path():
     for sampler in ("ddim", "edm", "dpmpp_2m"):
         flows = [
             final(trajectories.make(path, paths.predicts_x0, span), sampler, 10, **options)
-            for path, span in ((paths.noise_level, (80.0, 0.002)), (paths.linear, (0.0, 1.0)), (paths.gvp, (0.0, 1.0)))
+            for path, span in (
+                (paths.sigma_as_time, (80.0, 0.002)),
+                (paths.linear, (0.0, 1.0)),
+                (paths.gvp, (0.0, 1.0)),
+            )
         ]
         # x starts as σ times noise in each variable, which is 20 times noise in all of them after division by α
         np.testing.assert_allclose(flows[1:], [flows[0]] * 2, rtol=1e-8, err_msg=sampler)
@@ -152,22 +159,22 @@ def test_deterministic_ddim_is_eulers_method_of_edm():
 def test_levels_of_a_discrete_process_are_its_nearest_steps():
     process = gaussian_diffusion(variance="fixed_small")
     known = np.sqrt(1 - process.alphas_cumprod) / process.sqrt_alphas_cumprod
-    plan = samplers.plan(process, "edm", 18)
-    wanted = tables.noise_levels(process, 18, None, None, 7.0)
+    plan = samplers.schedule(process, "edm", 18)
+    wanted = sigma_grids.sigma_grid(process, 18, None, None, 7.0)
     nearest = known[[np.abs(known - level).argmin() for level in wanted]]
     np.testing.assert_allclose(plan.table.sigma[:35], np.repeat(nearest, [1] + [2] * 17), rtol=1e-12)
-    assert plan.table.model_time[0] == 999
-    assert plan.table.model_time[34] == 0
+    assert plan.table.c_noise[0] == 999
+    assert plan.table.c_noise[34] == 0
 
 
 def test_times_of_a_path_at_noise_levels():
     levels = np.array([80.0, 3.0, 1.0, 0.002])
-    np.testing.assert_allclose(tables.times_at(LINEAR, levels), 1 / (1 + levels), rtol=1e-13)
-    np.testing.assert_allclose(tables.times_at(LINEAR, np.array([1e20, 0.0])), [0.0, 1.0], atol=1e-19)
+    np.testing.assert_allclose(sigma_grids.times_at(LINEAR, levels), 1 / (1 + levels), rtol=1e-13)
+    np.testing.assert_allclose(sigma_grids.times_at(LINEAR, np.array([1e20, 0.0])), [0.0, 1.0], atol=1e-19)
 
 
 def test_resolution_shift_spends_more_steps_on_noise():
-    even, shifted = (samplers.plan(LINEAR, "euler", 4, shift=shift).table.model_time for shift in (1.0, 3.0))
+    even, shifted = (samplers.schedule(LINEAR, "euler", 4, shift=shift).table.c_noise for shift in (1.0, 3.0))
     np.testing.assert_allclose(even, [0, 0.25, 0.5, 0.75])
     u = 1 - even
     np.testing.assert_allclose(1 - shifted, 3 * u / (1 + 2 * u))
@@ -177,7 +184,7 @@ GAUSSIAN = gaussian_diffusion()
 NOISE = trajectories.make(paths.linear, paths.predicts_epsilon, (0.0, 1.0))
 REFUSED = {
     "unknown": (LINEAR, "heunn", {}, "is unknown; valid: ddpm, ddim"),
-    "option": (LINEAR, "euler", {"eta": 1.0}, "has no option 'eta'; valid: shift, times"),
+    "option": (LINEAR, "euler", {"eta": 1.0}, "has no option 'eta'; valid: shift"),
     "ddpm": (LINEAR, "ddpm", {}, "needs a discrete process"),
     "euler": (GAUSSIAN, "euler", {}, "continuous time"),
     "dopri5": (GAUSSIAN, "dopri5", {}, "continuous time"),
@@ -198,18 +205,53 @@ REFUSED = {
     "spacing-flow": (LINEAR, "ddim", {"spacing": "even"}, "valid in continuous time: rho"),
     "ahead-alone": (LINEAR, "edm", {"order": 1, "ahead": 0.5}, "does not look ahead"),
     "sigma-limits": (GAUSSIAN, "ddim", {"sigma_max": 20.0}, "no meaning with spacing 'stride'"),
-    "shift-and-times": (LINEAR, "euler", {"times": np.linspace(0, 1, 9), "shift": 2.0}, "one of the two"),
     "twice": (GAUSSIAN, "dpmpp_2m", {"spacing": "rho", "steps": 300}, "twice"),
     "steps": (GAUSSIAN, "dpmpp_2m", {"steps": 1001}, "valid: 1 to 1000"),
     "max-steps": (LINEAR, "euler", {"steps": 10, "max_steps": 9}, "valid: 1 to 9"),
-    "levels": (LINEAR, "edm", {"sigma_min": 90.0}, "falling"),
+    "levels": (LINEAR, "edm", {"sigma_min": 90.0}, "sigma_min = 90 is not below sigma_max = 80"),
     "weight": (EDM, "edm", {"weight": lambda level, time: time}, "which this process has not"),
     "dopri5-weight": (LINEAR, "dopri5", {"weight": lambda level, time: time}, "one number"),
-    "times": (LINEAR, "heun", {"times": [0.0, 1.0]}, "valid: 9 of them"),
 }
 
 
 @pytest.mark.parametrize("process, sampler, options, reason", REFUSED.values(), ids=REFUSED)
 def test_what_has_no_meaning_is_refused(process, sampler, options, reason):
     with pytest.raises(UserError, match=reason):
-        samplers.plan(process, sampler, **({"steps": 8 * (sampler != "dopri5")} | options))
+        samplers.schedule(process, sampler, **({"steps": 8 * (sampler != "dopri5")} | options))
+
+
+FUNCTIONS = {
+    **{name: record.trajectory or record.adaptive for name, record in samplers.SAMPLERS.items()},
+    **{f"guidance-{name}": function for name, function in guidance.SCHEDULES.items()},
+    **{f"process-{name}": function for name, function in PROCESSES.items()},
+}
+
+
+def invalid_values():
+    """One value that is not valid for each option of every sampler, guidance and process: (function, option, value)."""
+    found = []
+    for name, function in FUNCTIONS.items():
+        for option in options(function).values():
+            for value in (-1, -1.0, "nonsense", float("nan")):
+                if convert(value, option.type) is REQUIRED or not option.leaf.valid:
+                    continue
+                if not option.leaf.valid.test(value):
+                    found.append(pytest.param(function, option, value, id=f"{name}-{option.name}"))
+                    break
+    return found
+
+
+@pytest.mark.parametrize("function, option, value", invalid_values())
+def test_an_invalid_value_is_answered_by_what_is_valid_for_its_option(function, option, value):
+    leading = inspect.signature(function).parameters.values()
+    arguments = [LINEAR, 4, 1.0][: sum(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in leading)]
+    with pytest.raises(UserError) as error:
+        function(*arguments, **{option.name: value})
+    assert f"{option.name} = {value!r}: valid: {option.leaf.valid.words}" in str(error.value)
+
+
+def test_limits_in_the_wrong_order_are_named():
+    with pytest.raises(UserError, match="churn_min = 2.0 is above churn_max = 1.0; valid: 0 to churn_max"):
+        samplers.schedule(EDM, "edm", 4, churn=1.0, churn_min=2.0, churn_max=1.0)
+    with pytest.raises(UserError, match="low = 2.0 is not below high = 1.0; valid: 0 to below high"):
+        guidance.weights("interval", 2.0, low=2.0, high=1.0)

@@ -8,6 +8,7 @@ import pytest
 from diffjax.diffusion import paths, weighting
 from diffjax.diffusion.paths import PREDICTIONS
 from diffjax.errors import UserError
+from tests import trajectories
 
 T = np.array([0.05, 0.3, 0.6, 0.95])
 
@@ -38,7 +39,7 @@ def test_other_weights():
     np.testing.assert_allclose(weights("uniform", "score", paths.linear), c.sigma**2, rtol=1e-12)
     np.testing.assert_allclose(weights("velocity", "x0", paths.linear), 1 / (1 - T) ** 2, rtol=1e-12)
     np.testing.assert_allclose(weights("velocity", "velocity", paths.gvp), 1.0, rtol=1e-12)
-    _, diffusion = paths.drift(c)
+    _, diffusion = trajectories.drift(c)
     np.testing.assert_allclose(weights("likelihood", "epsilon", paths.linear), diffusion / c.sigma**2, rtol=1e-12)
     snr = (c.alpha / c.sigma) ** 2
     np.testing.assert_allclose(weights("edm", "x0", paths.linear, sigma_data=0.4), snr + 1 / 0.4**2, rtol=1e-12)

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +20,12 @@ import pytest
 from einops import rearrange
 from safetensors.numpy import load_file
 
+from diffjax.diffusion import guidance
 from diffjax.weights import from_reference, to_reference
 
 ORACLES = Path(os.environ.get("DIFFJAX_ORACLES", Path(__file__).parent / "oracles"))
+
+STATED = ("max_abs_float32_minus_float64", "max_abs_f32_minus_f64")  # of the reference's output, in a case's json
 
 
 @dataclass(frozen=True)
@@ -118,12 +122,54 @@ def run(family: str, case: Case, x: np.ndarray, t: np.ndarray, y: np.ndarray | N
     return to_nchw(out), captured
 
 
-def guided(out: np.ndarray, scale: float) -> np.ndarray:
-    """The references' forward_with_cfg after the model, out [2b, c, h, w]: the halves are the predictions with labels
-    and without; three channels are extrapolated, the rest stays as it is."""
-    conditional, null = np.split(out[:, :3], 2)
-    extrapolated = null + scale * (conditional - null)
-    return np.concatenate([np.concatenate([extrapolated, extrapolated]), out[:, 3:]], axis=1)
+def check_guidance(
+    case: Case,
+    forward: Callable[..., np.ndarray],
+    given: Sequence[np.ndarray | None],
+    scale: float,
+    stored: np.ndarray,
+    usual: float,
+) -> None:
+    """The package's guidance of forward(x, t, y), NCHW, against the references' forward_with_cfg of `given`, (x, t, y).
+
+    Those take the first half of x twice, with labels and then without; three channels are extrapolated in both halves,
+    the rest is what the network gives either half, of which the package keeps the conditional one.
+    """
+    x, t, y = given
+    assert x is not None
+    assert t is not None
+    half = len(x) // 2
+    labels, null = (np.zeros((2, half)) if y is None else y.reshape(2, half)).astype(np.int32)
+
+    times = t.reshape(2, half).T.reshape(-1)  # of the rows as the package has them: some cases give the halves others
+
+    def network(x: jax.Array, _: jax.Array, labels: jax.Array) -> np.ndarray:
+        return to_nhwc(forward(to_nchw(x), times, None if y is None else np.asarray(labels)))
+
+    denoise = guidance.classifier_free(network, jnp.asarray(labels), null, channels=3)
+    found = to_nchw(denoise(jnp.asarray(to_nhwc(x[:half])), jnp.asarray(t[:half], jnp.float32), scale))
+    bound = atol(case, usual, amplified=abs(scale) + abs(scale - 1))
+    np.testing.assert_allclose(found, stored[:half], rtol=0, atol=bound)
+    np.testing.assert_allclose(found[:, :3], stored[half:, :3], rtol=0, atol=bound)
+
+
+def atol(case: Case, usual: float, amplified: float = 1.0) -> float:
+    """The usual absolute bound of a value, or what the reference's own float32 error, stated by the case, asks for.
+
+    Two float32 results are each as far from the exact one; four times the stated error leaves room for another order
+    of sums. amplified: by what is done with the network's output.
+    """
+    stated = [case.info[name] for name in STATED if name in case.info]
+    stated += [case.info.get("float32_reference_error", {}).get("out_max_abs", 0.0)]
+    if {"out_f32", "out_f64"} <= case.arrays.keys():
+        stated.append(float(np.abs(case.arrays["out_f32"] - case.arrays["out_f64"]).max()))
+    return max(usual, 4 * max(stated) * amplified)
+
+
+def rtol_of_gradient(case: Case, name: str, usual: float) -> float:
+    """Likewise of a gradient, relative to its largest entry."""
+    stated = case.info.get("rel_grad_f32_vs_f64", {}).get(name, 0.0)
+    return max(usual, 4 * stated, 4 * case.info.get("float32_reference_error", {}).get(f"grad_rel_max:{name}", 0.0))
 
 
 @functools.cache

@@ -1,5 +1,8 @@
 """Tables, losses, single steps and whole loops against the published DiT diffusion code."""
 
+import functools
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,7 +84,7 @@ def test_forward_process(case, name):
     stored = group(case, f"step/{name}")
     process = gaussian_diffusion(respacing=respacing(name))
     k = jnp.asarray(stored["t"], jnp.int32)
-    np.testing.assert_array_equal(process.model_time(k), stored["t_seen_by_model"])
+    np.testing.assert_array_equal(process.c_noise(k), stored["t_seen_by_model"])
     np.testing.assert_allclose(process.q_sample(stored["x_start"], k, stored["noise"]), stored["q_sample"], **ARRAY)
     mean, _ = process.posterior(stored["x_start"], stored["x_t"], k)
     np.testing.assert_allclose(mean, stored["q_posterior_mean"], **ARRAY)
@@ -125,30 +128,65 @@ def test_loss_gradient(case, name):
     np.testing.assert_allclose(gradient(stored["model_output"]), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+@functools.partial(jax.jit, static_argnames="clip")
+def one_step(schedule, row, xt, output, z, clip):
+    """x after row `row` of a schedule alone, from the state xt, with the network's output and noise given."""
+    table = jax.tree.map(lambda column: column[row][None], schedule.table)
+    alone = replace(schedule, table=table, nfe=jnp.int32(1), start=1.0)
+    return samplers.sample(alone, lambda x, t, weight: output, xt, lambda i: z, clip)
+
+
+def after_step(process, sampler, stored, clip, **options):
+    """What a sampler makes of the stored x_t of each example in its own step t."""
+    schedule = samplers.schedule(process, sampler, process.num_steps, **options)
+    rows = [
+        one_step(
+            schedule,
+            process.num_steps - 1 - int(k),
+            *(stored[name][i : i + 1] for name in ("x_t", "model_output", "step_noise")),
+            clip,
+        )
+        for i, k in enumerate(stored["t"])
+    ]
+    return np.concatenate(rows)
+
+
 @pytest.mark.parametrize("clip", [False, True], ids=["noclip", "clip"])
 @pytest.mark.parametrize("case, name", groups("step"))
 def test_reverse_steps(case, name, clip):
     stored = group(case, f"step/{name}")
     process = gaussian_diffusion(respacing=respacing(name))
-    k, xt, z = jnp.asarray(stored["t"], jnp.int32), stored["x_t"], stored["step_noise"]
-    output, label = stored["model_output"], "clip" if clip else "noclip"
-
-    p = process.p_mean_variance(output, xt, k, clip)
+    k, xt, label = jnp.asarray(stored["t"], jnp.int32), stored["x_t"], "clip" if clip else "noclip"
+    p = process.p_mean_variance(stored["model_output"], xt, k, clip)
     actual = {
         f"p/{label}/mean": p.mean,
         f"p/{label}/variance": jnp.exp(p.log_variance),
         f"p/{label}/log_variance": p.log_variance,
         f"p/{label}/pred_xstart": p.x0,
-        f"p/{label}/sample": samplers.ddpm_step(process, output, xt, k, z, clip=clip),
-        f"ddim_reverse/{label}": samplers.ddim_reverse_step(process, output, xt, k, clip=clip),
+        f"p/{label}/sample": after_step(process, "ddpm", stored, clip),
     }
     for key in stored:
         if key.startswith(f"ddim/{label}/eta"):
-            actual[key] = samplers.ddim_step(process, output, xt, k, z, eta=float(key.split("eta")[1]), clip=clip)
-    compared = [key for key in stored if f"/{label}" in key]
+            eta = float(key.split("eta")[1])
+            actual[key] = after_step(process, "ddim", stored, clip, eta=eta, spacing="even")
+    compared = [key for key in stored if f"/{label}" in key and not key.startswith("ddim_reverse/")]
     assert compared
+    rounding = rounding_of_ddim(process, p.x0, stored)
     for key in compared:
-        np.testing.assert_allclose(actual[key], stored[key], **ARRAY, err_msg=key)
+        allowed = ARRAY["atol"] + ARRAY["rtol"] * np.abs(stored[key]) + key.startswith("ddim/") * rounding
+        assert (np.abs(actual[key] - stored[key]) <= allowed).all(), key
+
+
+def rounding_of_ddim(process, x0, stored):
+    """What the reference's float32 1 - ᾱ, a difference of numbers near 1, leaves open in a step of DDIM: [b, ..., c].
+
+    σ of the step after is off by up to 2^-24 / σ, and multiplies the noise that follows from x0, large where x0 is
+    clipped. The package has it from float64.
+    """
+    k = stored["t"].astype(int).reshape(-1, 1, 1, 1)
+    alpha, sigma = np.sqrt(process.alphas_cumprod[k]), np.sqrt(1 - process.alphas_cumprod[k])
+    after = np.maximum(np.sqrt(1 - process.alphas_cumprod_prev[k]), 1e-3)
+    return np.abs((stored["x_t"] - alpha * x0) / sigma) * 2.0**-24 / after
 
 
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
@@ -172,8 +210,8 @@ def test_loops(case, sampler):
     for name in names:
         stored = group(case, f"loop/{sampler}/{name}")
         process, count = gaussian_diffusion(), int(name.removeprefix("ddim"))
-        plan = samplers.plan(process, sampler, count, spacing="stride" if "ddim" in name else "even")
-        np.testing.assert_array_equal(plan.table.model_time, gaussian_diffusion(respacing=name).timestep_map[::-1])
+        plan = samplers.schedule(process, sampler, count, spacing="stride" if "ddim" in name else "even")
+        np.testing.assert_array_equal(plan.table.c_noise, gaussian_diffusion(respacing=name).timestep_map[::-1])
         noises = jnp.asarray(stored.get("noises", np.zeros(1)))
         run = jax.jit(lambda plan, x, noises: samplers.sample(plan, toy_denoise, x, lambda i: noises[i]))
         np.testing.assert_allclose(run(plan, stored["x_T"], noises), stored["final"], rtol=0, atol=2e-5)

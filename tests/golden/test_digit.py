@@ -17,7 +17,6 @@ from tests.golden.cases import cases
 
 pytestmark = pytest.mark.golden
 ATOL = 1e-4
-SMOOTHING = 0.1
 
 STAGE1 = pytest.mark.parametrize("case", cases("digit", "sem_tokens"))
 CAUSAL = pytest.mark.parametrize("case", [*cases("digit", "sem_tokens"), *cases("digit", "logits_all")])
@@ -68,6 +67,13 @@ def sequences(case):
     return arrays["vq"], None, arrays["sem"]
 
 
+def smoothed(case, prefix=""):
+    """The smoothing of the stored loss, by its name "<prefix>loss_ls<smoothing>", and its value."""
+    start = f"{prefix}loss_ls"
+    [name] = [name for name in case.arrays if name.startswith(start)]
+    return float(name.removeprefix(start)), case.arrays[name]
+
+
 @STAGE1
 def test_logits_and_losses(case):
     """Logits are stored for some of the places."""
@@ -79,8 +85,9 @@ def test_logits_and_losses(case):
     every = -(-logits.shape[1] // arrays["logits_image"].shape[1])
     close(logits[:, ::every], arrays["logits_image"])
     np.testing.assert_array_equal(arrays["tgt"][:, :-1] - SPECIALS, codes)
-    loss, nll = losses.next_code(logits, codes, SMOOTHING)
-    close(jnp.mean(loss), arrays["loss_ls0.1"])
+    smoothing, stored = smoothed(case)
+    loss, nll = losses.next_code(logits, codes, smoothing)
+    close(jnp.mean(loss), stored)
     close(jnp.mean(nll), arrays["nll"])
 
 
@@ -91,10 +98,12 @@ def test_gradients(case):
     arrays, (module, params, family) = case.arrays, load(case)
     codes, y = arrays["sem_tokens"] - SPECIALS, conditions(case, arrays["cls_ids"])
 
+    smoothing, _ = smoothed(case)
+
     @jax.jit
     def gradient(params):
         def loss(params):
-            return jnp.mean(losses.next_code(module.apply({"params": params}, codes, y), codes, SMOOTHING)[0])
+            return jnp.mean(losses.next_code(module.apply({"params": params}, codes, y), codes, smoothing)[0])
 
         return jax.grad(loss)(params)
 
@@ -175,8 +184,9 @@ def test_second_stage(case):
     x, _ = run(case, codes, None, source, method="hidden")
     close(run(case, x, method="logits"), arrays["logits_all"])
     np.testing.assert_array_equal(arrays["tgt"][:, :-1] - SPECIALS, codes)
-    loss, nll = losses.next_code(logits, codes, SMOOTHING)
-    close(jnp.mean(loss), arrays["loss_ls0.1"])
+    smoothing, stored = smoothed(case)
+    loss, nll = losses.next_code(logits, codes, smoothing)
+    close(jnp.mean(loss), stored)
     close(jnp.mean(nll), arrays["nll"])
 
 
@@ -194,8 +204,9 @@ def test_masked_second_stage(case):
     x, _ = run(case, visible, None, arrays["sem"], method="hidden")
     start = arrays["sem"].shape[1]
     close(run(case, x, method="logits")[:, start], arrays["train_logits_target"][:, 0])
-    loss, nll = losses.hidden_codes(logits, codes, hidden, SMOOTHING)
-    close(jnp.mean(loss), arrays["train_loss_ls0.1"])
+    smoothing, stored = smoothed(case, "train_")
+    loss, nll = losses.hidden_codes(logits, codes, hidden, smoothing)
+    close(jnp.mean(loss), stored)
     close(jnp.mean(nll), arrays["train_nll"])
 
 

@@ -1,6 +1,7 @@
 """DiT against stored outputs of facebookresearch/DiT.
 
-The reference's own float32 error is about 2e-6 at outputs of order one, so values are held to 2e-5.
+The reference's own float32 error is about 2e-6 at outputs of order one, so values are held to 2e-5, or to four times
+the error that the case states.
 """
 
 import functools
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.golden.cases import cases, gradients, guided, load, run
+from tests.golden.cases import atol, cases, check_guidance, gradients, load, run
 
 pytestmark = pytest.mark.golden
 ATOL = 2e-5
@@ -21,7 +22,7 @@ def test_outputs(case):
     assert case is not None, "no stored cases"
     arrays = case.arrays
     out, _ = run("dit", case, arrays["x"], arrays["t"], arrays["y"])
-    np.testing.assert_allclose(out, arrays["out"], rtol=0, atol=ATOL)
+    np.testing.assert_allclose(out, arrays["out"], rtol=0, atol=atol(case, ATOL))
 
 
 @pytest.mark.parametrize("case", cases("dit", "out_null"))
@@ -30,7 +31,7 @@ def test_null_label(case):
     arrays = case.arrays
     null = np.full_like(arrays["y"], load("dit", case)[0].num_classes)
     out, _ = run("dit", case, arrays["x"], arrays["t"], null)
-    np.testing.assert_allclose(out, arrays["out_null"], rtol=0, atol=ATOL)
+    np.testing.assert_allclose(out, arrays["out_null"], rtol=0, atol=atol(case, ATOL))
 
 
 @pytest.mark.parametrize("case", cases("dit", "out_t_float"))
@@ -38,19 +39,17 @@ def test_times_between_steps(case):
     assert case is not None, "no stored cases"
     arrays = case.arrays
     out, _ = run("dit", case, arrays["x"], arrays["t_float"], arrays["y"])
-    np.testing.assert_allclose(out, arrays["out_t_float"], rtol=0, atol=ATOL)
+    np.testing.assert_allclose(out, arrays["out_t_float"], rtol=0, atol=atol(case, ATOL))
 
 
 @pytest.mark.parametrize("case", cases("dit", "out_cfg"))
 def test_guidance(case):
-    """Both halves see the first half of x; three noise channels are extrapolated, the rest stays as it is."""
     assert case is not None, "no stored cases"
     arrays = case.arrays
-    [name] = [name for name in arrays if name.startswith("out_cfg")]
-    scale = float(name.removeprefix("out_cfg"))
-    half = arrays["cfg_x"][: len(arrays["cfg_x"]) // 2]
-    out, _ = run("dit", case, np.concatenate([half, half]), arrays["cfg_t"], arrays["cfg_y"])
-    np.testing.assert_allclose(guided(out, scale), arrays[name], rtol=0, atol=ATOL)
+    for name in (name for name in arrays if name.startswith("out_cfg")):
+        given = [arrays[key] for key in ("cfg_x", "cfg_t", "cfg_y")]
+        forward = lambda *inputs: run("dit", case, *inputs)[0]  # noqa: E731
+        check_guidance(case, forward, given, float(name.removeprefix("out_cfg")), arrays[name], ATOL)
 
 
 # stored name -> path of our module; those below "blocks" return every layer's value
@@ -81,7 +80,7 @@ def test_intermediates(case):
     _, captured = run("dit", case, arrays["x"], arrays["t"], arrays["y"])
     for key in (key for key in arrays if key.startswith("inter/")):
         value = returned(captured, key.removeprefix("inter/"))
-        np.testing.assert_allclose(value, arrays[key], rtol=0, atol=ATOL, err_msg=key)
+        np.testing.assert_allclose(value, arrays[key], rtol=0, atol=atol(case, ATOL), err_msg=key)
 
 
 @pytest.mark.parametrize("case", cases("dit", "grad/"))
@@ -93,5 +92,5 @@ def test_gradients(case):
     value, found = gradients("dit", case)
     np.testing.assert_allclose(value, arrays["loss"], rtol=1e-5)
     for key in (key for key in arrays if key.startswith("grad/")):
-        bound = 2e-5 * np.abs(arrays[key]).max()
+        bound = atol(case, 2e-5) * np.abs(arrays[key]).max()
         np.testing.assert_allclose(found[key.removeprefix("grad/")], arrays[key], rtol=0, atol=bound, err_msg=key)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffjax.diffusion import edm
-from diffjax.diffusion.paths import noise_level, predicts_x0
+from diffjax.diffusion.paths import predicts_x0, sigma_as_time
 from diffjax.diffusion.weighting import weights
 from tests.golden.cases import Case, cases
 from tests.golden.x64 import float64
@@ -51,7 +51,7 @@ def test_denoiser(case, match):
     with float64():
         dtype = jnp.float64 if exact else jnp.float32
         x, sigma = (jnp.asarray(case.arrays[key], dtype) for key in ("pre_x", "pre_sigma"))
-        output = toy(case, kind, column(process.input_scale(sigma)) * x, process.model_time(sigma))
+        output = toy(case, kind, column(process.c_in(sigma)) * x, process.c_noise(sigma))
         denoised = column(jnp.asarray(k.x0_x, dtype)) * x + column(jnp.asarray(k.x0_f, dtype)) * output
     assert denoised.dtype == dtype
     tolerance = EXACT if exact else {"rtol": 0, "atol": 1e-5 * np.abs(case.arrays["pre_x"]).max()}
@@ -65,10 +65,10 @@ def test_coefficients(case):
     grid = edm.edm().grid(stored["pre_sigma"])
     np.testing.assert_allclose(grid.conversion.x0_x, stored["pre_c_skip"], **EXACT)
     np.testing.assert_allclose(grid.conversion.x0_f, stored["pre_c_out"], **EXACT)
-    np.testing.assert_allclose(grid.input_scale, stored["pre_c_in"], **EXACT)
-    np.testing.assert_allclose(grid.model_time, stored["pre_c_noise"], **EXACT)
+    np.testing.assert_allclose(grid.c_in, stored["pre_c_in"], **EXACT)
+    np.testing.assert_allclose(grid.c_noise, stored["pre_c_noise"], **EXACT)
     vp = edm.edm("vp").grid(stored["pre_sigma"])
-    np.testing.assert_allclose(vp.model_time, stored["pre_vp_c_noise"], **EXACT)
+    np.testing.assert_allclose(vp.c_noise, stored["pre_vp_c_noise"], **EXACT)
     np.testing.assert_allclose(edm.VP_SPAN[0], case.info["vp_sigma_max"], rtol=1e-6)  # float32 in the reference
 
 
@@ -86,10 +86,10 @@ def test_iddpm_table(case):
     process = edm.edm("iddpm")
     grid = process.grid(sigma)
     np.testing.assert_array_equal(edm.iddpm_index(sigma), stored["iddpm_index"])
-    np.testing.assert_array_equal(grid.model_time, edm.STEPS - 1 - stored["iddpm_index"])
+    np.testing.assert_array_equal(grid.c_noise, edm.STEPS - 1 - stored["iddpm_index"])
     np.testing.assert_allclose(grid.t, stored["iddpm_sigma_rounded"], **FLOAT32_SINES)
     on_device = jnp.asarray(sigma, jnp.float32)
-    np.testing.assert_array_equal(process.model_time(on_device), edm.STEPS - 1 - stored["iddpm_index"])
+    np.testing.assert_array_equal(process.c_noise(on_device), edm.STEPS - 1 - stored["iddpm_index"])
 
 
 def training_sigma(case: Case, name: str) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_losses(case, match):
     @jax.jit
     def loss(y, eps, sigma):
         xt = process.q_sample(y, sigma, eps)
-        output = toy(case, kind, column(process.input_scale(sigma)) * xt, process.model_time(sigma))
+        output = toy(case, kind, column(process.c_in(sigma)) * xt, process.c_noise(sigma))
         elements = column(process.weight(sigma)) * (output - process.target(y, sigma, eps)) ** 2
         return elements, process.losses(output, y, xt, sigma, eps)["loss"]
 
@@ -126,7 +126,7 @@ def test_losses(case, match):
 def test_loss_weight(case):
     """λ, of the denoiser's squared error."""
     assert case is not None, "no stored cases"
-    points = noise_level(case.arrays["loss_EDM_sigma"].ravel())
+    points = sigma_as_time(case.arrays["loss_EDM_sigma"].ravel())
     weight = weights("edm", points, predicts_x0, sigma_data=0.5)
     np.testing.assert_allclose(weight, case.arrays["loss_EDM_weight"].ravel(), **EXACT)
 
@@ -138,16 +138,3 @@ def test_noise_levels(case, match):
     np.testing.assert_allclose(
         edm.sigmas(int(steps), float(low), float(high), float(rho)), case.arrays[match[0]], **EXACT
     )
-
-
-@pytest.mark.parametrize("case, match", keys(r"(abl\d+)_f64_call_sigma"))
-def test_discretisations(case, match):
-    """The noise levels at which the generalised sampler begins its steps; it also calls at others within them."""
-    assert case is not None, "no stored cases"
-    options = case.info["ablation"][match[1]]
-    sigma = edm.DISCRETISATIONS[options["discretization"]](options["num_steps"])
-    assert len(sigma) == options["num_steps"] + 1
-    assert sigma[-1] == 0
-    starts = case.arrays[match[0]][:: 1 if options["solver"] == "euler" else 2]
-    tolerance = {"rtol": 4e-7} if options["discretization"] == "iddpm" else EXACT
-    np.testing.assert_allclose(sigma[:-1], starts, **tolerance)

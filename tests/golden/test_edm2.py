@@ -27,7 +27,7 @@ def test_uncertainty_loss(case):
     def loss(y, z, eps, log_variance):
         sigma = edm.lognormal(z, number["P_mean"], number["P_std"])
         xt = process.q_sample(y, sigma, eps)
-        scale, c_noise = (f(sigma).reshape(-1, *(1,) * (y.ndim - 1)) for f in (process.input_scale, process.model_time))
+        scale, c_noise = (f(sigma).reshape(-1, *(1,) * (y.ndim - 1)) for f in (process.c_in, process.c_noise))
         output = a * jnp.tanh(scale * xt) + b * jnp.sin(c_noise)
         return process.losses(output, y, xt, sigma, eps, log_variance)["loss"]
 

@@ -33,7 +33,7 @@ def test_guided_trajectories(case, skip):
     def worse(x, t):
         sigma = jnp.exp(4 * t).reshape(-1, *(1,) * (x.ndim - 1))
         c_skip, c_out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / jnp.sqrt(sigma**2 + 0.25)
-        noisy = x / process.input_scale(sigma)
+        noisy = x / process.c_in(sigma)
         denoised = scale_worse * (c_skip * noisy + c_out * main(x, t)) + scale_tanh * jnp.tanh(noisy)
         return (denoised - c_skip * noisy) / c_out
 
@@ -44,6 +44,6 @@ def test_guided_trajectories(case, skip):
         denoise = guidance.autoguidance(main, worse, skip=skip)
         run = jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, jnp.float32))
         for key in keys:
-            plan = samplers.plan(process, "edm", steps, weight=float(key.removeprefix("guided_final_w")))
+            plan = samplers.schedule(process, "edm", steps, weight=float(key.removeprefix("guided_final_w")))
             # dividing by c_out, which falls to sigma_min, costs some digits
             np.testing.assert_allclose(run(plan, x), case.arrays[key], rtol=1e-10, err_msg=key)

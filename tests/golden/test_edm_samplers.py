@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.diffusion import edm, samplers, tables
-from tests import trajectories
+from diffjax.diffusion import edm, samplers, sigma_grids
+from tests import ablations, trajectories
 from tests.golden.cases import Case, cases
 from tests.golden.x64 import float64
 
@@ -40,9 +40,9 @@ def assert_calls(states: np.ndarray, case: Case, name: str, tolerance: dict) -> 
     np.testing.assert_allclose(states[-1], case.arrays[f"{name}_final"], **tolerance)
 
 
-def called(plan: samplers.Plan) -> np.ndarray:
+def called(plan: samplers.SamplerSchedule) -> np.ndarray:
     """The noise level of every call of the network."""
-    used = slice(int(plan.rows))
+    used = slice(int(plan.nfe))
     return plan.table.sigma[used] / plan.table.alpha[used]
 
 
@@ -51,14 +51,14 @@ def test_noise_levels(case):
     for key in stored(case, "sched_"):
         count, low, high, rho = (float(re.sub("[a-zA-Z]", "", part)) for part in key.split("_")[1:])
         expected = case.arrays[key]
-        actual = tables.noise_levels(edm.edm(), int(count), low, high, rho)
+        actual = sigma_grids.sigma_grid(edm.edm(), int(count), low, high, rho)
         np.testing.assert_allclose(np.append(actual, 0.0), expected, **EXACT, err_msg=key)
 
 
-def heun_plan(case: Case, **options) -> samplers.Plan:
+def heun_plan(case: Case, **options) -> samplers.SamplerSchedule:
     settings = case.info["heun"]
     numbers = {name: settings[name] for name in ("sigma_min", "sigma_max", "rho")}
-    return samplers.plan(edm.edm(), "edm", settings["num_steps"], **numbers, **options)
+    return samplers.schedule(edm.edm(), "edm", settings["num_steps"], **numbers, **options)
 
 
 @pytest.mark.parametrize("kind", ["linear", "tanh"])
@@ -104,20 +104,20 @@ def test_churned_heun(case):
     assert_calls(states, case, "churn_tanh_f64", EXACT)
 
 
-def schedule(name: str, levels: np.ndarray) -> edm.Schedule:
+def schedule(name: str, levels: np.ndarray) -> ablations.Schedule:
     """σ(t), that of VP from the highest noise level at t = 1 to the lowest."""
     if name == "vp":
-        return edm.vp_schedule(*edm.vp_betas(levels[-1], levels[0]))
-    return {"ve": edm.ve_schedule, "linear": edm.linear_schedule}[name]()
+        return ablations.vp(*ablations.vp_betas(levels[-1], levels[0]))
+    return {"ve": ablations.ve, "linear": ablations.linear}[name]()
 
 
-def ablations() -> list:
+def stored_ablations() -> list:
     found = [parameter for parameter in cases("edm") if parameter.values[0] is not None]
     names = [(p.values[0], name, p.id) for p in found for name in p.values[0].info["ablation"]]
     return [pytest.param(case, name, id=f"{i}-{name}") for case, name, i in names] or [pytest.param(None, "", id="edm")]
 
 
-@pytest.mark.parametrize("case, name", ablations())
+@pytest.mark.parametrize("case, name", stored_ablations())
 def test_other_schedules_and_scalings(case, name):
     """EDM's generalised sampler: Euler and the second-order family on other paths, in their own time; looking ahead by
     a part of a step is its own sampler's in noise levels. The table of iDDPM is known to float32 alone, so that there
@@ -127,14 +127,14 @@ def test_other_schedules_and_scalings(case, name):
     steps, second_order = settings["num_steps"], settings["solver"] == "heun"
     discretisation = settings["discretization"]
     starts = calls[::2] if second_order else calls
-    levels = np.append(starts, 0.0) if discretisation == "iddpm" else edm.DISCRETISATIONS[discretisation](steps)
+    levels = np.append(starts, 0.0) if discretisation == "iddpm" else ablations.DISCRETISATIONS[discretisation](steps)
     time = schedule(settings["schedule"], levels[:-1])
-    process = edm.rescaled(edm.edm(), time, settings["scaling"])
+    process = ablations.rescaled(edm.edm(), time, settings["scaling"])
     ahead = {"ahead": settings["alpha"]} if second_order else {}
     if discretisation == "edm":
-        plan = samplers.plan(process, "edm", steps, order=2 if second_order else 1, **ahead)
+        plan = samplers.schedule(process, "edm", steps, order=2 if second_order else 1, **ahead)
     else:
-        plan = samplers.plan(process, settings["solver"], steps, times=time.inverse(levels), **ahead)
+        plan = trajectories.schedule_at(process, settings["solver"], time.inverse(levels), **ahead)
     np.testing.assert_allclose(called(plan), calls, **EXACT)
     scale = process.path(time.inverse(levels[:1])).sigma[0]
     with float64():
@@ -154,7 +154,7 @@ def test_gaussian_data(case, solver, order):
     with float64():
         x = jnp.asarray(case.arrays["traj_latents"])
         for row in settings["errors"][solver]:
-            plan = samplers.plan(process, "edm", row["N"], order=order)
+            plan = samplers.schedule(process, "edm", row["N"], order=order)
             states = trajectories.states(plan, denoise, x)
             # the file gives the first digits of errors that are differences of numbers near 1
             before, after = (

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.diffusion import edm, guidance, samplers, tables
+from diffjax.diffusion import edm, guidance, samplers, sigma_grids
 from diffjax.diffusion.gaussian import gaussian_diffusion
 from tests import trajectories
 from tests.golden.cases import Case, cases
@@ -48,8 +48,8 @@ def test_power_cosine_in_a_respaced_plan(case, key):
     scale, power = numbers(key, "s p")
     kept, process = case.arrays["respaced_t_250"], gaussian_diffusion(steps=len(case.arrays["t"]))
     weight = guidance.weights("power_cosine", scale, power=power)
-    plan = samplers.plan(process, "ddpm", len(kept), weight=weight)
-    np.testing.assert_array_equal(plan.table.model_time, kept[::-1])
+    plan = samplers.schedule(process, "ddpm", len(kept), weight=weight)
+    np.testing.assert_array_equal(plan.table.c_noise, kept[::-1])
     np.testing.assert_allclose(plan.table.weight, case.arrays[key][kept[::-1]], **EXACT)
 
 
@@ -88,7 +88,7 @@ def test_intervals(case, key):
     np.testing.assert_array_equal(guidance.interval(levels, scale, low, high), expected)
     info = case.info[key.replace("interval_w", "interval")]
     assert (guidance.interval(levels, 2.0, info["snapped_lo"], info["snapped_hi"]) == 2.0).sum() == info["guided_steps"]
-    plan = samplers.plan(
+    plan = samplers.schedule(
         edm.edm(),
         "edm",
         len(levels),
@@ -109,8 +109,8 @@ def test_dpm_solver(case: Case, key):
     assert case is not None, "no stored cases"
     (spacing, steps), settings = dpm_name(key), case.info["dpm"]
     process = gaussian_diffusion(variance="fixed_small")
-    plan = samplers.plan(process, "dpmpp_2m", steps, spacing=spacing)
-    np.testing.assert_array_equal(plan.table.model_time, case.arrays[key.replace("traj", "timesteps")])
+    plan = samplers.schedule(process, "dpmpp_2m", steps, spacing=spacing)
+    np.testing.assert_array_equal(plan.table.c_noise, case.arrays[key.replace("traj", "timesteps")])
     abar = process.alphas_cumprod
 
     def denoise(x, t, weight):
@@ -127,4 +127,4 @@ def test_dpm_solver(case: Case, key):
 def test_dpm_timesteps(case, key):
     assert case is not None, "no stored cases"
     spacing, steps = dpm_name(key)
-    np.testing.assert_array_equal(tables.discrete_steps(1000, steps, spacing), case.arrays[key])
+    np.testing.assert_array_equal(sigma_grids.discrete_steps(1000, steps, spacing), case.arrays[key])

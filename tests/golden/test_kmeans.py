@@ -38,14 +38,14 @@ def iterate(case, start: str, iterations: int) -> tuple[np.ndarray, list[float],
     return centroids, objectives, empty
 
 
-@pytest.mark.parametrize("case", cases("digit", "centroids_iter1"))
+@pytest.mark.parametrize("case", cases("digit", "centroids_iter"))
 def test_iterations_from_fixed_centroids(case):
     for iterations, expected in stored(case, r"centroids_iter(\d+)").items():
         centroids, _, _ = iterate(case, "init", iterations)
         np.testing.assert_allclose(centroids, expected, rtol=0, atol=ATOL, err_msg=f"{iterations} iterations")
 
 
-@pytest.mark.parametrize("case", cases("digit", "obj_iter1"))
+@pytest.mark.parametrize("case", cases("digit", "obj_iter"))
 def test_objectives(case):
     for iterations, expected in stored(case, r"obj_iter(\d+)").items():
         _, objectives, _ = iterate(case, "init", iterations)
@@ -53,7 +53,7 @@ def test_objectives(case):
         np.testing.assert_allclose(objectives, repeated, rtol=1e-5, err_msg=f"{iterations} iterations")
 
 
-@pytest.mark.parametrize("case", cases("digit", "centroids_empty_iter1"))
+@pytest.mark.parametrize("case", cases("digit", "centroids_empty_iter"))
 def test_empty_clusters_are_split_off_others(case):
     for iterations, expected in stored(case, r"centroids_empty_iter(\d+)").items():
         centroids, _, empty = iterate(case, "init_empty", iterations)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from diffjax.diffusion import flow
-from diffjax.diffusion.paths import Conversion, Point, conversion, drift, predicts_score, predicts_velocity
+from diffjax.diffusion.paths import Conversion, Point, conversion, predicts_score, predicts_velocity
 from diffjax.diffusion.process import per_example
+from tests import trajectories
 from tests.golden.cases import Case, cases
 from tests.golden.x64 import float64
 
@@ -52,7 +53,7 @@ def test_paths(case, match):
     c = flow.PATHS[name.lower()](t)
     for coefficient, key in zip(c, ("alpha", "sigma", "d_alpha", "d_sigma")):
         np.testing.assert_allclose(coefficient, stored[f"{name}_{key}"], **EXACT, err_msg=key)
-    r, diffusion = drift(c)
+    r, diffusion = trajectories.drift(c)
     np.testing.assert_allclose(r, stored[f"{name}_d_alpha_over_alpha"], **EXACT)
     np.testing.assert_allclose(diffusion, stored[f"{name}_drift_var"], **EXACT)
     np.testing.assert_allclose(-r.reshape(-1, 1, 1, 1) * stored[match[0]], stored[f"{name}_drift_mean"], **EXACT)

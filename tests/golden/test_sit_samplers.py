@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.diffusion import flow, samplers, tables
+from diffjax.diffusion import flow, samplers, stochastic_samplers
 from diffjax.diffusion.process import Process
 from tests import trajectories
 from tests.golden.cases import Case, cases
@@ -49,7 +49,7 @@ def named(prefix: str, parts: int) -> list:
 def test_fixed_steps_on_a_solvable_field(case, solver):
     assert case is not None, "no stored cases"
     expected = case.arrays["ode_toy_euler" if solver == "euler" else "ode_toy_heun2"]
-    plan = samplers.plan(process(case, "Linear", "velocity"), solver, case.info["ode"]["num_steps"] - 1)
+    plan = samplers.schedule(process(case, "Linear", "velocity"), solver, case.info["ode"]["num_steps"] - 1)
     with float64():
         states = trajectories.states(plan, toy(case), jnp.asarray(case.arrays["ode_z"]))
     np.testing.assert_allclose(states if solver == "euler" else states[::2], expected, **TIGHT)
@@ -61,7 +61,7 @@ def test_backwards(case):
     assert case is not None, "no stored cases"
     steps = case.info["ode"]["num_steps"] - 1
     known = process(case, "Linear", "velocity")
-    plan = samplers.plan(known, "heun", steps, times=np.linspace(*known.span[::-1], steps + 1))
+    plan = trajectories.schedule_at(known, "heun", np.linspace(*known.span[::-1], steps + 1))
     with float64():
         states = trajectories.states(plan, toy(case), jnp.asarray(case.arrays["ode_z"]))
     np.testing.assert_allclose(states[::2], case.arrays["ode_reverse_toy_heun2"], **TIGHT)
@@ -76,13 +76,13 @@ def test_adaptive_steps(case):
     with float64():
         z = jnp.asarray(case.arrays["ode_z"])
         run = jax.jit(lambda plan, x: samplers.sample(plan, toy(case), x, jnp.float32))
-        end = run(samplers.plan(known, "dopri5", rtol=1e-12, atol=1e-12), z)
+        end = run(samplers.schedule(known, "dopri5", rtol=1e-12, atol=1e-12), z)
         np.testing.assert_allclose(end, case.arrays["ode_toy_exact_t1"], rtol=1e-9)
         np.testing.assert_allclose(end, stored[-1], rtol=1e-9)
         x = z
         for before, after in pairwise(np.linspace(*known.span, len(stored))):
             part = replace(known, span=(float(before), float(after)))
-            x = run(samplers.plan(part, "dopri5", rtol=1e-12, atol=1e-12), x)
+            x = run(samplers.schedule(part, "dopri5", rtol=1e-12, atol=1e-12), x)
             np.testing.assert_allclose(x, solution(case, z, after), rtol=1e-9)
 
 
@@ -102,7 +102,7 @@ def test_diffusions(case, path, form):
     """Of norm 1, at the stored times."""
     assert case is not None, "no stored cases"
     t = case.arrays["t"]
-    actual = tables.DIFFUSIONS[form.lower().replace("-", "_")](1.0, t, flow.PATHS[path.lower()](t))
+    actual = stochastic_samplers.DIFFUSIONS[form.lower().replace("-", "_")](1.0, t, flow.PATHS[path.lower()](t))
     np.testing.assert_allclose(actual, case.arrays[f"{path}_diffusion_{form}"], **TIGHT)
 
 
@@ -118,7 +118,7 @@ def test_fixed_steps_on_gaussian_data(case, name):
     assert case is not None, "no stored cases"
     _, path, prediction, solver = name
     known, settings = process(case, path, prediction), case.info["gauss"]
-    plan = samplers.plan(known, {"heun2": "heun"}.get(solver, solver), case.info["ode"]["num_steps"] - 1)
+    plan = samplers.schedule(known, {"heun2": "heun"}.get(solver, solver), case.info["ode"]["num_steps"] - 1)
     with float64():
         denoise = trajectories.exact(known, settings["mu"], settings["s"])
         final = trajectories.states(plan, denoise, jnp.asarray(case.arrays["ode_z"]))[-1]
@@ -138,7 +138,7 @@ def test_convergence_on_gaussian_data(case, path, solver):
         largest = settings["errors"][f"{path}/{solver}"][-1]["updates"]
         run = jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, jnp.float32))
         for row in settings["errors"][f"{path}/{solver}"]:
-            plan = samplers.plan(known, {"heun2": "heun"}.get(solver, solver), row["updates"], max_steps=largest)
+            plan = samplers.schedule(known, {"heun2": "heun"}.get(solver, solver), row["updates"], max_steps=largest)
             final = run(plan, x)
             error = np.abs(final - case.arrays["gauss_exact_t1"]).max()
             np.testing.assert_allclose(error, row["max_err"], rtol=1e-8)
@@ -152,7 +152,7 @@ def test_stochastic_samplers(case, name):
     assert case is not None, "no stored cases"
     path, prediction, method, form, last_step = name
     known, settings, key = process(case, path, prediction), case.info["gauss"], "_".join(["sde", *name])
-    plan = samplers.plan(
+    plan = samplers.schedule(
         known,
         {"Euler": "euler_maruyama", "Heun": "sde_heun"}[method],
         case.info["sde"]["num_steps"] - 1,

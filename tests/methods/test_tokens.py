@@ -312,7 +312,7 @@ REFUSED = {
     "smoothing": ("features", ("tokens.smoothing=1",), "tokens.smoothing = 1.0: valid: 0 to below 1"),
     "smoothing-negative": ("rounds", ("tokens.smoothing=-0.1",), "tokens.smoothing = -0.1: valid"),
     "label-drop": ("features", ("tokens.label_drop=1",), "tokens.label_drop = 1.0: valid: 0 (no null) to below 1"),
-    "places": ("features", ("data.size=6",), "6 x 6 codes and their start need 37 places; length = 32"),
+    "positions": ("features", ("data.size=6",), "6 x 6 codes and their start need 37 positions; length = 32"),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from diffjax import models
 from diffjax.errors import UserError
-from diffjax.models.digit import FIRST_PLACE, SIZES
+from diffjax.models.digit import FIRST_POSITION, SIZES
 from diffjax.ops.dictionary import NO_CODE, PAD, SPECIALS
 from diffjax.ops.macs import count_macs
 from diffjax.parallel.mesh import batch_sharding, make_mesh
@@ -211,8 +211,8 @@ def test_small_integer_types_do_not_overflow():
         (lambda: tiny(dropout=1.0), "dropout = 1.0: valid: 0 to below 1"),
         (lambda: tiny(**SOURCE, num_classes=3), "a model with a source takes no labels; num_classes = 3"),
         (lambda: tiny(null_class=True), "null_class = True needs num_classes"),
-        (lambda: tiny().init_cache(1, 10), "a target of 10 places .* valid: up to 9"),
-        (lambda: apply(tiny())(jnp.zeros((1, 9), jnp.int32)), "a target of 10 places"),
+        (lambda: tiny().init_cache(1, 10), "a target of 10 positions .* valid: up to 9"),
+        (lambda: apply(tiny())(jnp.zeros((1, 9), jnp.int32)), "a target of 10 positions"),
         (lambda: apply(tiny(**SOURCE))(jnp.zeros((1, 2), jnp.int32)), "has a source of 7 codes: it needs them"),
         (lambda: apply(tiny(**CLASSES))(jnp.zeros((1, 2), jnp.int32)), "has 3 classes: it needs labels"),
         (lambda: apply(tiny(), train=True)(jnp.zeros((1, 2), jnp.int32)), "needs keys, one per example"),
@@ -248,7 +248,7 @@ def test_remat_changes_no_gradient():
         found.append(run(some_params(tiny())))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), *found)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found[0]))
-    unused = found[0]["positions"][:FIRST_PLACE]
+    unused = found[0]["positions"][:FIRST_POSITION]
     assert not unused.any()
 
 

@@ -275,12 +275,19 @@ def test_rematerialisation_changes_no_value(remat):
     jax.tree.map(close, value_and_gradients(remat), value_and_gradients("dots"))
 
 
-def test_dots_keeps_what_spares_a_second_forward_scan():
+@pytest.mark.parametrize("see", [None, 0])
+def test_dots_keeps_what_spares_a_second_forward_scan(see):
+    """At depth 3 there are blocks of all kinds: one that stands alone, and stacked ones on either side."""
+
     def loops(remat):
-        model, (x, t, y) = tiny(depth=1, remat=remat, scan="sequential"), inputs()
+        model, (x, t, y) = tiny(depth=3, remat=remat, scan="sequential"), inputs()
         params = jax.eval_shape(model.init, jax.random.key(0), x, t, y)["params"]
-        gradient = jax.grad(lambda p: jnp.mean(model.apply({"params": p}, x, t, y) ** 2))
-        return str(jax.make_jaxpr(gradient)(params)).count("scan[")
+
+        def loss(params):
+            out = model.apply({"params": params}, x, t, y, see=see)
+            return jnp.mean((out if see is None else out[0]) ** 2)
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("scan[")
 
     assert loops("none") == loops("dots") < loops("full")
 

@@ -8,11 +8,13 @@ import numpy as np
 import optax
 import pytest
 
+from configs import udit_imagenet
 from diffjax import models, rng
 from diffjax.errors import UserError
 from diffjax.models import udit
-from diffjax.models.udit import fuse, rope_angles
+from diffjax.models.udit import fuse
 from diffjax.ops.macs import count_macs
+from diffjax.ops.rotary import rope_angles
 from diffjax.training.state import initial_state
 
 SIZES = [name for name, row in models.MODELS.items() if row.family == "U-DiT"]
@@ -22,7 +24,18 @@ PUBLISHED = {"U-DiT-S": (52.05, 6.04), "U-DiT-B": (204.43, 22.22), "U-DiT-L": (8
 VANILLA = {"U-DiT-S": (51_465_992, 5.893), "U-DiT-B": (203_266_568, 21.924), "U-DiT-L": (807_871_496, 84.398)}
 AT_512_PIXELS = {"U-DiT-S": 32.932, "U-DiT-B": 106.294, "U-DiT-L": 374.312}
 
-ATTEND = udit.SubImageAttention(2, 2, 5, True, "cosine", "rope", "sqrt", 4.6052, None, jnp.float32)
+ATTEND = udit.SubImageAttention(
+    heads=2,
+    factor=2,
+    kernel=5,
+    shortcut=True,
+    kind="cosine",
+    positions="rope",
+    rope_rows="sqrt",
+    logit_clamp=4.6052,
+    depthwise=None,
+    dtype=jnp.float32,
+)
 
 
 def shapes(model, side=32):
@@ -94,7 +107,7 @@ def test_counts_of_both_forms_are_those_of_the_table(name):
 
 @pytest.mark.parametrize("name", VANILLA)
 def test_counts_of_the_vanilla_rows(name):
-    params, gmacs = counted(models.create(name, **udit.VANILLA))
+    params, gmacs = counted(models.create(name, **udit_imagenet.VANILLA))
     assert params == VANILLA[name][0]
     assert gmacs == pytest.approx(VANILLA[name][1], rel=1e-3)
 

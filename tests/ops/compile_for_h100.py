@@ -6,6 +6,7 @@ A program of its own, since XLA reads its flags once. Needs jax's CUDA plugin, b
 import functools
 import json
 import os
+import re
 
 # Nothing can be tuned without a device.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
@@ -17,6 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from diffjax.ops import recurrence
 from diffjax.ops.pallas import selective_scan_gpu as kernels
 from diffjax.ops.recurrence import Inputs
 from diffjax.ops.selective_scan import selective_scan
@@ -71,8 +73,60 @@ def compile_alone(device: jax.Device, shape: tuple[int, int, int], dtype: str, r
         report(f"{name} {shape} {dtype} reverse={reverse}", compiled)
 
 
-def compile_spread(devices: list[jax.Device]) -> None:
-    """The gradient of the scan over eight devices, through its door: batch over two, channels over four."""
+def limited(length: int) -> functools.partial:
+    return functools.partial(recurrence.balanced, limit=length)
+
+
+def compile_plain(device: jax.Device, name: str, passes: tuple) -> None:
+    """The two passes of a plain form on one device, with the number of kernels that they start."""
+    forward, backward = (functools.partial(f, softplus=True, reverse=False) for f in passes)
+    given = inputs(*SHAPES[1], "bfloat16")
+    out, starts, last = jax.eval_shape(forward, given)
+    for way, function, arguments in (
+        ("forward", forward, (given,)),
+        ("backward", backward, (given, starts, out, last)),
+    ):
+        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), arguments)
+        compiled = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",)).compile()
+        temporaries, started = compiled.memory_analysis().temp_size_in_bytes, kernels_started(compiled.as_text())
+        print(json.dumps({"name": f"{name} {way}", "temp": temporaries, "collectives": [], "kernels": started}))
+
+
+KERNEL = re.compile(
+    r" = .*? (fusion|custom-call|copy|reduce|scatter|gather|dynamic-update-slice|dynamic-slice|transpose|conditional"
+    r"|sort|concatenate|pad|broadcast|iota|select|add|multiply)\("
+)
+
+
+def kernels_started(text: str) -> int:
+    """How many kernels a compiled program starts: instructions, those of a loop as often as it turns."""
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", ""
+    for line in text.splitlines():
+        if found := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = found[2]
+            entry = current if found[1] else entry
+            bodies[current] = []
+        elif current:
+            bodies[current].append(line)
+
+    def count(name: str) -> int:
+        total = 0
+        for line in bodies[name]:
+            if " while(" in line:
+                body, turns = re.search(r"body=%?([\w.\-]+)", line), re.search(r'trip_count":\{"n":"(\d+)"', line)
+                total += (int(turns[1]) if turns else 1) * (count(body[1]) + 1)  # one for the test of the loop
+            elif " call(" in line:
+                total += count(re.search(r"to_apply=%?([\w.\-]+)", line)[1])
+            else:
+                total += bool(KERNEL.search(line))
+        return total
+
+    return count(entry)
+
+
+def compile_spread(devices: list[jax.Device], name: str, implementation: str | None) -> None:
+    """The gradient of the scan over eight devices, as models call it: batch over two, channels over four."""
     b, tokens, e = SHAPES[0]
     mesh = make_mesh({"data": 2, "tensor": 4}, devices)
     along, channels = P("data", None, "tensor"), P("tensor")
@@ -81,17 +135,23 @@ def compile_spread(devices: list[jax.Device]) -> None:
     placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)) for x, s in zip(given, names)]
 
     def loss(u, delta, A, B, C, D, z, bias):
-        return jnp.sum(selective_scan(u, delta, A.T, B, C, D, z, bias).astype(jnp.float32))
+        out = selective_scan(u, delta, A.T, B, C, D, z, bias, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32))
 
     with jax.set_mesh(mesh):
-        report("spread", jax.jit(jax.grad(loss, argnums=tuple(range(8)))).trace(*placed).lower().compile())
+        report(name, jax.jit(jax.grad(loss, argnums=tuple(range(8)))).trace(*placed).lower().compile())
 
 
 if __name__ == "__main__":
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x8")
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    for shape in SHAPES:
-        for dtype in ("bfloat16", "float32"):
-            compile_alone(device, shape, dtype, reverse=False)
-    compile_alone(device, SHAPES[0], "bfloat16", reverse=True)
-    compile_spread(topology.devices)
+    with jax.set_mesh(make_mesh({"data": 1}, topology.devices[:1])):  # by which the kernels know what they are for
+        for shape in SHAPES:
+            for dtype in ("bfloat16", "float32"):
+                compile_alone(device, shape, dtype, reverse=False)
+        compile_alone(device, SHAPES[0], "bfloat16", reverse=True)
+    compile_spread(topology.devices, "spread", "pallas")
+    compile_spread(topology.devices, "spread by default", None)
+    for length in (16, 64, 128):
+        compile_plain(device, f"associative {length}", recurrence.pair(recurrence.ASSOCIATIVE, limited(length)))
+    compile_plain(device, "loop 16", recurrence.CHUNKED)

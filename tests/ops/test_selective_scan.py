@@ -1,5 +1,6 @@
 """The selective scan: every implementation is the plain loop, forwards, backwards and sharded; refusals; memory."""
 
+import importlib
 import logging
 import random
 
@@ -17,6 +18,8 @@ from diffjax.ops.selective_scan import _default, selective_scan
 from diffjax.parallel.mesh import make_mesh
 from diffjax.parallel.rules import mesh_axes
 from tests.ops.scans import IMPLEMENTATIONS, KERNELS, draw, exact, scan
+
+module = importlib.import_module("diffjax.ops.selective_scan")  # whose name the function has in its package
 
 
 def value_and_gradients(implementation, arguments, g, g_last, **options):
@@ -190,6 +193,24 @@ def test_chunked_needs_a_twentieth_of_the_memory_of_associative():
 @pytest.mark.parametrize("tokens, length", [(1, 1), (16, 16), (17, 9), (18, 9), (258, 16), (1026, 16)])
 def test_chunks_are_of_about_equal_length(tokens, length):
     assert balanced(tokens) == length
+
+
+@pytest.mark.parametrize("target, kernel", [("cpu", False), ("gpu", False), ("tpu", True)])
+def test_only_a_tpu_gets_a_kernel_by_default(target, kernel, monkeypatch):
+    """That of a GPU is compiled by Triton, which is leaving JAX."""
+    monkeypatch.setattr(module, "platform", lambda: target)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(exported(**x))))(draw((1, 4, 8, 2)))
+    assert ("pallas_call" in str(jaxpr)) == kernel
+    assert ("scan[" in str(jaxpr)) != kernel
+
+
+def test_chunked_in_parallel_is_the_same_recurrence(monkeypatch):
+    """The form for a GPU, over more than one chunk."""
+    arguments = draw((2, 130, 4, 3))
+    run = lambda: jax.value_and_grad(lambda x: jnp.sum(exported(**x, implementation="chunked") ** 2))(arguments)  # noqa: E731
+    expected = run()
+    monkeypatch.setattr(module, "platform", lambda: "gpu")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()), run(), expected)
 
 
 def test_the_choice_is_logged_once(caplog, monkeypatch):

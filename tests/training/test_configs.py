@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import common
+from configs import common, udit_imagenet
 from diffjax.__main__ import main
 from diffjax.config import base, leaves
 from diffjax.config import load as load_config
@@ -28,7 +28,6 @@ from diffjax.errors import UserError
 from diffjax.evaluation.evaluators import EVALUATORS
 from diffjax.experiment import build
 from diffjax.models import FAMILIES
-from diffjax.models.udit import VANILLA
 from diffjax.options import REQUIRED, options
 from diffjax.trees import leaves as flat
 from tests.programs import BACKBONES, ROOT, complete_steps, method_of
@@ -155,7 +154,7 @@ def test_recipes_are_short_and_say_their_command(recipe):
 
 def test_the_vanilla_recipe_is_the_vanilla_model():
     config = load("udit_imagenet.py:vanilla")
-    assert {switch: config.model.options[switch] for switch in VANILLA} == VANILLA
+    assert {switch: config.model.options[switch] for switch in udit_imagenet.VANILLA} == udit_imagenet.VANILLA
 
 
 def test_a_recipe_refuses_models_it_does_not_know():

@@ -74,3 +74,18 @@ def test_the_compiled_step_donates_its_state_and_repeats_itself():
         assert experiment.step._cache_size() == 1
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(again))
     assert float(metrics["loss"]) == float(metrics_again["loss"])
+
+
+def test_a_step_keeps_its_constraints_without_a_mesh_in_context():
+    """`jax.set_mesh` may be forgotten in a notebook; the program for a mesh is the same."""
+    experiment = build(tiny_config())
+    number = jax.ShapeDtypeStruct((experiment.batch_size,), jnp.int32)
+    x = jax.ShapeDtypeStruct((experiment.batch_size, 8, 8, 1), jnp.float32)
+    arguments = experiment.abstract, {}, Batch(x, number, number), experiment.key
+
+    def constraints():
+        return str(experiment.step.trace(*arguments).jaxpr).count("sharding_constraint[")
+
+    alone = constraints()
+    with jax.set_mesh(experiment.mesh):
+        assert alone == constraints() > 0
