@@ -86,6 +86,7 @@ def imagenet_latents(c: ConfigDict, pixels: int) -> None:
 def tfds_images(c: ConfigDict, dataset: str, size: int, num_classes: int) -> None:
     """Colour images of a data set that tensorflow-datasets has prepared; those of another size are cropped."""
     c.data.name, c.data.dataset, c.data.dir = "tfds", dataset, "data/tfds"
+    c.data.decode = "stored"  # as the published runs read them
     c.data.size, c.data.channels, c.data.num_classes = size, 3, num_classes
 
 

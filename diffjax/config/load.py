@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffjax.config.earlier import DEFAULTS, VERSION, modern
+from diffjax.config.earlier import VERSION, defaults, modern
 from diffjax.config.schema import Config, Spec, hint, leaves, model_leaves, resolve
 from diffjax.errors import UserError
 from diffjax.files import write_json
@@ -202,7 +202,8 @@ def stored_values(stored: Mapping[str, Any]) -> Config:
         raise UserError(f"version = {version!r}: valid: a whole number")
     if version > VERSION:
         raise UserError(f"written by a later version of diffjax (config version {version}, this one reads {VERSION})")
-    values = DEFAULTS[version] | flat(tree)
+    values = flat(tree)
+    values |= defaults(version, values)
     if version < VERSION:
         return resolve(modern(values, values, whole=True), forget_unread=True)
     return resolve(values)
