@@ -157,7 +157,7 @@ def codes(c: ConfigDict, encoder: str, count: int, grid: int) -> None:
     c.method = "tokens"
     for leaf in c.images:
         c.images[leaf] = c.data[leaf]
-    for leaf in ("dataset", "crop"):
+    for leaf in ("dataset", "crop", "decode"):
         c.data[leaf] = base().data[leaf]
     c.data.name, c.data.split = "tokens", "train"
     c.data.encoder, c.data.codes = encoder, count
