@@ -9,15 +9,9 @@ from diffjax.errors import UserError
 from diffjax.options import Value
 
 VERSION = 2  # of config.json; files of version 1 do not say it
-# By version: what a leaf that its files lack meant then, where today's default is another; read with {leaf: values}.
-FILES = ("folder", "tfds")
-DEFAULTS: dict[int, dict[str, tuple[Value, Mapping[str, tuple[Value, ...]]]]] = {
-    version: {
-        "data.decode": ("stored", {"data.name": FILES}),
-        "images.decode": ("stored", {"images.name": FILES}),
-    }
-    for version in (1, 2)
-}
+# By version: what a leaf that its files lack meant then, where today's default is another and the leaf is read.
+DECODE: dict[str, Value] = {"data.decode": "stored", "images.decode": "stored"}
+DEFAULTS: dict[int, dict[str, Value]] = {1: DECODE, 2: DECODE}
 
 # Leaves that moved as they are. {process}, {sampler}: the names that the config has for them.
 MOVED = {
@@ -38,15 +32,6 @@ MOVED = {
 }
 # Texts of name=value pairs, and the section that each name is a leaf of now.
 PAIRS = {"diffusion.options": "diffusion.{process}", "sampling.options": "sampling.{sampler}"}
-
-
-def defaults(version: int, given: Mapping[str, Any]) -> dict[str, Value]:
-    """What the leaves that a config of `version` lacks meant, where today's default is another."""
-    return {
-        leaf: value
-        for leaf, (value, when) in DEFAULTS[version].items()
-        if leaf not in given and all(given.get(other) in values for other, values in when.items())
-    }
 
 
 def modern(given: Mapping[str, Any], context: Mapping[str, Value], whole: bool = False) -> dict[str, Any]:

@@ -132,9 +132,7 @@ def test_pictures_beyond_the_limits_of_the_decoder_are_named(tmp_path):
         only(tmp_path)
     (tmp_path / "a.png").unlink()
     Image.new("1", (20000, 20000)).save(tmp_path / "b.png")
-    with pytest.raises(
-        UserError, match=r"b\.png cannot be decoded: .*pixels.*; what is read: at most 178"
-    ):
+    with pytest.raises(UserError, match=r"b\.png cannot be decoded: .*pixels.*; what is read: at most 178"):
         only(tmp_path)
 
 
