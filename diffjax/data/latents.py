@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from diffjax.data import draws, records, shards
+from diffjax.data.normal import standard_normal
 from diffjax.errors import UserError
 
 MANIFEST = "latents.json"
@@ -96,10 +97,8 @@ class Sample:
     def __call__(self, stored: np.ndarray, mirrored: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
         """Moments [b, views, 2, h, w, c], mirrored bool [b], positions int64 [b] -> float32 [b, h, w, c]."""
         chosen = stored[np.arange(len(stored)), mirrored.astype(int)]
-        eps = np.empty_like(chosen[:, 0])
-        for row, position in zip(eps, positions):
-            generator = np.random.Generator(draws.philox(seed, "latent", block=int(position)))
-            generator.standard_normal(dtype=np.float32, out=row)
+        shape = chosen.shape[2:]
+        eps = np.stack([standard_normal(draws.philox(seed, "latent", block=int(each)), shape) for each in positions])
         return (chosen[:, 0] + chosen[:, 1] * eps) * np.float32(self.scale)
 
 

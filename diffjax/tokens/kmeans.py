@@ -371,7 +371,7 @@ def _draw(mesh: Mesh | None, k: int) -> Callable:
 
         def draw(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             chosen, weights = carry
-            point = contest(weights, jax.random.fold_in(jax.random.wrap_key_data(key), i))
+            point = contest(weights, jax.random.fold_in(rng.key_of(key), i))
             distances = jnp.sum(jnp.square(blocks - point), axis=2)
             weights = jnp.where(i == 0, distances, jnp.minimum(weights, distances))
             return chosen.at[i].set(point), jnp.where(valid, weights, 0)
