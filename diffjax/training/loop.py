@@ -306,5 +306,6 @@ def _meta(experiment: Experiment) -> dict[str, Any]:
         "frozen_sha256": experiment.frozen_sha256(),
         "mesh": dict(experiment.mesh.shape),
         "processes": jax.process_count(),
+        "classes": list(experiment.source.classes),
         "versions": {"diffjax": diffjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
     }
