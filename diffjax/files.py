@@ -132,9 +132,8 @@ def read_npz(
             return {name: arrays[name] for name in wanted if name in arrays.files or name not in optional}
     except Exception as error:  # a damaged file can break numpy and zipfile in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        described = " and ".join(names or ("arrays",))
-        wanted = f"{kind}, an npz of" if kind else "an npz of"
-        raise UserError(f"{path}: not {wanted} {described} ({reason})") from error
+        layout = "an npz file of arrays" if names is None else f"an npz of {' and '.join(names)}"
+        raise UserError(f"{path}: not {f'{kind}, ' if kind else ''}{layout} ({reason})") from error
 
 
 def _flush_folder(folder: Path) -> None:

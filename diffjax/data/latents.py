@@ -69,7 +69,12 @@ def _check(moments: np.ndarray, label: int, shape: tuple[int, ...], origin: Orig
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the latents in `folder`. `UserError` with the command that makes them when there are none."""
-    return shards.read_manifest(folder / MANIFEST, "latents", COMMAND)
+    fields = {"views": int, "shape": [int], "scale": int | float, "scale_applied": bool, "num_classes": int}
+    manifest = shards.read_manifest(folder / MANIFEST, "latents", COMMAND, fields)
+    if manifest["views"] not in (1, 2) or len(manifest["shape"]) != 3:
+        found = f"views {manifest['views']}, shape {manifest['shape']}"
+        raise UserError(f"{folder / MANIFEST}: {found}; valid: 1 or 2, and [h, w, c]")
+    return manifest
 
 
 @dataclass(frozen=True)
