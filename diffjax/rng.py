@@ -23,7 +23,7 @@ jax.config.update("jax_threefry_partitionable", True)  # JAX_THREEFRY_PARTITIONA
 
 def check_environment() -> None:
     """Raise UserError for 64-bit mode, in which layers and optimizers compute, and draw, other values."""
-    if jax.config.jax_enable_x64:
+    if jnp.asarray(0.0).dtype == jnp.float64:
         raise UserError("jax_enable_x64 (JAX_ENABLE_X64) changes the values of a run; unset it")
 
 

@@ -205,13 +205,13 @@ def stored_values(stored: Mapping[str, Any]) -> Config:
     values = flat(tree)
     if version < VERSION:
         values = modern(values, values, whole=True)
-    return resolve(_earlier_defaults(version, values) | values, forget_unread=version < VERSION)
+    return resolve({**_earlier_defaults(version, values), **values}, forget_unread=version < VERSION)
 
 
 def _earlier_defaults(version: int, values: Mapping[str, Value]) -> dict[str, Value]:
     """What the leaves that a stored config lacks meant in its version, of those that it reads."""
     specs = leaves(str(values.get("model.name", "")))
-    given = _defaults(specs) | values
+    given = {**_defaults(specs), **values}
     return {
         leaf: value for leaf, value in DEFAULTS[version].items() if leaf not in values and is_read(specs[leaf], given)
     }

@@ -61,7 +61,7 @@ def read_manifest(path: Path, what: str, command: str, fields: Mapping[str, Any]
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not valid json ({error}); make them again with: {command}DIR") from error
-    if wrong := _wrong(manifest, CONTENTS | fields, "it"):
+    if wrong := _wrong(manifest, {**CONTENTS, **fields}, "it"):
         raise UserError(f"{path} is no manifest of {what}: {wrong}; make them again with: {command}DIR")
     if strange := [name for name in manifest["shards"] if not SHARD.fullmatch(name)]:
         raise UserError(f"{path} names the shard {strange[0]!r}; valid: names of files beside it, as {what} have them")

@@ -100,10 +100,11 @@ class Source:
     note: str = ""
 
     def describe(self) -> str:
-        """What was found, in words: "1,500 examples of digits, 10 classes: 0, 1, 2, ..., 9"."""
+        """What was found, in words: "1,500 images of digits, 10 classes: 0, 1, 2, ..., 9"."""
+        kind = "images" if self.draw is pixels else "examples"
         classes = f"{self.num_classes:,} classes" if self.num_classes else "no classes"
         left_out = f"; left out: {self.note}" if self.note else ""
-        return f"{len(self.examples):,} examples of {self.name}, {classes}{self.names()}{left_out}"
+        return f"{len(self.examples):,} {kind} of {self.name}, {classes}{self.names()}{left_out}"
 
     def names(self) -> str:
         """ ": cat, dog", the names of the classes, of many the first and the last; "" where they have none."""

@@ -161,11 +161,11 @@ def test_what_was_found_and_what_was_left_out_is_said(tree):
     (tree / "dog" / "again").symlink_to(tree / "dog")
     (tree / "dog" / "again.png").symlink_to(tree / "dog" / "b.png")
     assert sources.load(**folder(tree)).describe() == (
-        "4 examples of folder, 2 classes: dog, dog big; left out: files that are no images (1 without a suffix, "
+        "4 images of folder, 2 classes: dog, dog big; left out: files that are no images (1 without a suffix, "
         "1 .txt) and 2 links to files listed already"
     )
     assert sources.load(**configs.digits()).describe() == (
-        "1,500 examples of digits, 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+        "1,500 images of digits, 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
     )
 
 
