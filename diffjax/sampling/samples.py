@@ -91,9 +91,10 @@ def _filled(images: np.ndarray, count: int) -> np.ndarray:
 
 
 def _title(name: str, width: int) -> np.ndarray:
-    """A name on white, cut where it does not fit, uint8 [TITLE, width, 3]."""
+    """A name on white, smaller or cut where it does not fit, uint8 [TITLE, width, 3]."""
     picture = Image.new("RGB", (width, TITLE), "white")
-    font = ImageFont.load_default(TITLE * 3 // 4)
+    fonts = [ImageFont.load_default(size) for size in range(TITLE * 3 // 4, TITLE // 2 - 1, -1)]
+    font = next((each for each in fonts if each.getlength(name) < width - 2), fonts[-1])
     left = max(1.0, (width - font.getlength(name)) / 2)
     ImageDraw.Draw(picture).text((left, TITLE / 2), name, fill="black", font=font, anchor="lm")
     return np.asarray(picture)

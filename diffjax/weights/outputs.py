@@ -3,18 +3,21 @@
 import re
 from typing import Any
 
+Shapes = dict[str, tuple[int, ...]]  # by path
 LAST = re.compile(r"^final/(.*/)?(kernel|bias)$")  # paths of the layer whose last dimension ends in output channels
 
 
-def unused(stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> set[str]:
-    """The paths that differ, where they differ in the output channels alone and have twice as many; else none."""
+def twice(stored: Shapes, wanted: Shapes) -> set[str]:
+    """The paths of last layers that have twice the output channels that are wanted, and differ in nothing else."""
+    both = (path for path in stored.keys() & wanted.keys() if LAST.match(path) and stored[path])
+    return {path for path in both if stored[path] == (*wanted[path][:-1], 2 * wanted[path][-1])}
+
+
+def unused(stored: Shapes, wanted: Shapes) -> set[str]:
+    """The paths that differ, where they differ by twice the output channels alone; else none."""
     differing = {path for path in stored | wanted if stored.get(path) != wanted.get(path)}
-    twice = {
-        path
-        for path in differing & stored.keys() & wanted.keys()
-        if LAST.match(path) and stored[path] == (*wanted[path][:-1], 2 * wanted[path][-1])
-    }
-    return twice if twice == differing else set()
+    found = twice(stored, wanted)
+    return found if found == differing else set()
 
 
 def first_half(array: Any, channels: int) -> Any:
