@@ -86,7 +86,6 @@ def imagenet_latents(c: ConfigDict, pixels: int) -> None:
 def tfds_images(c: ConfigDict, dataset: str, size: int, num_classes: int) -> None:
     """Colour images of a data set that tensorflow-datasets has prepared; those of another size are cropped."""
     c.data.name, c.data.dataset, c.data.dir = "tfds", dataset, "data/tfds"
-    c.data.decode = "stored"  # as the published runs read them
     c.data.size, c.data.channels, c.data.num_classes = size, 3, num_classes
 
 
@@ -157,7 +156,7 @@ def codes(c: ConfigDict, encoder: str, count: int, grid: int) -> None:
     c.method = "tokens"
     for leaf in c.images:
         c.images[leaf] = c.data[leaf]
-    for leaf in ("dataset", "crop", "decode"):
+    for leaf in ("dataset", "crop"):
         c.data[leaf] = base().data[leaf]
     c.data.name, c.data.split = "tokens", "train"
     c.data.encoder, c.data.codes = encoder, count

@@ -220,7 +220,9 @@ def folder(
             f"data.dir={dir!r} with data.split={split!r} is no folder; it should hold images "
             f"({', '.join(SUFFIXES)}), for labels in one sub-folder per class"
         )
-    _check_files(crop, decode)
+    _check_crop(crop)
+    if decode not in DECODERS:
+        raise UserError(f"data.decode={decode!r} is unknown; valid: {', '.join(DECODERS)}")
     found = list_images(root)
     if not len(found):
         raise UserError(f"{root} has no examples, no {', '.join(SUFFIXES)}{_but(found.left_out())}")
@@ -258,11 +260,9 @@ def _decoded(decode: str) -> dict[str, str]:
     return {} if decode == "stored" else {"decode": decode}
 
 
-def _check_files(crop: str, decode: str) -> None:
+def _check_crop(crop: str) -> None:
     if crop not in ("adm", "none"):
         raise UserError(f"data.crop={crop!r} is not a crop; valid: adm, none")
-    if decode not in DECODERS:
-        raise UserError(f"data.decode={decode!r} is unknown; valid: {', '.join(DECODERS)}")
 
 
 def tfds(
@@ -273,19 +273,20 @@ def tfds(
     dataset: Annotated[str, Leaf("name of the data set in tensorflow-datasets", fixed=True)] = "",
     split: Split = "train",
     crop: Crop = "adm",
-    decode: Decode = "shown",
 ) -> Source:
     """A data set prepared by tensorflow_datasets as ArrayRecord, read without tensorflow.
 
     `dataset` is its name, under `dir` ("": the default folder of tensorflow_datasets); with "" as its name
     `dir` is the folder of the prepared version itself. `split` may be an expression like "train[:90%]".
-    `crop` is "adm" (centre crop to `size`) or "none" (every image must have that size). For `decode` see transforms.py.
+    `crop` is "adm" (centre crop to `size`) or "none" (every image must have that size).
+    Images are decoded as `stored`, see transforms.py, as published runs read them; of four channels as `shown`.
     With `num_classes` 0 the labels are not read.
     """
-    _check_files(crop, decode)
+    _check_crop(crop)
     builder = _prepared(dataset, dir)
     features = builder.info.features
     shape = features["image"].shape
+    decode = "shown" if shape[-1] == 4 else "stored"
     channels = 1 if shape[-1] == 1 else 3
     names = tuple(features["label"].names) if num_classes and "label" in features else ()
     found = size if crop == "adm" or shape[0] is None else shape[0]
