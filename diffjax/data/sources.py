@@ -214,7 +214,7 @@ def folder(
 
     The class is the rank of the top-level sub-folder. When `num_classes` is 0 the source is unlabelled.
     """
-    root = Path(dir) / split
+    root = _inside(dir, split)
     if not dir or not root.is_dir():
         raise UserError(
             f"data.dir={dir!r} with data.split={split!r} is no folder; it should hold images "
@@ -258,6 +258,13 @@ def _but(left_out: str) -> str:
 def _decoded(decode: str) -> dict[str, str]:
     """In the identity of files of images; earlier versions knew `stored` alone, and did not say it."""
     return {} if decode == "stored" else {"decode": decode}
+
+
+def _inside(dir: str, part: str) -> Path:
+    """The path of a part of a data folder. UserError for one that leaves it: stored configs are files of others, too."""
+    if Path(part).is_absolute() or ".." in Path(part).parts:
+        raise UserError(f"data.split={part!r} leads out of data.dir={dir!r}; valid: the name of something in it")
+    return Path(dir) / part
 
 
 def _check_crop(crop: str) -> None:
@@ -355,7 +362,7 @@ def latents(
     `scale` must be the one in the manifest; it is applied here unless it was when the latents were written.
     `flip` needs latents written with their mirror images. With `num_classes` 0 the labels are not read.
     """
-    root = Path(dir) / split
+    root = _inside(dir, split)
     manifest = read_manifest(root)
     if scale != manifest["scale"]:
         raise UserError(f"data.scale={scale}, but the latents in {root} have scale={manifest['scale']}")
@@ -437,7 +444,7 @@ def arrays_of_file(
     conditions: labels, integers [n]; tokens, integers [n, condition_size]; or vectors, floats [n, condition_size].
     Other arrays [n, ...] of the file are auxiliary ones; those named image... are maps, mirrored with the images.
     """
-    path = Path(dir) / f"{split}.npz"
+    path = Path(f"{_inside(dir, split)}.npz")
     stored = read_arrays(path)
     images, conditions = stored.pop("images"), stored.pop("conditions", None)
     expected = contracts.condition(condition, num_classes, condition_size)

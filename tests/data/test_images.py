@@ -53,6 +53,14 @@ def test_folder_split_is_a_sub_folder(tree):
     assert len(source.examples) == 4
 
 
+@pytest.mark.parametrize("split", ["..", "a/../..", "/tmp"])
+@pytest.mark.parametrize("name", ["folder", "latents", "arrays"])
+def test_a_split_lies_in_its_folder(tmp_path, name, split):
+    extra = {"crop": "adm"} if name == "folder" else {}
+    with pytest.raises(UserError, match=r"data\.split='.*' leads out of data\.dir="):
+        sources.load(**configs.section(name, 16, 3, 0, dir=str(tmp_path), split=split, **extra))
+
+
 def test_folder_without_labels(tree):
     assert set(sources.arrays(sources.load(**folder(tree, num_classes=0)))[1]) == {0}
     flat = sources.load(**folder(tree / "dog", num_classes=0))
