@@ -261,7 +261,7 @@ def _decoded(decode: str) -> dict[str, str]:
 
 
 def _inside(dir: str, part: str) -> Path:
-    """The path of a part of a data folder. UserError for one that leaves it: stored configs are files of others, too."""
+    """The path of a part of a data folder. UserError for one that leaves it: configs may come from others."""
     if Path(part).is_absolute() or ".." in Path(part).parts:
         raise UserError(f"data.split={part!r} leads out of data.dir={dir!r}; valid: the name of something in it")
     return Path(dir) / part
