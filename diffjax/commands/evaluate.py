@@ -74,7 +74,7 @@ def evaluate_run(run: Run, num: int, reference: str, out: Path) -> dict[str, Any
         raise UserError(f"evaluate: {run.describe()} makes no pictures of labels, which pixel scores are for")
     labels = experiment.conditions(0, num)
     known = labels if condition else None
-    images = np.concatenate([to_uint8(each) for each in experiment.images(run.params, labels)])
+    images = to_uint8(np.concatenate(list(experiment.images(run.params, labels))))
     form = describe_form(experiment.model, run.params, fused=True)
     said = "interleaved" if condition else NO_LABELS
     settings: dict[str, Any] = {"labels": said, "seed": experiment.seed, "first": 0, "num": num}
