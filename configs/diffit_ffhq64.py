@@ -22,7 +22,7 @@ def get_config(arg: str | None = None):
     common.published(c, options.model)
     c.model.window, c.model.time_width = 8, 512  # what figure 8 and table 3 vary
     c.model.dropout = 0.05
-    c.data.name, c.data.dir, c.data.crop = "folder", "data/ffhq64", "none"
+    c.data.name, c.data.dir, c.data.crop, c.data.decode = "folder", "data/ffhq64", "none", "stored"
     c.data.size, c.data.channels, c.data.num_classes = 64, 3, 0
     common.edm_recipe(c, batch_size=options.batch, lr=2e-4, augment=0.15)
     c.sampling.steps = 40

@@ -312,6 +312,7 @@ def build(config: Config, mesh: Mesh | None = None, devices: Any = None, *, trai
 
     mesh: in place of the one that the config asks for. training: whether batches have to fit the devices.
     """
+    rng.check_environment()
     mesh = mesh or make_mesh(mesh_sizes(config), devices)
     if training:
         check_batch(config.batch_size, mesh, config.optim.accumulate)
@@ -459,6 +460,7 @@ def tokenization(config: Config) -> Tokenization:
     """What a config says of its tokens. UserError for one that is trained on something else."""
     if not METHODS[config.method].images:
         raise UserError(f"tokenize: the config is that of {config.model.name}, which has no codes; give one of DiGIT")
+    rng.check_environment()
     tokens = config.settings
     return Tokenization(
         images=load_source(config.images),

@@ -112,11 +112,14 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray | Blocks], owner: str 
                 write_npy(entry, array)
 
 
-def read_npz(path: Path, names: Sequence[str], kind: str = "") -> dict[str, np.ndarray]:
-    """The arrays `names` of an npz file, by name.
+def read_npz(
+    path: Path, names: Sequence[str] | None = None, kind: str = "", *, optional: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """The arrays `names` of an npz file, by name; without names all of them.
 
     Args:
         kind: what the file should be, for the message ("a samples file").
+        optional: those of the names that may be absent.
 
     Raises:
         UserError: the file is missing, damaged, lacks one of the arrays, or holds pickled objects under their names.
@@ -125,11 +128,12 @@ def read_npz(path: Path, names: Sequence[str], kind: str = "") -> dict[str, np.n
         raise UserError(f"{path}: no such file")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
+            wanted = arrays.files if names is None else names
+            return {name: arrays[name] for name in wanted if name in arrays.files or name not in optional}
     except Exception as error:  # a damaged file can break numpy and zipfile in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        wanted = f"{kind}, an npz of" if kind else "an npz of"
-        raise UserError(f"{path}: not {wanted} {' and '.join(names)} ({reason})") from error
+        layout = "an npz file of arrays" if names is None else f"an npz of {' and '.join(names)}"
+        raise UserError(f"{path}: not {f'{kind}, ' if kind else ''}{layout} ({reason})") from error
 
 
 def _flush_folder(folder: Path) -> None:

@@ -23,11 +23,15 @@ from diffjax.weights import store
 
 @dataclass(frozen=True)
 class Run:
-    """An experiment, its parameters, sharded as the config says, and where these came from, json-able."""
+    """An experiment, its parameters, sharded as the config says, and where these came from, json-able.
+
+    classes: the names of the classes by label, where the run knows them.
+    """
 
     experiment: Experiment
     params: Tree
     origin: dict[str, Any]
+    classes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         if "params" in self.origin:
@@ -89,7 +93,7 @@ def _open_folder(folder: Path, overrides: list[str], weights: str, step: int | N
     else:
         params = checkpoints.restore_params(step, abstract)
     origin = {"workdir": str(folder), "step": step, "weights": weights, "sha256": store.tree_sha256(params)}
-    return Run(experiment, params, origin | kinds)
+    return Run(experiment, params, origin | kinds, tuple(checkpoints.meta(step).get("classes", ())))
 
 
 def _token_kinds(fingerprint: dict[str, Any], experiment: Experiment) -> dict[str, Any]:

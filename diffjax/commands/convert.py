@@ -3,7 +3,7 @@
 python -m diffjax convert --family=dit --checkpoint=DiT-XL-2-256x256.pt --out=params/dit-xl
 python -m diffjax convert --family=dit --checkpoint=0050000.pt --out=params/mine --arguments=num_heads=6
 
-Of a training checkpoint it takes the averaged weights.
+Of a training checkpoint it takes the averaged weights; --weights names another entry.
 """
 
 import json
@@ -14,12 +14,13 @@ from absl import flags
 
 from diffjax.errors import UserError
 from diffjax.files import file_sha256
-from diffjax.weights import FAMILIES, from_reference, store, torch_file, unwrap
+from diffjax.weights import FAMILIES, choose, from_reference, store, torch_file
 
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("family", None, f"whose weights: {', '.join(FAMILIES)}", flag_values=values)
     flags.DEFINE_string("checkpoint", None, ".pt, .pth or .safetensors file", flag_values=values)
+    flags.DEFINE_string("weights", "", "entry of a training checkpoint; its average by default", flag_values=values)
     flags.DEFINE_string("out", None, "new folder for the parameters", flag_values=values)
     flags.DEFINE_list(
         "arguments",
@@ -31,14 +32,19 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
-    convert(values.family, Path(values.checkpoint), Path(values.out), **_arguments(values.arguments))
+    convert(values.family, Path(values.checkpoint), Path(values.out), values.weights, **_arguments(values.arguments))
 
 
-def convert(family: str, checkpoint: Path, out: Path, **config: Any) -> None:
-    """Read, map, write; one line per fact. `config` holds the reference's constructor arguments, where needed."""
+def convert(family: str, checkpoint: Path, out: Path, entry: str = "", **config: Any) -> None:
+    """Read, map, write; one line per fact.
+
+    Args:
+        entry: of a training checkpoint, see `weights.choose`.
+        config: the reference's constructor arguments, where needed.
+    """
     store.refuse_full(out)
-    weights = unwrap(torch_file.read(checkpoint))
-    print(f"read {len(weights)} entries of {checkpoint}")
+    name, weights = choose(torch_file.read(checkpoint), entry)
+    print(f"read {len(weights)} entries of {checkpoint}{f', its {name!r}' if name else ''}")
     module, params = from_reference(family, weights, **config)
     source = {"family": family, "checkpoint": checkpoint.name, "checkpoint_sha256": file_sha256(checkpoint)}
     model = store.save(out, module, params, source)

@@ -4,7 +4,8 @@ python -m diffjax evaluate --samples=runs/a/samples.npz --reference=digits --out
 python -m diffjax evaluate --workdir=runs/a --num=500 --reference=digits --out=runs/a/scores.json
 python -m diffjax evaluate --compare a/scores.json b/scores.json
 
-The reference is an embedded set (digits, emoji32) or a file in the layout of samples. Scores on pixels are for small
+The reference is an embedded set (digits, emoji32) or a file in the layout of samples. Without labels (arr_1) on one of
+the sides, or with a model without classes, the agreement of labels is left out. Scores on pixels are for small
 images: they tell whether training works and are not FID. Results with different protocols are not compared.
 """
 
@@ -22,7 +23,7 @@ from diffjax.evaluation import pixels, protocol
 from diffjax.files import file_sha256
 from diffjax.parallel import hosts
 from diffjax.runs import Run, open_run
-from diffjax.sampling.samples import read_samples, to_uint8
+from diffjax.sampling.samples import NO_LABELS, read_samples, to_uint8
 
 EMBEDDED = ("digits", "emoji32")
 REST = "compare"  # the flag that arguments without a name belong to
@@ -72,10 +73,12 @@ def evaluate_run(run: Run, num: int, reference: str, out: Path) -> dict[str, Any
     if experiment.method.makes != "pictures" or (condition and condition.kind != "labels"):
         raise UserError(f"evaluate: {run.describe()} makes no pictures of labels, which pixel scores are for")
     labels = experiment.conditions(0, num)
-    images = np.concatenate([to_uint8(each) for each in experiment.images(run.params, labels)])
+    known = labels if condition else None
+    images = to_uint8(np.concatenate(list(experiment.images(run.params, labels))))
     form = describe_form(experiment.model, run.params, fused=True)
-    settings: dict[str, Any] = {"labels": "interleaved", "seed": experiment.seed, "first": 0, "num": num}
-    return score(run.describe(), (images, labels), describe(experiment, run.origin, form, **settings), reference, out)
+    said = "interleaved" if condition else NO_LABELS
+    settings: dict[str, Any] = {"labels": said, "seed": experiment.seed, "first": 0, "num": num}
+    return score(run.describe(), (images, known), describe(experiment, run.origin, form, **settings), reference, out)
 
 
 def score(name: str, labelled: pixels.Labelled, made: dict[str, Any], reference: str, out: Path) -> dict[str, Any]:
@@ -98,6 +101,8 @@ def score(name: str, labelled: pixels.Labelled, made: dict[str, Any], reference:
     if hosts.is_lead():
         protocol.write(out, result)
         print_scores(name, count, made, identity, values)
+        if caveat := pixels.caveat(count, len(train[0]), train[0]):
+            print(caveat)
         print(f"wrote {out}")
     return result
 
@@ -110,6 +115,8 @@ def print_scores(name: str, count: int, made: dict[str, Any], identity: dict[str
     for score, columns in values.items():
         real = f"{columns['held_out_real']:>16.4f}" if "held_out_real" in columns else f"{'-':>16}"
         print(f"{score:<26}{columns['value']:>10.4f}{real}")
+    if "label_agreement_pixels" not in values:
+        print("the samples or the reference have no labels, so their agreement is not scored")
 
 
 def compare(a: Path, b: Path) -> None:

@@ -1,6 +1,7 @@
 """Draw images and write them as npz (ADM layout), json (the protocol) and png (a grid).
 
 python -m diffjax sample --workdir=runs/a --num=50000 --out=runs/a/samples.npz
+python -m diffjax sample --workdir=runs/a --labels=2 --num=16 --out=twos.npz
 python -m diffjax sample --params=params/dit-xl --config=configs/imagenet256.py --num=8 --out=samples.npz
 python -m diffjax sample --workdir=runs/stage1 --num=500 --raw --out=codes.npz
 python -m diffjax sample --workdir=runs/stage2 --source=codes.npz --num=500 --out=samples.npz
@@ -45,9 +46,8 @@ def define_flags(values: flags.FlagValues) -> None:
     number("first", 0, "number of the first image", lower_bound=0, flag_values=values)
     number("seed", 0, "seed of the images", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
     number("batch_size", 128, "images at a time on all devices", lower_bound=1, flag_values=values)
-    flags.DEFINE_enum(
-        "labels", "interleaved", ["interleaved", "uniform"], "classes in equal parts, or drawn", flag_values=values
-    )
+    labels = "interleaved: classes in equal parts; uniform: drawn; or some of them in turn, by number or name: 207,360"
+    text("labels", "interleaved", labels, flag_values=values)
     flags.DEFINE_bool(
         "raw",
         False,
@@ -126,7 +126,8 @@ def write(
     raw: bool,
 ) -> None:
     """Draw what no part of the file holds yet, each process its own images, and put the parts together."""
-    what = {name: value for name, value in described.items() if name not in ("num", "code_version", "origin")}
+    aside = ("num", "code_version", "origin", "classes")
+    what = {name: value for name, value in described.items() if name not in aside}
     identity = {**what, "weights_sha256": described["origin"]["sha256"], "raw": raw}
     identity["conditions_sha256"] = asked.sha256
     file = parts.open_parts(out, identity, len(asked.given), jax.process_index())
@@ -139,12 +140,13 @@ def write(
             compiled, trained.params, asked.given[missing], first + missing, trained.experiment.mesh, shape
         )
         for numbers, rows in drawn:
+            samples.check_finite(rows, numbers)
             file.write(numbers - first, rows if raw else samples.to_uint8(rows))
             bar.update(len(numbers))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"parts of {out}")
     if hosts.is_lead():
-        file.finish(asked.arrays, described, raw=raw)
+        file.finish(asked.arrays, described, raw=raw, classes=asked.classes)
 
 
 def _quiet() -> bool | None:
@@ -172,7 +174,9 @@ def _conditions(values: flags.FlagValues, trained: Run) -> conditions.Conditions
     if kind != "labels":
         path = local_path("conditions", values.conditions) if values.conditions else None
         return conditions.of_file(path, values.first, values.num, experiment)
-    return conditions.of_labels(values.labels, values.seed, values.first, values.num, experiment.num_classes)
+    return conditions.of_labels(
+        values.labels, values.seed, values.first, values.num, experiment.num_classes, trained.classes
+    )
 
 
 def describe_form(model: Any, params: Tree, fused: bool) -> str:

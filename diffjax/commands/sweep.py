@@ -100,6 +100,8 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     if hosts.is_lead():
         protocol.write(out, {"results": results, "left_out": left_out})
         print_table(results)
+        if caveat := pixels.caveat(values.num, len(reference[0][0]), reference[0][0]):
+            print(caveat)
         samples.write_png(out.with_suffix(".png"), picture(results))
         print(f"wrote {out} and {out.with_suffix('.png')}")
 
@@ -218,7 +220,8 @@ def result_of(
     experiment, sampling = cell.run.experiment, cell.sampling
     form = describe_form(experiment.model, cell.run.params, fused=True)
     cell_experiment = with_sampling(experiment, sampling)
-    made = describe(cell_experiment, cell.run.origin, form, labels="interleaved", seed=seed, first=0, num=len(images))
+    said = "interleaved" if experiment.num_classes else samples.NO_LABELS
+    made = describe(cell_experiment, cell.run.origin, form, labels=said, seed=seed, first=0, num=len(images))
     return {
         "run": cell.folder,
         "sampler": sampling.sampler,
@@ -227,7 +230,7 @@ def result_of(
         "guidance": sampling.guidance.scale,
         "seconds_per_image": seconds / len(images),
         **protocol.result(
-            pixels.score((images, labels), train, held_out),
+            pixels.score((images, labels if experiment.num_classes else None), train, held_out),
             features=pixels.FEATURES,
             features_sha256="none",
             resize="none",

@@ -24,9 +24,10 @@ from diffjax.config import Config, load
 from diffjax.data import draws, shards, sources, tokens
 from diffjax.errors import UserError
 from diffjax.experiment import Tokenization, tokenization
+from diffjax.files import atomic, write_npy
 from diffjax.methods.encoders import Encoder, load_encoder, load_vqgan
 from diffjax.parallel.mesh import batch_sharding, make_mesh, replicated
-from diffjax.tokens import kmeans
+from diffjax.tokens import codebooks, kmeans
 
 FIT = "kmeans.npz"  # the fit so far, while it is under way
 
@@ -54,7 +55,7 @@ def tokenize(config: Config, out: Path, given: Path | None = None, batch_size: i
     if given and encoder.codebook is not None:
         raise UserError(f"--codebook={given}: the encoder {asked.made.encoder} has its own; leave it out")
     if given:
-        encoder = encoder._replace(codebook=kmeans.read_codebook(given))
+        encoder = encoder._replace(codebook=codebooks.read_codebook(given))
     _check(asked, [encoder, decoder] if decoder else [encoder])
     shards.make_folder(out, tokens.MANIFEST)
     mesh = make_mesh({"data": -1})
@@ -66,7 +67,8 @@ def tokenize(config: Config, out: Path, given: Path | None = None, batch_size: i
             encoder = encoder._replace(codebook=codebook)
         encoders = [encoder, decoder] if decoder else [encoder]
         origin = tokens.Origin(_streams(asked, encoders), source.fingerprint, source.num_classes)
-        np.save(out / tokens.CODEBOOK, np.asarray(encoder.codebook))
+        with atomic(out / tokens.CODEBOOK) as file:
+            write_npy(file, np.asarray(encoder.codebook))
         examples = _codes(source, encoders, asked.mirrored, batch_size, mesh)
         manifest = tokens.write_tokens(out, tqdm(examples, "codes", len(source.examples), disable=None), origin)
     (out / FIT).unlink(missing_ok=True)

@@ -9,8 +9,9 @@ from diffjax.errors import UserError
 from diffjax.options import Value
 
 VERSION = 2  # of config.json; files of version 1 do not say it
-# By version: what a leaf that its files lack meant then, where today's default is another.
-DEFAULTS: dict[int, dict[str, Value]] = {1: {}, 2: {}}
+# By version: what a leaf that its files lack meant then, where today's default is another and the leaf is read.
+DECODE: dict[str, Value] = {"data.decode": "stored", "images.decode": "stored"}
+DEFAULTS: dict[int, dict[str, Value]] = {1: DECODE, 2: DECODE}
 
 # Leaves that moved as they are. {process}, {sampler}: the names that the config has for them.
 MOVED = {

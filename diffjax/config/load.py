@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffjax.config.earlier import DEFAULTS, VERSION, modern
-from diffjax.config.schema import Config, Spec, hint, leaves, model_leaves, resolve
+from diffjax.config.schema import Config, Spec, hint, is_read, leaves, model_leaves, resolve
 from diffjax.errors import UserError
 from diffjax.files import write_json
 from diffjax.options import REQUIRED, Value, parse
@@ -202,10 +202,19 @@ def stored_values(stored: Mapping[str, Any]) -> Config:
         raise UserError(f"version = {version!r}: valid: a whole number")
     if version > VERSION:
         raise UserError(f"written by a later version of diffjax (config version {version}, this one reads {VERSION})")
-    values = DEFAULTS[version] | flat(tree)
+    values = flat(tree)
     if version < VERSION:
-        return resolve(modern(values, values, whole=True), forget_unread=True)
-    return resolve(values)
+        values = modern(values, values, whole=True)
+    return resolve({**_earlier_defaults(version, values), **values}, forget_unread=version < VERSION)
+
+
+def _earlier_defaults(version: int, values: Mapping[str, Value]) -> dict[str, Value]:
+    """What the leaves that a stored config lacks meant in its version, of those that it reads."""
+    specs = leaves(str(values.get("model.name", "")))
+    given = {**_defaults(specs), **values}
+    return {
+        leaf: value for leaf, value in DEFAULTS[version].items() if leaf not in values and is_read(specs[leaf], given)
+    }
 
 
 def check_same_run(stored: Config, given: Config, accepted: tuple[str, ...] = ()) -> dict[str, str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from diffjax.contracts import Condition
 from diffjax.errors import UserError
+from diffjax.files import read_npz
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an npz file, all of one length, among them images. UserError for anything else."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; data.name = 'arrays' reads images, conditions and more from it")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            stored = {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged file can break numpy and zipfile in any way
-        raise UserError(f"{path}: not an npz file of arrays ({' '.join(str(error).split())[:200]})") from error
+    stored = read_npz(path)
     images = stored.get("images")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2]:
         found = "none" if images is None else f"{images.dtype} {list(images.shape)}"
@@ -44,6 +41,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: {', '.join(wrong)}: not as many as the {len(images)} images")
     if wrong := [name for name, array in stored.items() if array.dtype.kind not in "biuf"]:
         raise UserError(f"{path}: {wrong[0]}: {stored[wrong[0]].dtype}; valid: numbers, true and false")
+    if wrong := [name for name, array in stored.items() if name != "conditions" and not np.isfinite(array).all()]:
+        raise UserError(f"{path}: {wrong[0]}: not all values are finite")
     if wrong := [name for name, array in stored.items() if name.startswith("image") and array.ndim < 3]:
         raise UserError(
             f"{path}: {wrong[0]}: {list(stored[wrong[0]].shape)}; valid: [n, h, w] or [n, h, w, ...], since arrays "

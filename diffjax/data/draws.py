@@ -1,8 +1,8 @@
 """Random numbers on the host as pure functions of (seed, stream name, position).
 
 Philox is counter-based: key = (seed, crc32(stream)), counter = where in the stream. Any position is reached at once,
-so nothing has to be saved or replayed. Only raw 64-bit words are used where order or flips depend on them: numpy
-guarantees these to stay the same over its versions, which it does not for its distributions.
+so nothing has to be saved or replayed. Only raw 64-bit words are used: numpy guarantees these to stay the same over its
+versions, which it does not for its distributions. Normal values are made of them in normal.py.
 """
 
 import zlib

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from diffjax.data import draws, records, shards
+from diffjax.data.normal import standard_normal
 from diffjax.errors import UserError
 
 MANIFEST = "latents.json"
@@ -68,7 +69,12 @@ def _check(moments: np.ndarray, label: int, shape: tuple[int, ...], origin: Orig
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the latents in `folder`. `UserError` with the command that makes them when there are none."""
-    return shards.read_manifest(folder / MANIFEST, "latents", COMMAND)
+    fields = {"views": int, "shape": [int], "scale": int | float, "scale_applied": bool, "num_classes": int}
+    manifest = shards.read_manifest(folder / MANIFEST, "latents", COMMAND, fields)
+    if manifest["views"] not in (1, 2) or len(manifest["shape"]) != 3:
+        found = f"views {manifest['views']}, shape {manifest['shape']}"
+        raise UserError(f"{folder / MANIFEST}: {found}; valid: 1 or 2, and [h, w, c]")
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -96,10 +102,8 @@ class Sample:
     def __call__(self, stored: np.ndarray, mirrored: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
         """Moments [b, views, 2, h, w, c], mirrored bool [b], positions int64 [b] -> float32 [b, h, w, c]."""
         chosen = stored[np.arange(len(stored)), mirrored.astype(int)]
-        eps = np.empty_like(chosen[:, 0])
-        for row, position in zip(eps, positions):
-            generator = np.random.Generator(draws.philox(seed, "latent", block=int(position)))
-            generator.standard_normal(dtype=np.float32, out=row)
+        shape = chosen.shape[2:]
+        eps = np.stack([standard_normal(draws.philox(seed, "latent", block=int(each)), shape) for each in positions])
         return (chosen[:, 0] + chosen[:, 1] * eps) * np.float32(self.scale)
 
 

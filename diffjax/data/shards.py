@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from diffjax.errors import UserError
+from diffjax.files import write_json
+
+SHARD = re.compile(r"\w[\w.-]*\.array_record")  # no folder in it
+CONTENTS = {"count": int, "shards": [str], "records_sha256": str}  # what `write` says
 
 
 def write(out: Path, name: str, records: Iterable[bytes], size: int) -> dict[str, Any]:
@@ -37,20 +42,48 @@ def make_folder(out: Path, manifest: str) -> None:
 
 def write_manifest(path: Path, contents: dict[str, Any]) -> dict[str, Any]:
     """Last of all, so that a folder with a manifest is complete; returns it as it will be read."""
-    manifest = json.loads(json.dumps(contents))
-    path.write_text(json.dumps(manifest, indent=1) + "\n")
-    return manifest
+    write_json(path, contents)
+    return json.loads(json.dumps(contents))
 
 
-def read_manifest(path: Path, what: str, command: str) -> dict[str, Any]:
-    """A manifest as it was written. `UserError` with the command that makes the folder when there is none."""
+def read_manifest(path: Path, what: str, command: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest as it was written.
+
+    fields: besides count, shards and records_sha256, what it has to say, with the types or an example of the values: of
+    lists and tables the first item stands for all.
+
+    `UserError` with the command that makes the folder when there is none, or when it is none.
+    """
     if not path.is_file():
         folder = path.parent
         raise UserError(f"no {what} in {str(folder)!r}: {path.name} is missing; make them with: {command}{folder}")
     try:
-        return json.loads(path.read_text())
+        manifest = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not valid json ({error}); make them again with: {command}DIR") from error
+    if wrong := _wrong(manifest, {**CONTENTS, **fields}, "it"):
+        raise UserError(f"{path} is no manifest of {what}: {wrong}; make them again with: {command}DIR")
+    if strange := [name for name in manifest["shards"] if not SHARD.fullmatch(name)]:
+        raise UserError(f"{path} names the shard {strange[0]!r}; valid: names of files beside it, as {what} have them")
+    return manifest
+
+
+def _wrong(value: Any, kind: Any, name: str) -> str:
+    """Why a value of json is not of a kind (a type, {field: kind} or [kind of every item]), in words; "" if it is."""
+    if isinstance(kind, Mapping):
+        if not isinstance(value, dict):
+            return f"{name} is no table of fields"
+        missing = [field for field in kind if field not in value]
+        inside = (_wrong(value[field], each, field) for field, each in kind.items() if field in value)
+        return f"{missing[0]} is missing" if missing else next(filter(None, inside), "")
+    if isinstance(kind, list):
+        if not isinstance(value, list) or not value:
+            return f"{name} is no list of values"
+        return next(filter(None, (_wrong(item, kind[0], f"{name}[{i}]") for i, item in enumerate(value))), "")
+    right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if right and kind is int and value < 0:
+        right = False
+    return "" if right else f"{name} is {json.dumps(value)[:60]}"
 
 
 def open_records(root: Path, manifest: dict[str, Any]) -> Any:

@@ -22,14 +22,26 @@ from diffjax.data.images import SUFFIXES, FolderExamples, PreparedExamples, clas
 from diffjax.data.latents import LatentExamples, Sample, read_manifest
 from diffjax.data.tokens import TokenExamples, choose_view, kinds
 from diffjax.data.tokens import read_manifest as read_token_manifest
+from diffjax.data.transforms import DECODERS
 from diffjax.errors import UserError
 from diffjax.files import file_sha256
-from diffjax.options import Leaf, Value, at_least
+from diffjax.options import Leaf, Value, at_least, one_of
 
 Dir = Annotated[str, Leaf("folder of the data", "place")]
 Split = Annotated[str, Leaf("part of the data set; of a folder: the sub-folder to read", fixed=True)]
 Crop = Annotated[str, Leaf("how images reach `size`: adm, a centre crop; none: they have it", fixed=True)]
+Decode = Annotated[
+    str,
+    Leaf(
+        "pixels of a file: shown, as a viewer shows it on white; stored, alpha dropped and not turned, as published",
+        valid=one_of(DECODERS),
+        fixed=True,
+    ),
+]
 Count = Annotated[int, Leaf("how many different tokens there are", valid=at_least(0), fixed=True)]
+
+
+LISTED = 10  # classes, in a line
 
 
 class RandomAccess(Protocol):
@@ -70,6 +82,8 @@ class Source:
         given: what the examples are conditioned on, where that is not their label.
         aux: auxiliary arrays of the examples by name, each with its (stored [b, ...], mirrored bool [b]) -> [b, ...].
         separate: (drawn, conditions) -> (x, conditions), where a part of what is drawn conditions the rest.
+        classes: the names of the classes by label, where they have any.
+        note: what of the files was left out, in words; "" for nothing.
     """
 
     name: str
@@ -82,6 +96,22 @@ class Source:
     given: Condition | None = None
     aux: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = field(default_factory=dict)
     separate: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+    classes: tuple[str, ...] = ()
+    note: str = ""
+
+    def describe(self) -> str:
+        """What was found, in words: "1,500 images of digits, 10 classes: 0, 1, 2, ..., 9"."""
+        kind = "images" if self.draw is pixels else "examples"
+        classes = f"{self.num_classes:,} classes" if self.num_classes else "no classes"
+        left_out = f"; left out: {self.note}" if self.note else ""
+        return f"{len(self.examples):,} {kind} of {self.name}, {classes}{self.names()}{left_out}"
+
+    def names(self) -> str:
+        """ ": cat, dog", the names of the classes, of many the first and the last; "" where they have none."""
+        names = list(self.classes)
+        if len(names) > LISTED:
+            names = [*names[: LISTED - 1], "...", names[-1]]
+        return f": {', '.join(names)}" if names else ""
 
     @property
     def condition(self) -> Condition | None:
@@ -114,7 +144,8 @@ def load(
         raise UserError(f"data source {source.name}, split {options.get('split')!r}, has no examples")
     for leaf in ("size", "channels", "num_classes"):
         if getattr(source, leaf) != every[leaf]:
-            raise UserError(f"data.{leaf}={every[leaf]}, but {source.name} has {leaf}={getattr(source, leaf)}")
+            found = f"{getattr(source, leaf)}{source.names() if leaf == 'num_classes' else ''}"
+            raise UserError(f"data.{leaf}={every[leaf]}, but {source.name} has {leaf}={found}")
     if condition != "labels" and (source.given is None or source.given.kind != condition):
         raise UserError(f"data.condition={condition!r}, but {source.name} holds labels; valid: labels")
     return source
@@ -150,7 +181,8 @@ def _embedded(name: str, file: str, split: str, held_out: int) -> Source:
     examples = ArrayExamples(stored["images"][chosen], stored["labels"][chosen])
     size, channels = stored["images"].shape[2:]
     identity = {"name": name, "split": split, "length": len(chosen), "sha256": embedded.SHA256[file]}
-    return Source(name, examples, size, channels, len(stored["names"]), identity)
+    names = tuple(map(str, stored["names"]))
+    return Source(name, examples, size, channels, len(names), identity, classes=names)
 
 
 def stratified_split(labels: np.ndarray, held_out: int) -> tuple[np.ndarray, np.ndarray]:
@@ -167,36 +199,72 @@ def stratified_split(labels: np.ndarray, held_out: int) -> tuple[np.ndarray, np.
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def folder(*, size: int, num_classes: int, dir: Dir = "", split: Split = "train", crop: Crop = "adm") -> Source:
+def folder(
+    *,
+    size: int,
+    num_classes: int,
+    dir: Dir = "",
+    split: Split = "train",
+    crop: Crop = "adm",
+    decode: Decode = "shown",
+) -> Source:
     """Image files below `dir` (below its folder `split` when that is not "").
 
-    `crop` is "adm" (centre crop to `size`) or "none" (every image must have that size).
+    `crop` is "adm" (centre crop to `size`) or "none" (every image must have that size). For `decode` see transforms.py.
 
-    The class is the rank of the top-level sub-folder. Without sub-folders, or when `num_classes` is 0, the source is
-    unlabelled.
+    The class is the rank of the top-level sub-folder. When `num_classes` is 0 the source is unlabelled.
     """
-    root = Path(dir) / split
+    root = _inside(dir, split)
     if not dir or not root.is_dir():
         raise UserError(
             f"data.dir={dir!r} with data.split={split!r} is no folder; it should hold images "
             f"({', '.join(SUFFIXES)}), for labels in one sub-folder per class"
         )
     _check_crop(crop)
-    files = list_images(root)
-    names = class_names(files) if num_classes else []
+    if decode not in DECODERS:
+        raise UserError(f"data.decode={decode!r} is unknown; valid: {', '.join(DECODERS)}")
+    found = list_images(root)
+    if not len(found):
+        raise UserError(f"{root} has no examples, no {', '.join(SUFFIXES)}{_but(found.left_out())}")
+    names = class_names(root, found) if num_classes else []
     ranks = {name: rank for rank, name in enumerate(names)}
-    labels = np.array([ranks.get(file.split("/")[0], 0) for file in files], np.int32)
+    labels = np.array([ranks.get(file.split("/")[0], 0) for file in found.images], np.int32)
     identity = {
         "name": "folder",
         "split": split,
         "size": size,
         "crop": crop,
-        "length": len(files),
-        "files_sha256": hashlib.sha256("\n".join(files).encode()).hexdigest(),
+        "length": len(found),
+        "files_sha256": hashlib.sha256("\n".join(found.images).encode()).hexdigest(),
         "classes": len(names),
     }
-    examples = FolderExamples(root, files, labels, size, crop == "adm")
-    return Source("folder", examples, size, 3, len(names), identity)
+    examples = FolderExamples(root, found.images, labels, size, crop == "adm", decode)
+    return Source(
+        "folder",
+        examples,
+        size,
+        3,
+        len(names),
+        identity | _decoded(decode),
+        classes=tuple(names),
+        note=found.left_out(),
+    )
+
+
+def _but(left_out: str) -> str:
+    return f", but {left_out}" if left_out else ""
+
+
+def _decoded(decode: str) -> dict[str, str]:
+    """In the identity of files of images; earlier versions knew `stored` alone, and did not say it."""
+    return {} if decode == "stored" else {"decode": decode}
+
+
+def _inside(dir: str, part: str) -> Path:
+    """The path of a part of a data folder. UserError for one that leaves it: configs may come from others."""
+    if Path(part).is_absolute() or ".." in Path(part).parts:
+        raise UserError(f"data.split={part!r} leads out of data.dir={dir!r}; valid: the name of something in it")
+    return Path(dir) / part
 
 
 def _check_crop(crop: str) -> None:
@@ -218,17 +286,19 @@ def tfds(
     `dataset` is its name, under `dir` ("": the default folder of tensorflow_datasets); with "" as its name
     `dir` is the folder of the prepared version itself. `split` may be an expression like "train[:90%]".
     `crop` is "adm" (centre crop to `size`) or "none" (every image must have that size).
+    Images are decoded as `stored`, see transforms.py, as published runs read them; of four channels as `shown`.
     With `num_classes` 0 the labels are not read.
     """
     _check_crop(crop)
     builder = _prepared(dataset, dir)
     features = builder.info.features
     shape = features["image"].shape
+    decode = "shown" if shape[-1] == 4 else "stored"
     channels = 1 if shape[-1] == 1 else 3
-    num_classes = features["label"].num_classes if num_classes and "label" in features else 0
+    names = tuple(features["label"].names) if num_classes and "label" in features else ()
     found = size if crop == "adm" or shape[0] is None else shape[0]
     records = _records(builder, split)
-    examples = PreparedExamples(records, size, channels, crop == "adm", num_classes > 0)
+    examples = PreparedExamples(records, size, channels, crop == "adm", decode, len(names) > 0)
     identity = {
         "name": "tfds",
         "dataset": builder.info.full_name,
@@ -236,9 +306,9 @@ def tfds(
         "length": len(records),
         "size": size,
         "crop": crop,
-        "classes": num_classes,
+        "classes": len(names),
     }
-    return Source("tfds", examples, found, channels, num_classes, identity)
+    return Source("tfds", examples, found, channels, len(names), identity | _decoded(decode), classes=names)
 
 
 def _prepared(dataset: str, dir: str) -> Any:
@@ -292,7 +362,7 @@ def latents(
     `scale` must be the one in the manifest; it is applied here unless it was when the latents were written.
     `flip` needs latents written with their mirror images. With `num_classes` 0 the labels are not read.
     """
-    root = Path(dir) / split
+    root = _inside(dir, split)
     manifest = read_manifest(root)
     if scale != manifest["scale"]:
         raise UserError(f"data.scale={scale}, but the latents in {root} have scale={manifest['scale']}")
@@ -374,7 +444,7 @@ def arrays_of_file(
     conditions: labels, integers [n]; tokens, integers [n, condition_size]; or vectors, floats [n, condition_size].
     Other arrays [n, ...] of the file are auxiliary ones; those named image... are maps, mirrored with the images.
     """
-    path = Path(dir) / f"{split}.npz"
+    path = Path(f"{_inside(dir, split)}.npz")
     stored = read_arrays(path)
     images, conditions = stored.pop("images"), stored.pop("conditions", None)
     expected = contracts.condition(condition, num_classes, condition_size)

@@ -94,7 +94,9 @@ def codebook_sha256(codebook: np.ndarray) -> str:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the codes in `folder`. `UserError` with the command that makes them when there are none."""
-    return shards.read_manifest(folder / MANIFEST, "codes", COMMAND)
+    stream = {"encoder": {"name": str}, "codes": int, "codebook_sha256": str, "grid": int}
+    fields = {"views": int, "streams": [stream], "images": {"name": str}, "num_classes": int}
+    return shards.read_manifest(folder / MANIFEST, "codes", COMMAND, fields)
 
 
 def kinds(manifest: Mapping[str, Any], streams: int = 1) -> dict[str, Any]:

@@ -1,23 +1,55 @@
-"""Decoding and the ADM centre crop, to the byte as the public ImageNet references were made.
+"""Decoding of image files, and the ADM centre crop, to the byte as the public ImageNet references were made.
+
+There are two ways to decode. `shown` gives the pixels that a viewer shows on a white page. `stored` gives what the
+programs behind the public references saw: transparency is dropped, which uncovers the colours under it, and the
+orientation in EXIF is not applied. Both read the first picture of an animation, and neither applies colour profiles.
 
 Pillow rounds each pass of a resize to uint8, so the order of the passes matters; Pillow 13 changed it for tall images.
 Every resize here is therefore two resizes of one axis each, the horizontal one first, which gives the same bytes in all
 versions.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
 
 
-def decode(file: Path | BinaryIO, channels: int = 3) -> Image.Image:
+def shown(file: Path | BinaryIO, channels: int = 3) -> Image.Image:
+    """The image in `file` with 1 or 3 channels: turned as EXIF says, transparency on white, 16 bits scaled to 8."""
+    with Image.open(file) as opened:
+        image = _eight_bits(ImageOps.exif_transpose(opened))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert(MODES[channels])
+
+
+def stored(file: Path | BinaryIO, channels: int = 3) -> Image.Image:
     """The image in `file` with 1 or 3 channels: alpha dropped, palettes expanded, EXIF rotation not applied."""
     with Image.open(file) as image:
-        return image.convert(MODES[channels])
+        if image.mode.startswith("I;16"):
+            raise ValueError("16 bits of grey would all become white; data.decode='shown' scales them to 8")
+        return _eight_bits(image).convert(MODES[channels])
+
+
+DECODERS: dict[str, Callable[..., Image.Image]] = {"shown": shown, "stored": stored}
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image with 8 bits per channel. ValueError for 32 bits, of which no range says what is black and white."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32 bits of grey (Pillow's mode {image.mode}) have no known range; valid: 8 or 16 bits")
+    if not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    grey = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if (clear := image.info.get("transparency")) is not None:  # the one value that is transparent
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def adm_sizes(width: int, height: int, size: int) -> list[tuple[int, int]]:

@@ -37,15 +37,18 @@ class EvaluatorRecord:
 def sample_grid(
     subject: Subject, *, num: Annotated[int, Leaf("images in the picture", "watch", at_least(1))] = 64
 ) -> Evaluator:
-    """A picture of samples 0, 1, ..., classes in equal parts; the same noise every time."""
+    """A picture of samples 0, 1, ..., classes in equal parts, of few a column each; the same noise every time."""
     check_pictures(subject, "samples")
     conditions = subject.conditions(0, num)
+    condition = subject.method.condition
+    labelled = condition is not None and condition.kind == "labels"
+    classes = samples.Classes(conditions, subject.source.classes) if labelled else None
 
     def evaluate(params: Tree) -> Result:
         values = np.concatenate(list(subject.images(params, conditions)))
         if not np.isfinite(values).all():
             return Result({"not_finite": float(np.sum(~np.isfinite(values)))})
-        return Result({}, samples.grid(samples.to_uint8(values)))
+        return Result({}, samples.grid(samples.to_uint8(values), classes))
 
     return evaluate
 
@@ -112,7 +115,8 @@ def pixel_scores(
         values = np.concatenate(list(subject.images(params, conditions)))
         if not np.isfinite(values).all():
             return Result({"not_finite": float(np.sum(~np.isfinite(values)))})
-        scores = pixels.score((samples.to_uint8(values), conditions), train)
+        labels = conditions if subject.method.condition else None
+        scores = pixels.score((samples.to_uint8(values), labels), train)
         return Result(
             {name: each["value"] for name, each in scores.items()}, None, {"num": num, "features": pixels.FEATURES}
         )

@@ -105,7 +105,7 @@ def _order(seed: int, n: int, count: int) -> np.ndarray:
 
 
 def _initial(seed: int, blocks: int, d: int, num_classes: int) -> Probe:
-    weights = STANDARD_DEVIATION * jax.random.normal(rng.stream(seed, "probe"), (d, num_classes))
+    weights = STANDARD_DEVIATION * jax.random.normal(rng.stream(seed, "probe"), (d, num_classes), jnp.float32)
     return Probe(jnp.broadcast_to(weights, (blocks, d, num_classes)), jnp.zeros((blocks, num_classes)))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import diffjax
 from diffjax.errors import UserError
+from diffjax.files import write_json
 from diffjax.trees import leaves
 
 # what the maker of the samples knows; the scorer knows the rest
@@ -81,7 +82,7 @@ def code_version() -> str:
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(path, result)
 
 
 def read(path: Path) -> dict[str, Any]:

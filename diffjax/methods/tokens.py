@@ -37,7 +37,8 @@ from diffjax.methods.encoders import load_vqgan_decoder
 from diffjax.ops.dictionary import NO_CODE
 from diffjax.options import Leaf, at_least, between, fraction, one_of
 from diffjax.tokens import decoding, losses, pixels
-from diffjax.tokens.kmeans import INITS, read_codebook
+from diffjax.tokens.codebooks import read_codebook
+from diffjax.tokens.kmeans import INITS
 
 
 @dataclass(frozen=True)

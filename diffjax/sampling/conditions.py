@@ -1,7 +1,8 @@
 """What each sample is conditioned on: labels, vectors or tokens of a file, or of the training data."""
 
+import difflib
 import hashlib
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from diffjax.experiment import Experiment
 from diffjax.files import file_sha256, read_npz
 from diffjax.runs import Run
 from diffjax.sampling import generate
+from diffjax.sampling.samples import NO_LABELS, Classes, read_protocol
+
+SPREAD = ("interleaved", "uniform")  # how all classes are spread over the samples
 
 
 @dataclass(frozen=True)
@@ -24,24 +28,54 @@ class Conditions:
         arrays: what the samples file says of it: arr_1, labels int32 [n] (zeros where there are none), and for vectors
             and tokens of files also `conditions`.
         described: what the protocol says of it.
+        classes: what the columns of a grid stand for; None: nothing.
     """
 
     given: np.ndarray
     arrays: dict[str, np.ndarray]
     described: dict[str, Any] = field(default_factory=dict)
+    classes: Classes | None = None
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(np.ascontiguousarray(self.given).tobytes()).hexdigest()
 
 
-def of_labels(kind: str, seed: int, first: int, num: int, num_classes: int) -> Conditions:
-    """Classes in equal parts ("interleaved"), or drawn from (seed, i) ("uniform")."""
-    if kind == "uniform":
+def of_labels(said: str, seed: int, first: int, num: int, num_classes: int, names: Sequence[str] = ()) -> Conditions:
+    """Classes of samples first, first + 1, ...
+
+    Args:
+        said: "interleaved", all classes in equal parts; "uniform", drawn from (seed, i); or some of them in turn, by
+            number or name: "207,360".
+        names: of the classes, where they have any.
+
+    Raises:
+        UserError: no such class.
+    """
+    if not num_classes and said not in SPREAD:
+        raise UserError(f"--labels={said}: this model has no classes; leave it out")
+    if said == "uniform":
         labels = generate.uniform_labels(seed, first + num, num_classes)[first:]
-    else:
+    elif said == "interleaved":
         labels = generate.interleaved_labels(first + num, num_classes)[first:]
-    return Conditions(labels, {"arr_1": labels})
+    else:
+        chosen = np.array([_label(text.strip(), num_classes, names) for text in said.split(",")], np.int32)
+        labels = chosen[np.arange(first, first + num) % len(chosen)]
+    described: dict[str, Any] = {"labels": said if num_classes else NO_LABELS}
+    if num_classes and names:
+        described["classes"] = {str(label): names[label] for label in np.unique(labels)}
+    return Conditions(labels, {"arr_1": labels}, described, Classes(labels, names) if num_classes else None)
+
+
+def _label(text: str, num_classes: int, names: Sequence[str]) -> int:
+    """The class of a number or a name; a name that is a number is looked for last."""
+    if text.isdecimal() and int(text) < num_classes:
+        return int(text)
+    if text in names:
+        return list(names).index(text)
+    near = difflib.get_close_matches(text, names, n=3)
+    hint = f"; did you mean {', '.join(near)}?" if near else ", or their names" if names else ""
+    raise UserError(f"--labels: no class {text!r}; valid: {', '.join(SPREAD)}, or numbers 0 to {num_classes - 1}{hint}")
 
 
 def of_file(path: Path | None, first: int, num: int, experiment: Experiment) -> Conditions:
@@ -62,7 +96,9 @@ def of_file(path: Path | None, first: int, num: int, experiment: Experiment) -> 
         check_range(path, stored, condition.count)
         given = stored[first : first + num].astype(condition.dtype)
         described = {"conditions": {"file_sha256": file_sha256(path)}}
-    return Conditions(given, {"arr_1": np.zeros(num, np.int32), "conditions": given}, {"labels": "none", **described})
+    return Conditions(
+        given, {"arr_1": np.zeros(num, np.int32), "conditions": given}, {"labels": NO_LABELS, **described}
+    )
 
 
 def check_range(path: Path, stored: np.ndarray, count: int) -> None:
@@ -86,10 +122,9 @@ def _made_of(path: Path, origin: dict[str, Any]) -> dict[str, Any]:
     beside = path.with_suffix(".json")
     if not path.is_file() or not beside.is_file():
         raise UserError(f"--source={path}: it or {beside.name} is missing; `sample --raw` of a first stage writes both")
-    try:
-        made: dict[str, Any] = json.loads(beside.read_text())["origin"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{beside}: not what `sample --raw` writes ({type(error).__name__})") from error
+    made = read_protocol(path).get("origin")
+    if not isinstance(made, dict):
+        raise UserError(f"{beside}: not what `sample --raw` writes, it says nothing of an origin")
     wanted, found = (each.get("codes", {}).get("features") for each in (origin, made))
     if wanted and wanted != found:
         raise UserError(f"--source={path} holds codes of {found}, and this run was trained on codes of {wanted}")

@@ -168,6 +168,10 @@ class Parts:
         Raises:
             UserError: rows are missing, or are not pictures where pictures are wanted.
         """
+        files.write_npz(self.out, {"arr_0": self._all_rows(arrays, raw), **arrays}, self.owner)
+
+    def _all_rows(self, arrays: Mapping[str, np.ndarray], raw: bool) -> files.Blocks:
+        """arr_0, read while it is written; see `assemble`."""
         if "arr_0" in arrays or any(array.shape[:1] != (self.num,) for array in arrays.values()):
             shapes = {name: array.shape for name, array in arrays.items()}
             raise ValueError(f"arrays {shapes}; expected one row for each of {self.num}, and arr_0 for the rows alone")
@@ -178,20 +182,37 @@ class Parts:
         blocks = itertools.chain([first], blocks)
         pieces = blocks if raw else map(to_rgb, blocks)
         row_shape = first.shape[1:] if raw else to_rgb(first[:1]).shape[1:]
-        rows = files.Blocks((self.num, *row_shape), first.dtype, pieces)
-        files.write_npz(self.out, {"arr_0": rows, **arrays}, self.owner)
+        return files.Blocks((self.num, *row_shape), first.dtype, pieces)
 
-    def finish(self, arrays: Mapping[str, np.ndarray], description: Mapping[str, Any], *, raw: bool = False) -> None:
+    def finish(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        description: Mapping[str, Any],
+        *,
+        raw: bool = False,
+        classes: samples.Classes | None = None,
+    ) -> None:
         """Write the npz (see `assemble`), the json and, for pictures, the png of the first; then remove the folder.
 
         Args:
             description: json-able, how the rows were made; the hash of the npz is stored with it.
+            classes: what the columns of the png stand for, see `samples.grid`.
         """
-        self.assemble(arrays, raw=raw)
-        samples.write_protocol(self.out, description, self.owner)
-        if not raw:
-            shown = np.concatenate(list(self.rows(0, min(self.num, samples.GRID_IMAGES))))
-            samples.write_png(self.out.with_suffix(".png"), samples.grid(shown), self.owner)
+        if raw:
+            self.assemble(arrays, raw=True)
+            samples.write_protocol(self.out, description, self.owner)
+        else:
+            more = dict(arrays)
+            samples.write_samples(
+                self.out,
+                self._all_rows(arrays, raw=False),
+                more.pop("arr_1"),
+                description,
+                more=more,
+                shown=np.concatenate(list(self.rows(0, min(self.num, samples.GRID_IMAGES)))),
+                classes=classes,
+                owner=self.owner,
+            )
         self.remove()
 
     def remove(self) -> None:

@@ -15,9 +15,6 @@ centroids on one device and on many; all that devices exchange is these sums, th
 
 import functools
 import hashlib
-import json
-import os
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,23 +26,18 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from diffjax import rng
-from diffjax.errors import UserError, writing
+from diffjax.errors import UserError
 from diffjax.parallel import hosts
 from diffjax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 from diffjax.parallel.rules import mesh_axes, per_device
+from diffjax.tokens.codebooks import Fit, read_state, write_state
+from diffjax.tokens.faiss_random import perm, split_empty
 
 POINTS_PER_CENTROID = 256  # a fit uses at most so many
 BLOCK = 1024  # points, and centroids, whose scores are in memory at a time
 DIGIT, DIGITS = 9, 3  # bits of a digit, digits of a coordinate
 MAX_POINTS = 2 ** (32 - DIGIT)  # of more the sum of a digit could leave int32
-SPLIT_SEED = 1234
 INITS = ("random", "k-means++")
-
-
-class Fit(NamedTuple):
-    centroids: np.ndarray  # float32 [k, d]
-    objectives: np.ndarray  # float32 [iterations]: sum of squared distances to the centroids before each
-    iteration: int  # how many are done
 
 
 @dataclass(frozen=True)
@@ -124,14 +116,14 @@ def fit(
     origin = {"k": k, "seed": seed, "init": init, "shape": list(points.shape)}
     if state is not None:
         origin["points_sha256"] = hashlib.sha256(points.data).hexdigest()
-    done = None if state is None else _read_state(Path(state), origin, iterations)
+    done = None if state is None else read_state(Path(state), origin, iterations)
     if done is None:
         start = points[perm(len(points), seed + 1, k)] if init == "random" else plus_plus(placed, k, seed)
         done = Fit(start, np.empty(0, np.float32), 0)
     while done.iteration < iterations:
         done = _advance(placed, done, iterations)
         if state is not None and hosts.is_lead():
-            _write_state(Path(state), origin, done)
+            write_state(Path(state), origin, done)
         if progress is not None:
             progress(done.iteration, float(done.objectives[-1]))
     return done
@@ -163,61 +155,6 @@ def lloyd_step(points: Points, centroids: np.ndarray) -> tuple[np.ndarray, float
     totals = sum(digit << DIGIT * i for i, digit in enumerate(digits))
     means = totals / points.scale.astype(np.float64) / np.maximum(counts, 1)[:, None]
     return split_empty(means.astype(np.float32), counts, points.count), float(objective), counts
-
-
-def split_empty(centroids: np.ndarray, counts: np.ndarray, n: int) -> np.ndarray:
-    """Give every empty cluster half of another one, in the order of their indices.
-
-    Donors are asked in turn, from cluster 0 on, and j agrees with probability (count_j - 1) / (n - k). Both then sit
-    at the donor's centroid times 1 +- 2^-10, with opposite signs and alternating over the coordinates.
-
-    Args:
-        centroids: float32 [k, d]. counts: integers [k], how many of the n points each has.
-    """
-    k, d = centroids.shape
-    centroids, sizes = centroids.copy(), counts.astype(np.float32)
-    stream, draws = np.random.RandomState(SPLIT_SEED), np.empty(0, np.float32)
-    sign = np.where(np.arange(d) % 2 == 0, 1, -1).astype(np.float32) / 1024
-    for empty in np.flatnonzero(counts == 0):
-        chances = (sizes - 1) / np.float32(max(n - k, 1))  # n = k: any cluster of two or more
-        agree = np.empty(0, np.int64)
-        while not len(agree):
-            draws = np.append(draws, _words(stream, max(k - len(draws), 0)).astype(np.float32) / np.float32(2**32 - 1))
-            agree = np.flatnonzero(draws[:k] < chances)
-            draws = draws[agree[0] + 1 if len(agree) else k :]
-        donor = agree[0]
-        centroids[empty], centroids[donor] = centroids[donor] * (1 + sign), centroids[donor] * (1 - sign)
-        sizes[empty] = sizes[donor] / 2
-        sizes[donor] -= sizes[empty]
-    return centroids
-
-
-def perm(n: int, seed: int, count: int | None = None) -> np.ndarray:
-    """The first `count` entries (default: all) of faiss's random order of 0 .. n - 1, int64.
-
-    That is a shuffle: for i = 0, 1, ... entry i changes places with entry t_i = i + raw_i mod (n - i), where raw are
-    the words of the Mersenne Twister. Without a loop: the entry that step i moves away from its own place is i, or
-    came there from the place of the last earlier step that went to i, and so on back; what step i gets is t_i, or what
-    the last earlier step that went there left.
-    """
-    steps = np.arange(n if count is None else count)
-    target = steps + _words(np.random.RandomState(seed), len(steps)) % (n - steps)
-    order = np.argsort(target, kind="stable")
-    again = target[order[1:]] == target[order[:-1]]
-    before = np.full(len(steps), -1)  # the last earlier step that went to the same place
-    before[order[1:][again]] = order[:-1][again]
-
-    source = steps.copy()  # the last earlier step that went to this step's place
-    earlier = order[(target[order] > order) & (target[order] < len(steps))]
-    source[target[earlier]] = earlier  # ascending for each place, and the last one stays
-    while not np.array_equal(source, source[source]):
-        source = source[source]
-    return np.where(before >= 0, source[before], target)
-
-
-def _words(stream: np.random.RandomState, count: int) -> np.ndarray:
-    """The next words of a Mersenne Twister, uint32 [count]."""
-    return stream.randint(0, 2**32, count, dtype=np.uint32)
 
 
 def place(points: np.ndarray, mesh: Mesh | None = None) -> Points:
@@ -371,7 +308,7 @@ def _draw(mesh: Mesh | None, k: int) -> Callable:
 
         def draw(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             chosen, weights = carry
-            point = contest(weights, jax.random.fold_in(jax.random.wrap_key_data(key), i))
+            point = contest(weights, jax.random.fold_in(rng.key_of(key), i))
             distances = jnp.sum(jnp.square(blocks - point), axis=2)
             weights = jnp.where(i == 0, distances, jnp.minimum(weights, distances))
             return chosen.at[i].set(point), jnp.where(valid, weights, 0)
@@ -407,23 +344,6 @@ def _on_devices(local: Callable, mesh: Mesh | None, split: int, whole: int) -> C
     return jax.jit(mapped, out_shardings=replicated(mesh))
 
 
-def read_codebook(path: Path) -> np.ndarray:
-    """The centroids of a .npy file, float32 [k, d], such as the published km_8k.npy."""
-    try:
-        codebook = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"{path}: no codebook can be read ({error.strerror or error}); valid: a .npy file") from error
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: not an array of numbers ({error}); valid: a .npy file, float32 [k, d]") from error
-    if not isinstance(codebook, np.ndarray) or codebook.ndim != 2 or codebook.dtype.kind != "f" or not codebook.size:
-        found = f"{codebook.dtype} {codebook.shape}" if isinstance(codebook, np.ndarray) else "an archive of arrays"
-        raise UserError(f"{path} holds {found}; a codebook is float32 [k, d]")
-    if not np.isfinite(codebook).all():
-        row = int(np.flatnonzero(~np.isfinite(codebook).all(axis=1))[0])
-        raise UserError(f"{path}: centroid {row} of {len(codebook)} holds a value that is not finite")
-    return codebook.astype(np.float32)
-
-
 def _check(points: np.ndarray, k: int, iterations: int, seed: int, init: str) -> None:
     if points.ndim != 2 or not points.shape[1] or points.dtype.kind not in "fiu":
         raise UserError(f"k-means takes real points [n, d]; found {points.dtype} {points.shape}")
@@ -444,32 +364,3 @@ def check_settings(iterations: int, seed: int, init: str) -> None:
         raise UserError(f"seed = {seed}; valid: 0 to {2**32 - 2}")
     if init not in INITS:
         raise UserError(f"init = {init!r} is unknown; valid: {', '.join(INITS)}")
-
-
-def _write_state(path: Path, origin: dict[str, Any], done: Fit) -> None:
-    """All or nothing: the file appears under its name when it is complete."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(unfinished):
-        with unfinished.open("wb") as file:
-            np.savez(file, origin=np.array(json.dumps(origin)), **done._asdict())
-        os.replace(unfinished, path)
-
-
-def _read_state(path: Path, origin: dict[str, Any], iterations: int) -> Fit | None:
-    """The fit that `path` holds, None if there is no file; `UserError` unless it is of the same points and settings."""
-    if not path.exists():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            stored = json.loads(str(arrays["origin"]))
-            done = Fit(arrays["centroids"], arrays["objectives"], int(arrays["iteration"]))
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} holds no state of a k-means fit ({error}); remove it or name another file") from error
-    differing = [name for name in sorted(origin | stored) if stored.get(name) != origin.get(name)]
-    if differing:
-        listed = ", ".join(f"{name} {stored.get(name)} there, {origin.get(name)} here" for name in differing)
-        raise UserError(f"{path} is of a fit of other points or settings: {listed}; remove it or name another file")
-    if done.iteration > iterations:
-        raise UserError(f"{path} holds {done.iteration} iterations; valid: iterations = {done.iteration} or more")
-    return done

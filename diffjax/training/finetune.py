@@ -3,6 +3,7 @@
 Of the latter everything must fit but what `init.new` names, by a part of the model (PARTS) or by the start of paths.
 """
 
+import logging
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from diffjax.parallel import hosts
 from diffjax.parallel.rules import key_path
 from diffjax.training.checkpoint import Checkpoints
 from diffjax.training.state import TrainState
-from diffjax.weights import store
+from diffjax.weights import outputs, store
 
 # Parts of a model that another data set or image size may need anew: patterns of their parameters' paths.
 PARTS = {
@@ -49,7 +50,18 @@ def find_start(experiment: Experiment) -> Start | None:
     stored = read(Path(source))
     abstract = experiment.abstract.params
     leaves = {key_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+    stored |= _without_variance(source, stored, leaves, experiment.channels)
     return Start(source, stored, fresh_paths(source, stored, leaves, new))
+
+
+def _without_variance(
+    source: str, stored: dict[str, np.ndarray], leaves: dict[str, Any], channels: int
+) -> dict[str, np.ndarray]:
+    """The stored last layer without the output channels of a variance that the model has no room for, as SiT's has."""
+    shapes = ({path: tuple(leaf.shape) for path, leaf in tree.items()} for tree in (stored, leaves))
+    if found := outputs.twice(*shapes):
+        logging.getLogger("diffjax").info(outputs.said(source, channels))
+    return {path: outputs.first_half(stored[path], channels) for path in found}
 
 
 def initial_state(experiment: Experiment, start: Start | None) -> TrainState:

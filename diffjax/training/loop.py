@@ -179,7 +179,8 @@ def _announce(experiment: Experiment, reporter: Reporter, start: int, changed: d
     if changed:
         reporter.say(f"going on with {'; '.join(changed.values())}")
     verb = f"resuming at step {start}" if start else "starting"
-    reporter.say(f"{verb}: {experiment.name}, {count:,} parameters, mesh {mesh} of {device}")
+    data = experiment.source.describe()
+    reporter.say(f"{verb}: {experiment.name}, {count:,} parameters, mesh {mesh} of {device}; {data}")
 
 
 @dataclass
@@ -308,5 +309,6 @@ def _meta(experiment: Experiment) -> dict[str, Any]:
         "frozen_sha256": experiment.frozen_sha256(),
         "mesh": dict(experiment.mesh.shape),
         "processes": jax.process_count(),
+        "classes": list(experiment.source.classes),
         "versions": {"diffjax": diffjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
     }

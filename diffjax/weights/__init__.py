@@ -1,6 +1,7 @@
 """Public checkpoints: reading their files, and mapping their weights to our parameters and back."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -8,10 +9,11 @@ import flax.linen as nn
 import numpy as np
 
 from diffjax.errors import UserError
-from diffjax.weights import diffit, digit, dinov2, dis, dit, udit, vqgan
+from diffjax.weights import diffit, digit, dinov2, dis, dit, sit, udit, vqgan
 
 FAMILIES: dict[str, ModuleType | digit.Family] = {
     "dit": dit,
+    "sit": sit,
     "dis": dis,
     "udit": udit,
     "diffit": diffit,
@@ -19,6 +21,11 @@ FAMILIES: dict[str, ModuleType | digit.Family] = {
     "dinov2": dinov2,
     "vqgan": vqgan,
 }
+
+PREFIXES = ("module.", "_orig_mod.")  # of models wrapped for data parallelism or averaging, and compiled ones
+AVERAGES = {"ema", "emas", "swa", "avg", "average", "averaged"}  # words in the names of averaged weights
+NO_WEIGHTS = re.compile("(last_)?opt|sched|lr_|arg|conf|cfg|hparam|hyper", re.IGNORECASE)  # starts of names
+DEPTH = 3  # how far entries of a checkpoint may lie within each other
 
 
 def from_reference(family: str, state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -31,9 +38,10 @@ def from_reference(family: str, state_dict: Mapping[str, Any], **config: Any) ->
 
     Raises:
         UserError: unknown family or argument; arguments that contradict the shapes or that are needed and missing;
-            unexpected, missing and wrongly shaped keys, all in one message.
+            unexpected, missing and wrongly shaped keys, all in one message; values that are not finite.
     """
-    return _family(family).from_reference(_inner(state_dict), **config)
+    empty = isinstance(state_dict, Mapping) and not any(_entries(state_dict, ()))
+    return _family(family).from_reference({} if empty else unwrap(state_dict), **config)
 
 
 def to_reference(family: str, module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -41,28 +49,96 @@ def to_reference(family: str, module: nn.Module, params: Mapping[str, Any]) -> d
     return _family(family).to_reference(module, params)
 
 
-def unwrap(checkpoint: Any) -> dict[str, Any]:
-    """The weights inside a file: its "ema", "model" or "state_dict", else itself, without a prefix "module.".
+def unwrap(checkpoint: Any, entry: str = "") -> dict[str, Any]:
+    """The weights inside a file, without a prefix "module." or "_orig_mod.": see `choose` for which.
 
-    Training checkpoints keep them beside the optimizer; the published results use the averaged weights. The prefix
-    comes from saving a model that was wrapped for data parallelism.
+    The prefixes come from saving a model that was wrapped for data parallelism, or compiled.
     """
-    weights = _inner(checkpoint)
-    if not any(hasattr(value, "shape") for value in weights.values()):
-        found = ", ".join(map(str, checkpoint))[:200] or "nothing"
-        raise UserError(
-            f"the checkpoint holds no weights: found {found}; expected ema, model, state_dict or named arrays"
-        )
-    return weights
+    return choose(checkpoint, entry)[1]
 
 
-def _inner(checkpoint: Any) -> dict[str, Any]:
+def choose(checkpoint: Any, entry: str = "") -> tuple[str, dict[str, Any]]:
+    """(name of the entry of a training checkpoint, "" for all of it; the weights in it).
+
+    The published results use averaged weights: an entry that is named as an average (ema, model_ema, ema_model,
+    state_dict_ema, ...) comes first, also within another entry and as the first part of the keys. Weights that are
+    named "model" or "state_dict", or stand alone, are taken from a file without an average.
+
+    entry: which one instead, by its name; parts of nested ones are joined by ".".
+
+    Raises:
+        UserError: no weights; an average without weights; several entries, none of which is the one; no such entry.
+    """
     if not isinstance(checkpoint, Mapping):
         raise UserError(f"the checkpoint holds no weights but a {type(checkpoint).__name__}")
-    candidates = (*map(checkpoint.get, ("ema", "model", "state_dict")), checkpoint)
-    inner: Mapping[str, Any] = next(weights for weights in candidates if isinstance(weights, Mapping))
-    prefix = "module." if inner and all(str(key).startswith("module.") for key in inner) else ""
-    return {str(key).removeprefix(prefix): value for key, value in inner.items()}
+    found = dict(_entries(checkpoint, ()))
+    listed = ", ".join(name or "the whole file" for name in found) or "none"
+    if entry:
+        if entry not in found:
+            raise UserError(f"the checkpoint has no weights named {entry!r}; there are: {listed}")
+        return entry, _plain(found[entry])
+    averages = [name for name in found if is_average(name)]
+    if not averages and (without := next(_averages_without_weights(checkpoint, ()), None)):
+        raise UserError(
+            f"the average {without!r} of the checkpoint holds no weights by name; there are: {listed}; name the one to "
+            "take (convert: --weights=NAME)"
+        )
+    usual = [name for name in found if name.rpartition(".")[2] in ("", "model", "state_dict")]
+    candidates = averages or (usual if len(usual) == 1 else list(found))
+    if not candidates:
+        kinds = ", ".join(map(str, checkpoint))[:200] or "nothing"
+        raise UserError(f"the checkpoint holds no weights: found {kinds}; expected named arrays, or entries of them")
+    if len(candidates) > 1:
+        raise UserError(
+            f"the checkpoint holds {len(candidates)} sets of weights: {', '.join(candidates)}; name the one to take "
+            "(convert: --weights=NAME)"
+        )
+    return candidates[0], _plain(found[candidates[0]])
+
+
+def is_average(name: str) -> bool:
+    """Whether an entry is named as averaged weights."""
+    words = set(re.split(r"[._]|(?<=[a-z])(?=[0-9])", name.lower()))
+    return bool(words & AVERAGES) and "exp" not in words  # exp_avg: Adam's moments
+
+
+def _entries(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name, arrays) of every mapping of arrays in a checkpoint, but for settings and the states of optimizers."""
+    arrays = {str(key): value for key, value in tree.items() if getattr(value, "shape", ())}
+    heads = {key.partition(".")[0] for key in arrays if "." in key}
+    if inside := [head for head in sorted(heads) if is_average(head)]:  # a module that holds its own average
+        for head in inside:
+            part = {key.removeprefix(f"{head}."): value for key, value in arrays.items() if key.startswith(f"{head}.")}
+            yield ".".join((*path, head)), part
+    elif arrays:
+        yield ".".join(path), tree
+    if len(path) < DEPTH:
+        for key, value in _parts(tree):
+            if isinstance(value, Mapping):
+                yield from _entries(value, (*path, key))
+
+
+def _averages_without_weights(tree: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    """Names of entries that are named as averages and hold no arrays by name."""
+    for key, value in _parts(tree):
+        if is_average(key) and isinstance(value, Mapping | list | tuple):
+            yield ".".join((*path, key))
+        elif isinstance(value, Mapping) and len(path) < DEPTH:
+            yield from _averages_without_weights(value, (*path, key))
+
+
+def _parts(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a checkpoint holds by name, without settings and the states of optimizers."""
+    return ((str(key), value) for key, value in tree.items() if not NO_WEIGHTS.match(str(key)))
+
+
+def _plain(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights without what a wrapper of the model put before their names, and without its counter."""
+    found = {str(key): value for key, value in weights.items() if str(key) != "n_averaged"}
+    for prefix in PREFIXES * 2:
+        if found and all(key.startswith(prefix) for key in found):
+            found = {key.removeprefix(prefix): value for key, value in found.items()}
+    return found
 
 
 def _family(family: str) -> Any:

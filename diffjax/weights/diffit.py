@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 
 from diffjax.errors import UserError
@@ -90,13 +89,7 @@ def _check_computed(keys: Any, state_dict: Mapping[str, Any], module: Any) -> No
             raise UserError(
                 f"these are not the weights of a diffit model: unexpected key {key} at depth {module.depth}"
             )
-        stored, expected = np.asarray(state_dict[key], np.float64), computed[key]
+        stored, expected = np.asarray(state_dict[key]), computed[key]
         if stored.shape != expected.shape:
             raise UserError(f"diffit: {key} is {stored.shape}, expected {expected.shape}")
-        difference = np.abs(stored - expected).max()
-        rounding = float(jnp.finfo(state_dict[key].dtype).eps) / 2 if key == POSITIONS else 0.0  # of values up to 1
-        if not difference <= (max(rounding, 1e-5) if key == POSITIONS else 0):
-            raise UserError(
-                f"diffit: {key} differs from the fixed table by up to {difference:.3g}; "
-                "only checkpoints with that table are read"
-            )
+        mapping.check_fixed("diffit", key, stored, expected, exact=key != POSITIONS)

@@ -143,7 +143,7 @@ def _check_positions(stored: Any, module: Any, input_size: int | None) -> None:
     """Our positions are computed, the reference's stored: they must be the same table (and of the size given)."""
     if stored is None:
         return
-    stored = np.asarray(stored, np.float32)
+    stored = np.asarray(stored)
     tokens = stored.shape[1] if stored.ndim == 3 else 0
     side = math.isqrt(tokens) if input_size is None else input_size // module.patch
     if stored.shape != (1, side**2, module.width) or side == 0:
@@ -151,9 +151,4 @@ def _check_positions(stored: Any, module: Any, input_size: int | None) -> None:
             f"dit: pos_embed is {stored.shape}, expected (1, (input_size / patch_size)^2, {module.width})"
             + (f" = (1, {side**2}, {module.width})" if input_size else "")
         )
-    difference = np.abs(stored[0] - sincos_positions(side, side, module.width)).max()
-    if not difference <= 1e-5:
-        raise UserError(
-            f"dit: pos_embed differs from the fixed sine-cosine table by up to {difference:.3g}; "
-            "only checkpoints with that table are read"
-        )
+    mapping.check_fixed("dit", "pos_embed", stored[0], sincos_positions(side, side, module.width))

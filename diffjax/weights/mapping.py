@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -69,8 +70,9 @@ def check(table: Table, sizes: Sizes, state_dict: Mapping[str, Any], family: str
 
 
 def to_params(table: Table, sizes: Sizes, state_dict: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """Our parameters, nested dicts of float32 numpy arrays. Raises the UserError of `check`."""
+    """Our parameters, nested dicts of float32 numpy arrays. UserError as of `check`, and for values not finite."""
     check(table, sizes, state_dict, family)
+    check_finite(family, {key: state_dict[key] for template, _, _ in table for key in _keys(template, sizes)})
     flat = {}
     for template, path, pattern in table:
         lengths = _lengths(pattern, sizes)
@@ -93,6 +95,36 @@ def to_state_dict(table: Table, sizes: Sizes, params: Mapping[str, Any]) -> dict
             layer = rearrange(layer, f"{ours} -> {theirs}", **_lengths(pattern, sizes))
             state_dict[key] = np.asarray(layer, order="C")  # safetensors writes the memory as it lies
     return state_dict
+
+
+def check_finite(family: str, weights: Mapping[str, Any]) -> None:
+    """Raise UserError that names the arrays with values that are not finite numbers of float32."""
+    with np.errstate(over="ignore"):
+        wrong = [key for key, value in weights.items() if not np.isfinite(np.asarray(value, np.float32)).all()]
+    if wrong:
+        raise UserError(
+            f"{family}: values that are not finite in {len(wrong)} of {len(weights)} arrays: {_some(wrong)}"
+        )
+
+
+# Training code that averages a fixed table like a parameter moves it by rounding: 1.6e-4 in float32 (a decay of 0.9999,
+# 5,000 steps and more). Tables that mean something else, of another size or order, are of order 1 apart.
+DRIFT = 1e-3
+
+
+def check_fixed(family: str, key: str, stored: Any, expected: np.ndarray, *, exact: bool = False) -> None:
+    """Raise UserError unless a stored table is the one that we compute, to the rounding of its dtype and an average.
+
+    stored, expected: of one shape, values up to 1; exact: whole numbers of any size, which must be equal.
+    """
+    stored = np.asarray(stored)
+    allowed = 0.0 if exact else DRIFT + float(ml_dtypes.finfo(stored.dtype).eps) / 2
+    difference = np.abs(stored.astype(np.float64) - expected).max()
+    if not difference <= allowed:
+        raise UserError(
+            f"{family}: {key} differs from the fixed table by up to {difference:.3g}; only checkpoints with that table "
+            "are read"
+        )
 
 
 def part(state_dict: Mapping[str, Any], prefix: str, others: tuple[str, ...]) -> dict[str, Any]:

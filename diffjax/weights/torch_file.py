@@ -8,6 +8,7 @@ name, so this reader resolves names through one short table of inert stand-ins a
                          then per key an 8-byte element count and the raw elements
 """
 
+import math
 import mmap
 import pickle
 import struct
@@ -203,6 +204,8 @@ def _view(storage: np.ndarray, offset: int, shape: tuple, strides: tuple) -> np.
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"tensor of shape {shape}, strides {strides}, offset {offset}")
+    if math.prod(shape) > storage.size:  # a stride of 0 makes any size out of one element
+        raise ValueError(f"tensor of {math.prod(shape)} elements on a storage of {storage.size}")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides))
     if 0 not in shape and last >= storage.size:
         raise ValueError(f"tensor reaches element {last} of a storage of {storage.size}")

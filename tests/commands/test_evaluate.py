@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from diffjax.__main__ import main
@@ -68,3 +69,24 @@ def test_mistakes(samples, capsys, flags, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_files_of_others_without_labels(samples, tmp_path, capsys):
+    """arr_0 alone, as many references have it: the distance is scored, and what is not is said."""
+    images = np.load(samples)["arr_0"]
+    np.savez(tmp_path / "bare.npz", arr_0=images)
+    assert main(["evaluate", f"--samples={tmp_path / 'bare.npz'}", "--reference=digits"]) == 0
+    printed = capsys.readouterr().out
+    assert "have no labels, so their agreement is not scored" in printed
+    assert "warning" not in printed
+    values = json.loads((tmp_path / "bare.scores.json").read_text())["values"]
+    assert list(values) == ["frechet_distance_pixels"]
+    np.savez(tmp_path / "few.npz", arr_0=images[:10])
+    assert main(["evaluate", f"--samples={samples}", f"--reference={tmp_path / 'few.npz'}"]) == 0
+    assert "warning: 10 of the reference are no more than the 64 dimensions" in capsys.readouterr().out
+
+
+def test_a_reference_of_one_image(samples, tmp_path, capsys):
+    np.savez(tmp_path / "one.npz", arr_0=np.load(samples)["arr_0"][:1], arr_1=np.zeros(1, int))
+    assert main(["evaluate", f"--samples={samples}", f"--reference={tmp_path / 'one.npz'}"]) == 2
+    assert "the covariance of 1 images of the reference is undefined; at least 2" in capsys.readouterr().err

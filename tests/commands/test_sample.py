@@ -1,6 +1,7 @@
 """Images by number through the command line: subsets, raw values, labels, converted parameters."""
 
 import json
+import shutil
 from collections import OrderedDict
 
 import jax
@@ -102,6 +103,28 @@ def test_uniform_labels_depend_on_the_number_alone(run, tmp_path):
     assert (labels != np.arange(40) % 10).any()
     _, part, _ = read_samples(sample(tmp_path / "part.npz", *flags, "--num=8", "--first=16"))
     np.testing.assert_array_equal(part, labels[16:24])
+
+
+def test_chosen_classes_and_their_names(run, tmp_path):
+    """Of digits the names are the numbers; the columns of the picture stand for classes."""
+    out = sample(tmp_path / "s.npz", f"--workdir={run}", "--labels=7,2", "--num=5")
+    _, labels, protocol = read_samples(out)
+    assert labels.tolist() == [7, 2, 7, 2, 7]
+    assert (protocol["labels"], protocol["classes"]) == ("7,2", {"2": "2", "7": "7"})
+    with Image.open(out.with_suffix(".png")) as picture:
+        assert picture.width == 2 * 66
+    assert main(["sample", f"--out={out}", f"--workdir={run}", "--labels=10", "--num=5"]) == 2
+
+
+def test_raw_values_that_are_not_finite_are_refused(run, tmp_path, monkeypatch, capsys):
+    drawn = np.zeros((4, 8, 8, 1), np.float32)
+    drawn[2, 0, 0] = np.nan
+    monkeypatch.setattr("diffjax.sampling.generate.generate", lambda *_: [(np.arange(4) + 3, drawn)])
+    for flags in (["--raw"], []):
+        command = ["sample", f"--out={tmp_path / 's.npz'}", f"--workdir={run}", "--num=4", "--first=3", *flags]
+        assert main(command) == 2
+        assert "sample 5: 1 of 256 sampled values are not finite" in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "s.npz.parts")
 
 
 def test_leaves_of_sampling_can_be_overridden(run, full, tmp_path):

@@ -91,7 +91,7 @@ class Killed(BaseException):
 
 
 def test_an_interrupted_fit_goes_on_to_the_same_codebook(made, tmp_path, monkeypatch, capsys):
-    write, out = kmeans._write_state, tmp_path / "codes"
+    write, out = kmeans.write_state, tmp_path / "codes"
 
     def write_and_die(path, origin, done):
         write(path, origin, done)
@@ -99,7 +99,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_codebook(made, tmp_path, monkeyp
             raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(kmeans, "_write_state", write_and_die)
+        patched.setattr(kmeans, "write_state", write_and_die)
         with pytest.raises(Killed):
             tokenize(out, "tokens.mirrored=true")
     assert [path.name for path in out.iterdir()] == [tokenize_verb.FIT]
@@ -108,7 +108,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_codebook(made, tmp_path, monkeyp
     assert "seed 1234 there, 5 here" in error
 
     iterations = []
-    monkeypatch.setattr(kmeans, "_write_state", lambda path, origin, done: iterations.append(done.iteration))
+    monkeypatch.setattr(kmeans, "write_state", lambda path, origin, done: iterations.append(done.iteration))
     tokenize(out, "tokens.mirrored=true")
     assert iterations == [3, 4]
     assert (out / tokens.CODEBOOK).read_bytes() == (made / tokens.CODEBOOK).read_bytes()

@@ -37,3 +37,12 @@ def test_no_limit_in_a_config_of_version_1():
     found = stored_values(tree).values
     assert (found["sampling.edm.churn"], found["sampling.edm.churn_max"]) == (40.0, None)
     assert (found["sampling.guidance.scale"], found["sampling.guidance.interval.high"]) == (2.0, None)
+
+
+@pytest.mark.parametrize("name, decode", [("folder", "stored"), ("digits", "shown")])
+def test_files_of_a_config_without_the_leaf_are_decoded_as_they_were(name, decode):
+    """Folders of images were read without orientation and transparency; other sources do not read the leaf."""
+    tree = stored(load(RECIPE))
+    tree["data"] |= {"name": name}
+    del tree["data"]["decode"]
+    assert stored_values(tree).values["data.decode"] == decode

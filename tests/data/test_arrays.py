@@ -146,6 +146,7 @@ TOKEN_LEAVES, VECTOR_LEAVES = KINDS["tokens"][1], KINDS["vectors"][1]
         ({"label": LABELS}, {}, "label is no name for an auxiliary array"),
         ({"image": pictures()}, {}, "image is no name for an auxiliary array"),
         ({"image_weight": NUMBERS}, {}, r"image_weight: \[12\]; valid: \[n, h, w\] or"),
+        ({"score": NUMBERS * np.nan}, {}, "score: not all values are finite"),
         ({"names": np.array(["a"] * COUNT)}, {}, "names: <U1; valid: numbers, true and false"),
         ({"conditions": None}, {}, r"conditions: none; the config says labels \[12\]"),
         ({"conditions": LABELS + 0.5}, {}, r"conditions: float64 \[12\]; the config says labels \[12\]"),

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from diffjax.data import sources
+from diffjax.data.images import list_images
 from diffjax.data.pipeline import Batches
 from diffjax.data.transforms import adm_center_crop
 from diffjax.errors import UserError
@@ -52,6 +53,14 @@ def test_folder_split_is_a_sub_folder(tree):
     assert len(source.examples) == 4
 
 
+@pytest.mark.parametrize("split", ["..", "a/../..", "/tmp"])
+@pytest.mark.parametrize("name", ["folder", "latents", "arrays"])
+def test_a_split_lies_in_its_folder(tmp_path, name, split):
+    extra = {"crop": "adm"} if name == "folder" else {}
+    with pytest.raises(UserError, match=r"data\.split='.*' leads out of data\.dir="):
+        sources.load(**configs.section(name, 16, 3, 0, dir=str(tmp_path), split=split, **extra))
+
+
 def test_folder_without_labels(tree):
     assert set(sources.arrays(sources.load(**folder(tree, num_classes=0)))[1]) == {0}
     flat = sources.load(**folder(tree / "dog", num_classes=0))
@@ -65,15 +74,127 @@ def test_folder_fingerprint_follows_the_files(tree):
     assert sources.load(**folder(tree)).fingerprint != before
 
 
-def test_exif_rotation_is_not_applied(tmp_path):
+def test_exif_rotation_is_applied_unless_files_are_read_as_stored(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: rotate by 90 degrees to view
     top = Image.new("RGB", (16, 16), "white")
     top.paste((0, 0, 0), (0, 0, 16, 8))
     top.save(tmp_path / "rotated.png", exif=exif)
-    image = sources.load(**folder(tmp_path, num_classes=0)).examples[0]["image"]
+    image = only(tmp_path, decode="stored")
     assert image[:8].max() == 0
     assert image[8:].min() == 255
+    np.testing.assert_array_equal(only(tmp_path), np.rot90(image, -1))
+
+
+def only(root, **leaves) -> np.ndarray:
+    """The only picture of a folder."""
+    [example] = sources.load(**folder(root, **({"num_classes": 0, "crop": "none"} | leaves))).examples
+    return example["image"]
+
+
+RAMP = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+
+
+@pytest.mark.parametrize("name, offset", [("a.png", 0), ("a.tif", 100), ("a.png", -100)])
+def test_sixteen_bits_of_grey_are_scaled(tmp_path, name, offset):
+    Image.fromarray((RAMP.astype(int) + offset).clip(0, 65535).astype(np.uint16)).save(tmp_path / name)
+    np.testing.assert_array_equal(only(tmp_path), (RAMP // 257)[..., None].repeat(3, -1))
+    with pytest.raises(UserError, match=r"a\.\w+ cannot be decoded: 16 bits of grey would all become white; .*'shown'"):
+        only(tmp_path, decode="stored")
+
+
+def test_a_transparent_value_of_sixteen_bits_is_white(tmp_path):
+    Image.fromarray(RAMP).save(tmp_path / "a.png", transparency=257)
+    assert list(only(tmp_path)[0, :3, 0]) == [0, 255, 2]
+
+
+@pytest.mark.parametrize("values", [RAMP.astype(np.int32), RAMP.astype(np.float32)])
+def test_thirty_two_bits_are_refused(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif cannot be decoded: 32 bits of grey .* valid: 8 or 16 bits"):
+        only(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white_whatever_lies_under_it(tmp_path, mode):
+    pictures = []
+    for hidden in (0, 255):
+        picture = Image.new("RGBA", (16, 16), (hidden, hidden, hidden, 0))
+        picture.paste((20, 20, 20, 255), (4, 4, 8, 8))
+        picture.convert(mode).save(tmp_path / "a.png")
+        pictures.append(only(tmp_path))
+    np.testing.assert_array_equal(*pictures)
+    assert list(pictures[0][0, 0]) == [255, 255, 255]
+    assert abs(int(pictures[0][5, 5, 0]) - 20) < 3  # a palette has not every grey
+
+
+def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
+    Image.new("RGBA", (16, 16), (0, 100, 255, 51)).save(tmp_path / "a.png")
+    assert list(only(tmp_path)[0, 0]) == [204, 224, 255]
+    assert list(only(tmp_path, decode="stored")[0, 0]) == [0, 100, 255]
+
+
+def test_pictures_beyond_the_limits_of_the_decoder_are_named(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", icc_profile=b"\0" * (2 << 20))
+    with pytest.raises(UserError, match=r"a\.png cannot be decoded: .*; what is read: .* 1 MiB of colour profile"):
+        only(tmp_path)
+    (tmp_path / "a.png").unlink()
+    Image.new("1", (20000, 20000)).save(tmp_path / "b.png")
+    with pytest.raises(UserError, match=r"b\.png cannot be decoded: .*pixels.*; what is read: at most 178"):
+        only(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif", "gif", "jfif", "webp", "TIFF"])
+def test_every_class_counts_whatever_the_format_of_its_files(tmp_path, suffix):
+    for name in ("a/0.png", f"b/0.{suffix}", "c/0.png"):
+        (tmp_path / name).parent.mkdir()
+        picture(0).save(tmp_path / name)
+    source = sources.load(**folder(tmp_path, num_classes=3))
+    assert source.classes == ("a", "b", "c")
+    assert list(sources.arrays(source)[1]) == [0, 1, 2]
+
+
+def test_a_class_without_images_is_refused(tree):
+    (tree / "cat").mkdir()
+    (tree / "cat" / "a.heic").write_bytes(b"")
+    for classes in (2, 3):
+        with pytest.raises(UserError, match=r"class folder 'cat' holds no image that is read \(\.bmp, "):
+            sources.load(**folder(tree, num_classes=classes))
+    assert len(sources.load(**folder(tree, num_classes=0)).examples) == 4
+
+
+def test_what_was_found_and_what_was_left_out_is_said(tree):
+    (tree / "dog" / ".hidden.png").write_text("not listed")
+    (tree / "dog" / "raw").write_text("")
+    (tree / "dog" / "again").symlink_to(tree / "dog")
+    (tree / "dog" / "again.png").symlink_to(tree / "dog" / "b.png")
+    assert sources.load(**folder(tree)).describe() == (
+        "4 images of folder, 2 classes: dog, dog big; left out: files that are no images (1 without a suffix, "
+        "1 .txt) and 2 links to files listed already"
+    )
+    assert sources.load(**configs.digits()).describe() == (
+        "1,500 images of digits, 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+    )
+
+
+def test_links_are_followed_and_each_file_is_listed_once(tmp_path):
+    outside = tmp_path / "outside"
+    for path in ("set/a/0.png", "set/b/0.png", "outside/1.png", "pool/2.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(tmp_path / path)
+    root = tmp_path / "set"
+    (root / "a" / "latest").symlink_to(".")
+    (root / "a" / "up").symlink_to(root)
+    (root / "b" / "linked").symlink_to(outside)
+    (outside / "back").symlink_to(root)
+    (root / "b" / "2.png").symlink_to(tmp_path / "pool" / "2.png")
+    (root / "b" / "3.png").symlink_to(tmp_path / "pool" / "2.png")
+    found = list_images(root)
+    assert found.images == ["a/0.png", "b/0.png", "b/2.png", "b/linked/1.png"]
+    assert (found.folders, found.repeated) == (["a", "b"], 4)
+    (root / "b" / "gone.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"gone\.png cannot be decoded: .*No such file"):
+        sources.arrays(sources.load(**folder(root, num_classes=0)))
 
 
 def test_folder_refusals(tree):
@@ -81,14 +202,16 @@ def test_folder_refusals(tree):
         sources.load(**folder(""))
     with pytest.raises(UserError, match=r"missing.* is no folder"):
         sources.load(**folder(tree / "missing"))
-    with pytest.raises(UserError, match=r"data\.num_classes=3, but folder has num_classes=2"):
+    with pytest.raises(UserError, match=r"data\.num_classes=3, but folder has num_classes=2: dog, dog big"):
         sources.load(**folder(tree, num_classes=3))
-    with pytest.raises(UserError, match=r"data\.num_classes=2, but folder has num_classes=0"):
+    with pytest.raises(UserError, match=r"2 images and no folders; labels need one sub-folder per class"):
         sources.load(**folder(tree / "dog"))
     picture(9).save(tree / "loose.png")
     with pytest.raises(UserError, match=r"loose\.png lies beside class folders"):
         sources.load(**folder(tree))
     (tree / "empty").mkdir()
+    with pytest.raises(UserError, match=r"data\.decode='seen' is unknown; valid: shown, stored"):
+        sources.load(**folder(tree, decode="seen"))
     with pytest.raises(UserError, match="has no examples"):
         sources.load(**folder(tree / "empty", num_classes=0))
 

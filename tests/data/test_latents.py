@@ -155,6 +155,41 @@ def test_refusals_when_reading(stored, tmp_path):
         sources.load(**section(stored))
 
 
+@pytest.mark.parametrize("name", ["../elsewhere/latents-00000.array_record", "/etc/latents.array_record", "..", ""])
+def test_shards_lie_beside_their_manifest(stored, name):
+    manifest = read_manifest(stored)
+    (stored / "latents.json").write_text(json.dumps(manifest | {"shards": [name]}))
+    with pytest.raises(UserError, match=r"latents\.json names the shard .*; valid: names of files beside it"):
+        sources.load(**section(stored))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"count": "10"}, 'count is "10"'),
+        ({"count": -1}, "count is -1"),
+        ({"shards": "latents-00000.array_record"}, "shards is no list of values"),
+        ({"shards": [3]}, r"shards\[0\] is 3"),
+        ({"scale": None}, "scale is null"),
+        ({"views": 3}, "views 3, shape"),
+        ({"shape": [6, 6]}, r"shape \[6, 6\]; valid: 1 or 2, and \[h, w, c\]"),
+        ({"num_classes": True}, "num_classes is true"),
+    ],
+)
+def test_a_manifest_of_other_contents_is_refused(stored, change, message):
+    (stored / "latents.json").write_text(json.dumps(read_manifest(stored) | change))
+    with pytest.raises(UserError, match=rf"latents\.json.*{message}"):
+        sources.load(**section(stored))
+
+
+def test_a_manifest_without_a_field_is_refused(stored):
+    manifest = read_manifest(stored)
+    for text in (json.dumps({name: value for name, value in manifest.items() if name != "scale"}), "[]"):
+        (stored / "latents.json").write_text(text)
+        with pytest.raises(UserError, match=r"is no manifest of latents: (scale is missing|it is no table)"):
+            sources.load(**section(stored))
+
+
 def test_refusals_when_writing(stored, tmp_path):
     with pytest.raises(UserError, match="already holds a latents.json"):
         write_latents(stored, examples(), ORIGIN)

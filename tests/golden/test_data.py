@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffjax.data.transforms import adm_center_crop, adm_offset, adm_sizes, decode
+from diffjax.data import transforms
+from diffjax.data.transforms import adm_center_crop, adm_offset, adm_sizes
 from tests.golden.cases import Case, cases
 
 pytestmark = pytest.mark.golden
@@ -94,7 +95,7 @@ def test_colour_modes(case: Case):
     for entry in case.info["mode_files"]:
         prefix = f"mode/{entry['name']}"
         stored = case.arrays[f"{prefix}/rgb"]
-        found = np.asarray(decode(io.BytesIO(case.arrays[f"{prefix}/file"].tobytes())))
+        found = np.asarray(transforms.stored(io.BytesIO(case.arrays[f"{prefix}/file"].tobytes())))
         assert found.shape == stored.shape, entry["name"]
         worst = np.abs(found.astype(int) - stored).max()
         assert worst <= (2 if "jpeg" in entry["name"] else 0), entry["name"]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffjax.tokens import kmeans
+from diffjax.tokens import faiss_random, kmeans
 from tests.golden.cases import cases
 
 pytestmark = pytest.mark.golden
@@ -65,7 +65,7 @@ def test_empty_clusters_are_split_off_others(case):
 def test_default_seeding(case):
     assert case is not None, "no stored cases"
     x, rows = case.arrays["x"], case.arrays["default_init_rows"]
-    np.testing.assert_array_equal(kmeans.perm(len(x), 1235, len(rows)), rows)
+    np.testing.assert_array_equal(faiss_random.perm(len(x), 1235, len(rows)), rows)
     result = kmeans.fit(x, len(rows))
     np.testing.assert_allclose(result.centroids, case.arrays["centroids_default"], rtol=0, atol=ATOL)
 
@@ -74,9 +74,9 @@ def test_default_seeding(case):
 def test_subsampled_run(case):
     for k, expected in stored(case, r"centroids_subsampled_k(\d+)").items():
         x = case.arrays["x"]
-        rows = kmeans.perm(len(x), 1234, 256 * k)
+        rows = faiss_random.perm(len(x), 1234, 256 * k)
         np.testing.assert_array_equal(rows, case.arrays[f"subsample_rows_k{k}"])
-        start = rows[kmeans.perm(len(rows), 1235, k)]
+        start = rows[faiss_random.perm(len(rows), 1235, k)]
         np.testing.assert_array_equal(start, case.arrays[f"subsample_init_rows_k{k}"])
         np.testing.assert_allclose(kmeans.fit(x, k).centroids, expected, rtol=0, atol=ATOL)
 

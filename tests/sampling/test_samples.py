@@ -8,7 +8,16 @@ from PIL import Image
 
 from diffjax.errors import UserError
 from diffjax.evaluation.pixels import to_rgb
-from diffjax.sampling.samples import grid, read_samples, to_uint8, write_samples
+from diffjax.sampling.samples import (
+    TITLE,
+    Classes,
+    NotFiniteError,
+    check_finite,
+    grid,
+    read_samples,
+    to_uint8,
+    write_samples,
+)
 
 rng = np.random.default_rng(0)
 IMAGES = rng.integers(0, 256, (12, 8, 8, 3), np.uint8)
@@ -64,6 +73,46 @@ def test_grid():
     assert (grid(IMAGES[:3])[66:, 66:] == 255).all()
 
 
+def test_a_grid_has_one_class_per_column_under_its_name():
+    """12 images of 5 classes, interleaved: 5 columns of 3 and 2 below their names, whatever their order."""
+    names = ("a", "b", "c", "d", "a long name that does not fit")
+    picture = grid(IMAGES, Classes(LABELS, names))
+    assert picture.shape == (TITLE + 3 * 66, 5 * 66, 3)
+    cells = picture[TITLE + 1 :: 66][:, 1::66]
+    np.testing.assert_array_equal(cells[:2], IMAGES[:10, 0, 0].reshape(2, 5, 3))
+    np.testing.assert_array_equal(cells[2, :2], IMAGES[10:, 0, 0])
+    assert (picture[TITLE + 2 * 66 :, 2 * 66 :] == 255).all()
+    for column in range(5):
+        assert (picture[:TITLE, column * 66 : (column + 1) * 66] < 255).any()
+    order = np.argsort(LABELS, kind="stable")
+    np.testing.assert_array_equal(grid(IMAGES[order], Classes(LABELS[order], names)), picture)
+    assert (grid(IMAGES, Classes(LABELS)) != picture).any()  # numbers for names
+    two = grid(np.repeat(IMAGES, 9, axis=0), Classes(np.arange(108) % 2 + 3))
+    assert two.shape == (TITLE + 10 * 66, 2 * 66, 3)
+
+
+@pytest.mark.parametrize("labels", [np.zeros(12, int), np.arange(12) * 7])
+def test_one_class_or_many_make_a_square(labels):
+    many = np.concatenate([labels, np.arange(12)]) if labels.any() else labels
+    images = np.resize(IMAGES, (len(many), 8, 8, 3))
+    np.testing.assert_array_equal(grid(images, Classes(many)), grid(images))
+
+
+def test_values_that_are_not_finite_name_their_sample():
+    values = np.zeros((3, 2, 2), np.float32)
+    values[1, 0], values[2, 1, 1] = np.inf, np.nan
+    with pytest.raises(NotFiniteError, match="sample 11 and 1 more: 3 of 12 sampled values are not finite"):
+        check_finite(values, np.array([10, 11, 12]))
+    check_finite(np.arange(3), np.arange(3))
+
+
+def test_files_without_labels_are_read(tmp_path):
+    np.savez(tmp_path / "s.npz", arr_0=IMAGES)
+    assert read_samples(tmp_path / "s.npz")[1:] == (None, {})
+    write_samples(tmp_path / "t.npz", IMAGES, LABELS, {"labels": "none"})
+    assert read_samples(tmp_path / "t.npz")[1] is None
+
+
 def test_labels_beside_external_files_need_no_json(tmp_path):
     np.savez(tmp_path / "s.npz", arr_0=IMAGES, arr_1=LABELS.astype(np.int64))
     _, labels, protocol = read_samples(tmp_path / "s.npz")
@@ -78,7 +127,6 @@ WRONG = {
     "none": {"arr_0": IMAGES[:0], "arr_1": LABELS[:0]},
     "too few labels": {"arr_0": IMAGES, "arr_1": LABELS[:-1]},
     "float labels": {"arr_0": IMAGES, "arr_1": LABELS.astype(float)},
-    "no labels": {"arr_0": IMAGES},
     "other names": {"images": IMAGES, "labels": LABELS},
     "objects": {"arr_0": IMAGES, "arr_1": np.array([{}] * 12)},
 }

@@ -7,7 +7,7 @@ import pytest
 
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import make_mesh
-from diffjax.tokens import kmeans
+from diffjax.tokens import codebooks, faiss_random, kmeans
 
 
 def mixture(n: int, d: int, clusters: int, seed: int = 0) -> np.ndarray:
@@ -166,7 +166,8 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(tmp_path, init):
     straight = kmeans.fit(x, 20, iterations=7, init=init)
     with pytest.raises(Interrupted):
         kmeans.fit(x, 20, iterations=7, init=init, state=state, progress=interrupt_after(3))
-    (state.parent / "state.npz.unfinished").write_bytes(b"half a file")
+    for left in ("state.npz.unfinished", ".state.npz.kmeans-0123.tmp"):  # by a kill, of an earlier version and of this
+        (state.parent / left).write_bytes(b"half a file")
     seen = []
     resumed = kmeans.fit(x, 20, iterations=7, init=init, state=state, progress=lambda done, _: seen.append(done))
     assert seen == [4, 5, 6, 7]
@@ -175,6 +176,17 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(tmp_path, init):
     finished = kmeans.fit(x, 20, iterations=7, init=init, state=state, progress=interrupt_after(7))
     np.testing.assert_array_equal(finished.centroids, straight.centroids)
     assert [path.name for path in state.parent.iterdir()] == ["state.npz"]
+
+
+def test_a_state_of_an_earlier_version_goes_on(tmp_path):
+    """Their `origin` was a string."""
+    x, state = mixture(500, 3, 4), tmp_path / "state.npz"
+    kmeans.fit(x, 5, iterations=3, state=state)
+    with np.load(state) as arrays:
+        stored = dict(arrays)
+    np.savez(state, **stored | {"origin": np.array(stored["origin"].tobytes().decode())})
+    resumed = kmeans.fit(x, 5, iterations=5, state=state)
+    np.testing.assert_array_equal(resumed.centroids, kmeans.fit(x, 5, iterations=5).centroids)
 
 
 def test_a_fit_that_does_not_move_any_more_ends(tmp_path):
@@ -231,9 +243,9 @@ def shuffled(n: int, seed: int) -> np.ndarray:
 def test_perm_is_the_shuffle(n):
     for seed in (0, 1234, 1235):
         order = shuffled(n, seed)
-        np.testing.assert_array_equal(kmeans.perm(n, seed), order)
+        np.testing.assert_array_equal(faiss_random.perm(n, seed), order)
         for count in {0, 1, n // 3, n - 1}:
-            np.testing.assert_array_equal(kmeans.perm(n, seed, count), order[:count])
+            np.testing.assert_array_equal(faiss_random.perm(n, seed, count), order[:count])
 
 
 def split_in_turn(centroids: np.ndarray, counts: np.ndarray, n: int) -> np.ndarray:
@@ -262,10 +274,10 @@ def test_many_empty_clusters_are_split_as_defined():
     assert (counts == 0).sum() > 40
     centroids = generator.standard_normal((200, 5)).astype(np.float32)
     n = int(counts.sum())
-    split = kmeans.split_empty(centroids, counts, n)
+    split = faiss_random.split_empty(centroids, counts, n)
     np.testing.assert_allclose(split, split_in_turn(centroids, counts, n), rtol=1e-6)
     whole = np.maximum(counts, 1)
-    np.testing.assert_array_equal(kmeans.split_empty(centroids, whole, n), centroids)
+    np.testing.assert_array_equal(faiss_random.split_empty(centroids, whole, n), centroids)
 
 
 def test_as_many_points_as_centroids_of_which_two_are_equal():
@@ -344,7 +356,7 @@ def test_codebooks_are_read(tmp_path):
     path = tmp_path / "km.npy"
     for dtype in (np.float32, np.float64):
         np.save(path, codebook.astype(dtype))
-        read = kmeans.read_codebook(path)
+        read = codebooks.read_codebook(path)
         assert read.dtype == np.float32
         np.testing.assert_array_equal(read, codebook)
 
@@ -369,10 +381,10 @@ def test_what_is_no_codebook_is_refused(tmp_path, content, words):
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=words):
-        kmeans.read_codebook(path)
+        codebooks.read_codebook(path)
 
 
 def test_an_archive_is_no_codebook(tmp_path):
     np.savez(tmp_path / "km.npz", centroids=np.zeros((2, 2), np.float32))
     with pytest.raises(UserError, match="an archive of arrays; a codebook is"):
-        kmeans.read_codebook(tmp_path / "km.npz")
+        codebooks.read_codebook(tmp_path / "km.npz")

@@ -50,6 +50,21 @@ def started(source: Path, *overrides: str, new: str = "") -> tuple[dict[str, np.
     return flat(state.params), flat(experiment.init().params)
 
 
+def test_output_channels_of_a_variance_are_left_out_where_the_process_has_none(converted, caplog):
+    """As of SiT's public weights: DiT's, with twice the channels that a flow process uses."""
+    flow = ("diffusion.process=flow_linear", "diffusion.flow_linear.prediction=velocity", "sampling.clip=false")
+    with caplog.at_level("INFO"):
+        found, _ = started(converted, *flow)
+    assert "has 2 output channels; the last 1, of a variance, are not used and left out" in caplog.text
+    _, stored, _ = store.load(converted)
+    whole = flat(stored)
+    for path, array in found.items():
+        expected = whole[path]
+        if path.startswith("final/linear"):
+            expected = expected.reshape(*expected.shape[:-1], -1, 2)[..., 0]
+        np.testing.assert_array_equal(array, expected, path)
+
+
 def halved_digits(folder: Path) -> tuple[str, ...]:
     """Digits of 16 x 16 pixels in five classes."""
     for split in ("train", "test"):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -115,6 +116,12 @@ def test_arguments_that_cannot_be(state_dict, config, message):
 def test_other_tables_are_refused(state_dict, key, change, message):
     with pytest.raises(UserError, match=message):
         from_reference("diffit", state_dict | {key: change(state_dict[key])})
+
+
+def test_the_position_table_may_be_rounded_or_averaged(state_dict):
+    moved = state_dict["pos_embed"] * np.float32(1 - 2e-4)
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
+        from_reference("diffit", state_dict | {"pos_embed": moved.astype(dtype)})
 
 
 def test_wrong_keys_are_one_error_that_names_them(state_dict):

@@ -9,7 +9,7 @@ import pytest
 from diffjax.errors import UserError
 from diffjax.models import create
 from diffjax.models.layers import sincos_positions
-from diffjax.weights import from_reference, mapping, to_reference, unwrap
+from diffjax.weights import choose, from_reference, mapping, to_reference, unwrap
 
 KWARGS = {"patch": 2, "depth": 3, "width": 24, "heads": 2, "channels": 3, "num_classes": 5}
 
@@ -136,9 +136,9 @@ def test_oblong_patches_are_refused(state_dict):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda table: table[:, ::-1], "differs from the fixed sine-cosine table"),
-        (lambda table: np.roll(table, 12, axis=2), "differs from the fixed sine-cosine table"),
-        (lambda table: table + np.float32(np.nan), "differs from the fixed sine-cosine table"),
+        (lambda table: table[:, ::-1], "differs from the fixed table"),
+        (lambda table: np.roll(table, 12, axis=2), "differs from the fixed table"),
+        (lambda table: table + np.float32(np.nan), "differs from the fixed table"),
         (lambda table: table[:, :15], "pos_embed is"),
         (lambda table: table[0], "pos_embed is"),
     ],
@@ -165,6 +165,93 @@ def test_unwrap():
     for nothing in ({"opt": {}}, {}, [1], 3):
         with pytest.raises(UserError, match="the checkpoint holds no weights"):
             unwrap(nothing)
+
+
+AVERAGED, LAST = {"a": np.zeros(2)}, {"a": np.ones(2)}
+
+
+@pytest.mark.parametrize(
+    "checkpoint, name",
+    [
+        ({"model": LAST, "model_ema": AVERAGED}, "model_ema"),
+        ({"model": LAST, "ema_model": AVERAGED}, "ema_model"),
+        ({"state_dict": LAST, "state_dict_ema": AVERAGED, "args": {"ema_rates": [0.9]}}, "state_dict_ema"),
+        ({"model": LAST, "ema_state_dict": AVERAGED}, "ema_state_dict"),
+        ({"model": LAST, "EMA": {"shadow": AVERAGED, "decay": np.float32(0.9)}}, "EMA.shadow"),
+        ({"state": {"model": LAST, "params_ema": AVERAGED}}, "state.params_ema"),
+        ({"model": LAST, "optimizer": {"state": {0: {"exp_avg": np.ones(2)}}}, "ema0.9999": AVERAGED}, "ema0.9999"),
+        ({"state_dict": {"model.a": np.ones(2), "model_ema.a": np.zeros(2)}}, "state_dict.model_ema"),
+        ({"n_averaged": np.int64(7), "module.a": np.zeros(2)}, ""),
+        ({"_orig_mod.module.a": np.zeros(2)}, ""),
+        ({"model": AVERAGED, "ema": None, "opt": {"state": {0: LAST}}}, "model"),
+        ({"net": AVERAGED}, "net"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else "",
+)
+def test_the_average_is_found_under_its_usual_names(checkpoint, name):
+    found, weights = choose(checkpoint)
+    assert found == name
+    assert list(weights) == ["a"]
+    assert not weights["a"].any()
+
+
+@pytest.mark.parametrize(
+    "checkpoint, message",
+    [
+        ({"model": LAST, "ema": {}}, "the average 'ema' of the checkpoint holds no weights by name; there are: model"),
+        ({"model": LAST, "ema": {"shadow_params": [np.zeros(2)]}}, "the average 'ema' of the checkpoint holds no"),
+        ({"ema": AVERAGED, "ema_1": LAST}, "holds 2 sets of weights: ema, ema_1; name the one to take"),
+        ({"teacher": AVERAGED, "student": LAST}, "holds 2 sets of weights: teacher, student"),
+    ],
+)
+def test_weights_that_are_not_clear_are_asked_for(checkpoint, message):
+    with pytest.raises(UserError, match=message):
+        choose(checkpoint)
+    name = next(key for key, weights in checkpoint.items() if "a" in weights)
+    assert choose(checkpoint, name)[0] == name
+    with pytest.raises(UserError, match="has no weights named 'none'; there are: "):
+        choose(checkpoint, "none")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
+def test_values_that_are_not_finite_are_refused(state_dict, value):
+    broken = state_dict | {"final_layer.linear.bias": np.full(24, value)}
+    with pytest.raises(UserError, match="dit: values that are not finite in 1 of 41 arrays: final_layer.linear.bias"):
+        from_reference("dit", broken, num_heads=2)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_every_precision_is_read_with_its_position_table(state_dict, dtype):
+    found = from_reference("dit", {key: value.astype(dtype) for key, value in state_dict.items()}, num_heads=2)[1]
+    expected = state_dict["t_embedder.mlp.0.bias"].astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(found["time_embed"]["fc1"]["bias"], expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_position_table_that_an_average_moved_is_read(state_dict, dtype):
+    table = state_dict["pos_embed"].astype(np.float32)
+    moved = table.copy()
+    for _ in range(5000):
+        moved = (moved * np.float32(0.9999) + table * np.float32(1 - 0.9999)).astype(np.float32)
+    assert np.abs(moved - table).max() > 1e-4
+    from_reference("dit", state_dict | {"pos_embed": moved.astype(dtype)}, num_heads=2)
+    with pytest.raises(UserError, match="pos_embed differs from the fixed table by up to 0.00"):
+        from_reference("dit", state_dict | {"pos_embed": (moved * 0.997).astype(dtype)}, num_heads=2)
+
+
+def test_sit_leaves_out_the_channels_that_it_does_not_use(state_dict, caplog):
+    module, params = module_and_params()
+    with caplog.at_level("INFO"):
+        found, cut = from_reference("sit", state_dict, num_heads=2)
+    assert "SiT has 6 output channels; the last 3, of a variance, are not used and left out" in caplog.text
+    assert found == module.clone(learn_sigma=False)
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 3), np.float32)
+    t, y = jnp.array([0.2, 0.7]), jnp.array([0, 5])
+    both, first = (m.apply({"params": p}, x, t, y) for m, p in ((module, params), (found, cut)))
+    np.testing.assert_allclose(first, both[..., :3], atol=1e-5 * np.abs(both).max())
+    again = from_reference("sit", to_reference("sit", found, cut), num_heads=2)
+    assert again[0] == found
+    jax.tree.map(np.testing.assert_array_equal, again[1], cut)
 
 
 def test_infer_takes_the_majority_and_solves_products():

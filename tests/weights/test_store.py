@@ -43,6 +43,32 @@ def test_another_model_is_refused(tmp_path):
         store.load_params(tmp_path / "p", other)
 
 
+def test_outputs_of_a_variance_are_left_out_where_there_is_no_room_for_them(tmp_path, caplog):
+    module, params = module_and_params()
+    store.save(tmp_path / "p", module, params, {})
+    _, half = module_and_params(learn_sigma=False)
+    sharding = NamedSharding(make_mesh({"data": -1}), PartitionSpec())
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), half)
+    with caplog.at_level("INFO"):
+        loaded = store.load_params(tmp_path / "p", abstract)
+    assert "p has 6 output channels; the last 3, of a variance, are not used and left out" in caplog.text
+    assert jax.tree.map(np.shape, loaded) == jax.tree.map(np.shape, half)
+    assert {leaf.sharding for leaf in jax.tree.leaves(loaded)} == {sharding}
+    bias = params["final"]["linear"]["bias"].reshape(4, 2, 3)
+    np.testing.assert_array_equal(loaded["final"]["linear"]["bias"], bias[:, 0].reshape(-1))
+    store.save(tmp_path / "q", module.clone(learn_sigma=False), half, {})
+    with pytest.raises(UserError, match="another model than asked for: final/linear/bias"):
+        store.load_params(tmp_path / "q", params)
+
+
+def test_values_that_are_not_finite_are_named(tmp_path):
+    module, params = module_and_params()
+    params["final"]["linear"]["bias"][3] = np.nan
+    store.save(tmp_path / "p", module, params, {})
+    with pytest.raises(UserError, match=r"p: values that are not finite in final/linear/bias$"):
+        store.load(tmp_path / "p")
+
+
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(UserError, match="holds no converted parameters"):
         store.load(tmp_path)

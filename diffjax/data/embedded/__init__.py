@@ -10,6 +10,7 @@ from importlib import resources
 import numpy as np
 
 from diffjax.errors import UserError
+from diffjax.files import read_npz
 
 SHA256 = {
     "digits8.npz": "c4d2a2d185398ade99f743a2cb7adf715e57f434d7554fa89f2d9333936382ab",
@@ -19,8 +20,8 @@ SHA256 = {
 
 def read(file: str) -> dict[str, np.ndarray]:
     """The arrays of the embedded `file`. `UserError` when they are not the ones this version was made with."""
-    with resources.files(__package__).joinpath(file).open("rb") as stream, np.load(stream) as stored:
-        arrays = dict(stored)
+    with resources.as_file(resources.files(__package__) / file) as path:
+        arrays = read_npz(path)
     if (found := sha256(arrays)) != SHA256[file]:
         raise UserError(
             f"embedded data {file} is damaged: sha256 of its arrays {found}, expected {SHA256[file]}; reinstall diffjax"
