@@ -12,15 +12,17 @@ from typing import Any
 
 from absl import flags
 
+from diffjax.commands import define_path
 from diffjax.errors import UserError
 from diffjax.files import file_sha256
+from diffjax.parallel import hosts
 from diffjax.weights import FAMILIES, from_reference, store, torch_file, unwrap
 
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("family", None, f"whose weights: {', '.join(FAMILIES)}", flag_values=values)
-    flags.DEFINE_string("checkpoint", None, ".pt, .pth or .safetensors file", flag_values=values)
-    flags.DEFINE_string("out", None, "new folder for the parameters", flag_values=values)
+    define_path("checkpoint", None, ".pt, .pth or .safetensors file", values)
+    define_path("out", None, "new folder for the parameters", values)
     flags.DEFINE_list(
         "arguments",
         [],
@@ -31,7 +33,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
-    convert(values.family, Path(values.checkpoint), Path(values.out), **_arguments(values.arguments))
+    hosts.start("off")
+    convert(values.family, values.checkpoint, values.out, **_arguments(values.arguments))
 
 
 def convert(family: str, checkpoint: Path, out: Path, **config: Any) -> None:

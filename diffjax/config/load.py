@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -208,11 +208,14 @@ def stored_values(stored: Mapping[str, Any]) -> Config:
     return resolve(values)
 
 
-def check_same_run(stored: Config, given: Config, accepted: tuple[str, ...] = ()) -> dict[str, str]:
+def check_same_run(
+    stored: Config, given: Config, accepted: tuple[str, ...] = (), misfit: Callable[[], str] = str
+) -> dict[str, str]:
     """Raise UserError when `given` computes something else than `stored`; return `differences`, which may be then.
 
     Args:
         accepted: leaves whose change the user has asked for by name.
+        misfit: says why the state of a run of `stored` is none of a run of `given`; "" where it is one.
     """
     specs = leaves(str(stored.values["model.name"])) | leaves(str(given.values["model.name"]))
     if unknown := [name for name in accepted if name not in specs]:
@@ -224,11 +227,15 @@ def check_same_run(stored: Config, given: Config, accepted: tuple[str, ...] = ()
         raise UserError(f"--accept={','.join(wrong)}: cannot change within a run; use another --workdir")
     found = differences(stored, given)
     free = {name for name in found if name not in fixed and (specs[name].kind in FREE or name in accepted)}
+    changed = [name for name in found if specs[name].kind not in FREE]
+    reason = misfit() if changed and not fixed & found.keys() else ""
+    if reason and all(name in accepted for name in changed):
+        raise UserError(f"--accept={','.join(changed)}: the run's state does not fit: {reason}; use another --workdir")
     if refused := {name: line for name, line in found.items() if name not in free}:
         accept = f", or --accept={','.join(refused)} to go on with the new values"
         raise UserError(
             f"the folder holds a run with another config: {'; '.join(refused.values())} (stored -> given); "
-            f"use another --workdir{'' if fixed & refused.keys() else accept}"
+            f"use another --workdir{'' if fixed & refused.keys() or reason else accept}"
         )
     return found
 

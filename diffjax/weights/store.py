@@ -10,9 +10,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from diffjax import frozen, models
+from diffjax import archive, frozen, models
 from diffjax.errors import UserError
 from diffjax.parallel.hosts import fetch_whole
 from diffjax.parallel.rules import key_path
@@ -37,8 +36,7 @@ def save(out: Path, module: nn.Module, params: Any, meta: Mapping[str, Any]) -> 
         **meta,
     }
     out.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((out / "params").absolute(), params)
+    archive.save_arrays(out / "params", params)
     (out / "model.json").write_text(json.dumps(model, indent=2) + "\n")  # last: it says that the rest is complete
     return model
 
@@ -46,9 +44,7 @@ def save(out: Path, module: nn.Module, params: Any, meta: Mapping[str, Any]) -> 
 def load(out: Path) -> tuple[nn.Module, Any, dict[str, Any]]:
     """(module, parameters as numpy arrays, model.json) of a folder that `save` wrote."""
     model = read_model(Path(out))
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata((Path(out) / "params").absolute()).item_metadata.tree
-    params = load_params(out, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
+    params = archive.load_arrays(Path(out) / "params")
     create = frozen.create if model["name"] in frozen.FAMILIES else models.create
     return create(model["name"], **model["kwargs"]), params, model
 
@@ -58,18 +54,12 @@ def load_params(out: Path, abstract: Any) -> Any:
 
     Raises UserError when the folder holds none, or the parameters of another model; names the differing arrays.
     """
-    folder = (Path(out) / "params").absolute()
     model = read_model(Path(out))
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = _shapes(checkpointer.metadata(folder).item_metadata.tree)
-        wanted = _shapes(abstract)
-        differing = [path for path in sorted(stored | wanted) if stored.get(path) != wanted.get(path)]
-        if differing:
-            listed = ", ".join(f"{path} {stored.get(path)} not {wanted.get(path)}" for path in differing[:4])
-            rest = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-            kwargs = ", ".join(f"{name}={value}" for name, value in model["kwargs"].items())
-            raise UserError(f"{out} holds {model['name']}({kwargs}), another model than asked for: {listed}{rest}")
-        return checkpointer.restore(folder, abstract)
+    folder = Path(out) / "params"
+    if differing := archive.differing_shapes(folder, abstract):
+        kwargs = ", ".join(f"{name}={value}" for name, value in model["kwargs"].items())
+        raise UserError(f"{out} holds {model['name']}({kwargs}), another model than asked for: {differing}")
+    return archive.load_arrays(folder, abstract)
 
 
 def tree_sha256(tree: Any) -> str:
@@ -86,17 +76,14 @@ def tree_sha256(tree: Any) -> str:
 
 
 def refuse_full(out: Path) -> None:
-    """Raise UserError unless `out` is new or an empty folder."""
+    """Raise UserError unless `out` is new or an empty folder, where arrays can be kept."""
+    archive.check_place(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; name a new one")
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
     return {key_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(leaf.shape) for path, leaf in _leaves(tree).items()}
 
 
 def read_model(out: Path) -> dict[str, Any]:

@@ -70,8 +70,10 @@ def test_a_stopped_or_cut_run_ends_as_one_left_alone(tmp_path, monkeypatch, caps
     again = train_arguments(tmp_path / "again", *RUN, *options, model=model)
     with monkeypatch.context() as patched:
         at_batch(patched, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert main(again) == 0
-    assert "SIGTERM: checkpoint written, stopped at step 3" in capsys.readouterr().out
+        assert main(again) == 143
+    assert capsys.readouterr().err.endswith(
+        "diffjax: SIGTERM: checkpoint written, stopped at step 3; the same command goes on\n"
+    )
     assert complete_steps(tmp_path / "again") == [3]
     with monkeypatch.context() as patched:
         at_batch(patched, 6, cut)
@@ -91,8 +93,8 @@ def test_a_run_stopped_before_its_first_step_goes_on(tmp_path, monkeypatch, caps
     for _ in range(2):  # the second time with the checkpoint of step 0 already there
         with monkeypatch.context() as patched:
             patched.setattr(loop, "_announce", lambda *a: (announce(*a), os.kill(os.getpid(), signal.SIGINT)))
-            assert main(again) == 0
-        assert "SIGINT: checkpoint written, stopped at step 0" in capsys.readouterr().out
+            assert main(again) == 130
+        assert "SIGINT: checkpoint written, stopped at step 0" in capsys.readouterr().err
         assert complete_steps(tmp_path / "again") == [0]
     assert main(again) == 0
     assert final_hashes(tmp_path / "again") == final_hashes(tmp_path / "straight")
@@ -196,7 +198,7 @@ def test_asked_to_stop(tmp_path, straight, name, workers):
         process = start(arguments, log)
         assert wait_for(moment, process, log)
         os.killpg(process.pid, getattr(signal, name))
-        assert process.wait(60) == 0, log.read_text()
+        assert process.wait(60) == 128 + getattr(signal, name), log.read_text()
         step = complete_steps(workdir)[-1]
         assert f"{name}: checkpoint written, stopped at step {step}" in log.read_text()
         assert "Traceback" not in log.read_text()
