@@ -218,11 +218,6 @@ class Archive:
             self._check_items(step, [item])
             return _restore(self.directory / str(step) / item, abstract, as_numpy=False, partial=True)
 
-    def names(self, item: str, step: int) -> list[str]:
-        """The keys at the top of a tree of arrays."""
-        with _readable(self._named(step)):
-            return sorted(_stored_tree(self.directory / str(step) / item))
-
     def reached_preemption(self, step: int) -> bool:
         """True on every process at the same step, once one of them was told to stop."""
         return self._manager.reached_preemption(step)

@@ -83,6 +83,7 @@ def atomic(path: Path, owner: str = "file") -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
             with writing(path):
                 raise
         raise

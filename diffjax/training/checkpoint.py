@@ -108,7 +108,6 @@ class Checkpoints(Archive):
 
     def restore_or_advise(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """`restore`; a step that cannot be read is a UserError that names the last good one and how to use it."""
-        self._check_tracks(abstract, step)
         try:
             self._check_incomplete(step)
             return self.restore(abstract, step)
@@ -128,27 +127,6 @@ class Checkpoints(Archive):
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The parameters out of the state, without the optimizer's."""
         return self.restore_part("state", step, {"params": abstract})["params"]
-
-    def _check_tracks(self, abstract: TrainState, step: int) -> None:
-        """Raise UserError when the run was one with other tracks or none: they cannot begin in its middle."""
-        if not abstract.tracks:
-            return
-        stored = self._track_names(step)
-        if stored is not None and stored != sorted(abstract.tracks):
-            raise UserError(
-                f"checkpoint {self.directory / str(step)} holds {', '.join(stored) or 'no tracks'}, but ema.tracks "
-                f"asks for {', '.join(abstract.tracks)}: tracks begin with their run; use another --workdir, or leave "
-                "ema.tracks as it was"
-            )
-
-    def _track_names(self, step: int) -> list[str] | None:
-        """None when they cannot be read, which the restore reports."""
-        if not any(self.has("tracks", other) for other in self.steps()):
-            return []
-        try:
-            return self.names("tracks", step)
-        except Damaged:
-            return None
 
     def _step_folders(self) -> list[int]:
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
