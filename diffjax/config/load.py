@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from diffjax.config.earlier import DEFAULTS, VERSION, modern
 from diffjax.config.schema import Config, Spec, hint, leaves, model_leaves, resolve
 from diffjax.errors import UserError
-from diffjax.files import write_json
+from diffjax.files import local_path, write_json
 from diffjax.options import REQUIRED, Value, parse
 from diffjax.trees import leaves as flat
 
@@ -55,10 +55,11 @@ def load(path_and_argument: str, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: no such file, an argument the recipe refuses, an unknown leaf, or a value that is not valid.
     """
-    path, _, argument = path_and_argument.partition(":")
+    text, _, argument = path_and_argument.partition(":")
     try:
-        with _importable(Path(path)):  # recipes import `configs.common`
-            recipe = _module(Path(path)).get_config(argument or None)
+        path = local_path(text)
+        with _importable(path):
+            recipe = _module(path).get_config(argument or None)
     except UserError:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -130,31 +131,37 @@ def _module(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _importable(recipe: Path) -> Iterator[None]:
-    """The package that a recipe lies in can be imported in here, whatever other one has its name; nothing outlives it.
+    """What a recipe imports, whatever other modules have these names: the package that it lies in, and `configs.common`.
 
-    A package of that name that is imported already, from elsewhere, is set aside meanwhile.
+    Where its own package is not `configs` with a `common`, that is diffjax/config/recipes.py. Modules of these names that
+    are imported already are set aside meanwhile, and nothing that is imported here outlives it.
     """
     folder = recipe.resolve().parent
-    before, name = list(sys.path), folder.name
-    own = folder in [Path(place).resolve() for place in getattr(sys.modules.get(name), "__path__", ())]
-    aside = {} if own else _of_package(name)
+    names = {"configs"} | ({folder.name} if (folder / "__init__.py").is_file() else set())
+    before, aside = list(sys.path), {module: sys.modules[module] for name in names for module in _of_package(name)}
     for module in aside:
         del sys.modules[module]
-    sys.path.insert(0, str(folder.parent))
+    if len(names) > 1 or folder.name in names:
+        sys.path.insert(0, str(folder.parent))
+    if folder.name != "configs" or not (folder / "common.py").is_file():
+        package, common = ModuleType("configs"), importlib.import_module("diffjax.config.recipes")
+        package.__path__ = [str(folder)] if folder.name == "configs" else []
+        sys.modules |= {"configs": package, "configs.common": common}
+        package.common = common  # type: ignore[attr-defined]
     importlib.invalidate_caches()
     try:
         yield
     finally:
         sys.path[:] = before
-        if aside:
+        for name in names:
             for module in _of_package(name):
                 del sys.modules[module]
-            sys.modules.update(aside)
+        sys.modules.update(aside)
 
 
-def _of_package(name: str) -> dict[str, ModuleType]:
-    """The imported modules of a package."""
-    return {module: sys.modules[module] for module in list(sys.modules) if module.partition(".")[0] == name}
+def _of_package(name: str) -> list[str]:
+    """The names of the imported modules of a package."""
+    return [module for module in list(sys.modules) if module.partition(".")[0] == name]
 
 
 def differences(old: Config, new: Config) -> dict[str, str]:
