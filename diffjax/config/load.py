@@ -131,9 +131,9 @@ def _module(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _importable(recipe: Path) -> Iterator[None]:
-    """What a recipe imports, whatever other modules have these names: the package that it lies in, and `configs.common`.
+    """A recipe can import the package that it lies in and `configs.common`, whatever other modules have these names.
 
-    Where its own package is not `configs` with a `common`, that is diffjax/config/recipes.py. Modules of these names that
+    The latter is diffjax/config/recipes.py, unless it lies in a `configs` that has its own. Modules of these names that
     are imported already are set aside meanwhile, and nothing that is imported here outlives it.
     """
     folder = recipe.resolve().parent
