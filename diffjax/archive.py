@@ -261,6 +261,6 @@ class Archive:
             self._manager.reload()
         last = self.latest()
         return (
-            f"; the last complete {self._noun} is {'none' if last is None else last}; make room and run the same "
-            "command again"
+            f"; the last complete {self._noun} is {'none' if last is None else last}; make room or mend the "
+            "place, and run the same command again"
         )

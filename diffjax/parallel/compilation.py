@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+logger = logging.getLogger(__name__)
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # jax's own: another folder; empty: no cache
 
 
@@ -31,7 +32,7 @@ def use_cache() -> None:
     if writable:
         config.update("jax_compilation_cache_dir", str(folder))
     else:
-        logging.getLogger(__name__).info(f"no compilation cache: {folder} cannot be written; {VARIABLE} names another")
+        logger.info(f"no compilation cache: {folder} cannot be written; {VARIABLE} names another")
 
 
 def default_folder() -> Path:

@@ -41,7 +41,7 @@ def start(mode: str = "auto") -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # jax's ways to say that a platform cannot be used
         asked = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if os.environ.get("JAX_PLATFORMS") else ""
-        reason = str(error).partition("\n")[0].partition(" (")[0] or "jax finds no plugin for it"
+        reason = str(error).partition("\n")[0].partition(" (")[0].rstrip(".") or "jax finds no plugin for it"
         raise UserError(f"{asked}{reason}; install jax for that platform, or set JAX_PLATFORMS=cpu") from error
 
 
