@@ -57,7 +57,10 @@ def load(path_and_argument: str, overrides: list[str] | None = None) -> Config:
     """
     text, _, argument = path_and_argument.partition(":")
     try:
-        path = local_path(text)
+        path = local_path(path_and_argument if "://" in path_and_argument else text)
+    except UserError as error:
+        raise UserError(f"--config={path_and_argument}: {error}") from error
+    try:
         with _importable(path):
             recipe = _module(path).get_config(argument or None)
     except UserError:

@@ -91,6 +91,8 @@ MISTAKES = {
     "distributed": ((*TRAIN, "--distributed=maybe"), "--distributed=maybe"),
     # configs
     "no-such-config": (("train", f"--config={ROOT}/configs/nothing.py", "--workdir=new"), "quickstart"),
+    "config-in-a-bucket": (("train", "--config=gs://b/c.py", "--workdir=new"), "--config=gs://b/c.py: only local"),
+    "no-config-file": (("train", "--config=", "--workdir=new"), "--config=: valid: a path"),
     "config-is-no-file": (("train", "--config=folder", "--workdir=new"), "--config=folder: no such file"),
     "config-without-function": (("train", "--config=empty.py", "--workdir=new"), "defines no get_config"),
     "config-with-bad-syntax": (("train", "--config=broken.py", "--workdir=new"), "--config=broken.py: line 2: invalid"),

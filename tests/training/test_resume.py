@@ -5,6 +5,8 @@ import functools
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -112,6 +114,38 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
 
 def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from diffjax.files import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("writes", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_in_a_folder_is_refused(tmp_path, capsys):
+    """Of a run, and of samples under way: in one line, before anything is written there."""
+    run, samples = tmp_path / "run", tmp_path / "s.npz"
+    assert main(train_arguments(run, "total_steps=2")) == 0
+    more = [*train_arguments(run, "total_steps=4"), "--accept=total_steps"]
+    sample = ["sample", f"--workdir={run}", "--num=8", f"--out={samples}"]
+    for folder, arguments in ((run, more), (samples.with_name("s.npz.parts"), sample)):
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", WRITER, str(folder)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout.readline() == "writes\n"
+            before = contents(folder)
+            assert main(arguments) == 2
+            assert contents(folder) == before
+            other.kill()
+        error = capsys.readouterr().err
+        assert error.startswith(f"diffjax: another process writes in {folder} (process {other.pid} on ")
+        assert error.count("\n") == 1
+    assert main(more) == 0
+    assert main(sample) == 0
 
 
 # Programs of their own. Large enough, and saved often enough, to be met while a save is under way.
