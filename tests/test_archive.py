@@ -59,7 +59,7 @@ def test_a_step_of_another_model_is_not_damaged(tmp_path):
     steps.close()
 
 
-LIBRARY = 'OUT_OF_RANGE: Failed writing: "/a/b": Failed to write 9 bytes to file 11: {} [os_error_code=\'{}\']'
+LIBRARY = "OUT_OF_RANGE: Failed writing: \"/a/b\": Failed to write 9 bytes to file 11: {} [os_error_code='{}']"
 
 
 @pytest.mark.parametrize(

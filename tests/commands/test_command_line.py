@@ -185,6 +185,14 @@ MISTAKES = {
     "diffusion-options": (changed("diffusion.options=shift=3"), "the config has no leaf 'diffusion.gaussian.shift'"),
     "no-steps": (changed("total_steps=0"), "total_steps = 0: valid: 1 or more"),
     "model": (changed("model.name=UNet"), "model 'UNet' is unknown; valid: DiT"),
+    "sizes-of-a-published-name": (
+        ("train", f"--config={ROOT}/configs/imagenet256.py", "--workdir=new", "--config.model.depth=3"),
+        "model.depth = 3, but dit-xl-2 has 28; valid: model.name = 'DiT' with sizes of your own",
+    ),
+    "fine-tune-from-another-model": (
+        changed("init.from=params"),
+        "init.from = 'params' does not fit this model: ",
+    ),
     "dtype": (changed("model.dtype=float8"), "dtype"),
     "data-set": (changed("data.name=mnist"), "data.name = 'mnist': valid: digits, emoji32, folder"),
     "split": (changed("data.split=dev"), "data.split='dev' is not a split of digits"),
