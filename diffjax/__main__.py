@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from types import FrameType, ModuleType
+from typing import Any
 
 from absl import flags, logging
 
@@ -166,8 +167,21 @@ def _underscored(argument: str, values: flags.FlagValues) -> str:
     return f"--{flag}{equals}{value}" if name.startswith("-") and flag in values else argument
 
 
+def show_unraisable(unraisable: Any) -> None:
+    """Python's own report of an error that nobody can catch, but for one kind.
+
+    When Orbax gives up a save it closes its event loop, and each write that was under way then fails to report to it.
+    The error that made it give up is raised.
+    """
+    frames = traceback.extract_tb(unraisable.exc_traceback)
+    of_loop = bool(frames) and frames[-1].name == "_check_closed" and "asyncio" in frames[-1].filename
+    if not (of_loop and unraisable.exc_type is RuntimeError):
+        sys.__unraisablehook__(unraisable)
+
+
 def program() -> None:
     """`main`, and the end of the process within seconds, whatever threads of libraries still wait for."""
+    sys.unraisablehook = show_unraisable
     try:
         code = main(sys.argv[1:])
     except Exception:

@@ -1,11 +1,13 @@
 """How a program starts and ends: help, signals, pipes nobody reads, threads that wait."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -117,3 +119,28 @@ def test_nobody_reads_what_is_printed():
     returned, error, _ = ended(code, stdout=writer)
     os.close(writer)
     assert (returned, error) == (141, "")
+
+
+class Unraisable(NamedTuple):
+    exc_type: type
+    exc_value: Exception
+    exc_traceback: object
+    err_msg: str | None = None
+    object: object = None
+
+
+def test_only_writes_that_were_given_up_end_in_silence(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
+    loop = asyncio.new_event_loop()
+    loop.close()
+
+    def fail():
+        raise RuntimeError("Event loop is closed")
+
+    for act in (lambda: loop.call_soon_threadsafe(print), fail, lambda: 1 / 0):
+        try:
+            act()
+        except Exception as error:
+            program.show_unraisable(Unraisable(type(error), error, error.__traceback__))
+    assert [each.exc_type for each in shown] == [RuntimeError, ZeroDivisionError]
