@@ -19,6 +19,9 @@ from diffjax.parallel import hosts
 from diffjax.weights import FAMILIES, from_reference, store, torch_file, unwrap
 
 
+INTERRUPTED = "what --out holds is not complete; remove it before the same command"
+
+
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("family", None, f"whose weights: {', '.join(FAMILIES)}", flag_values=values)
     define_path("checkpoint", None, ".pt, .pth or .safetensors file", values)

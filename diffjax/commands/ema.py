@@ -28,6 +28,9 @@ from diffjax.weights import store
 LARGEST_ERROR = 0.5
 
 
+INTERRUPTED = "what --out holds is not complete; remove it before the same command"
+
+
 def define_flags(values: flags.FlagValues) -> None:
     define_path("workdir", None, "run folder with snapshots", values)
     flags.DEFINE_float(
