@@ -18,7 +18,6 @@ from diffjax.files import file_sha256
 from diffjax.parallel import hosts
 from diffjax.weights import FAMILIES, from_reference, store, torch_file, unwrap
 
-
 INTERRUPTED = "what --out holds is not complete; remove it before the same command"
 
 

@@ -429,6 +429,18 @@ def test_every_flag_is_read(command):
     assert set(values) <= read
 
 
+# Flags that are words: a recipe with its argument, a family, an embedded set or a file, steps.
+WORDS = {"config", "family", "reference", "profile"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_paths_have_a_type(command):
+    """A flag that is a path is checked as one, by its type; so a flag of any text is one of few."""
+    values = flags.FlagValues()
+    importlib.import_module(f"diffjax.commands.{command}").define_flags(values)
+    assert {name for name in values if values[name].flag_type() == "string"} <= WORDS
+
+
 def test_a_log_level_that_does_not_exist(monkeypatch, capsys):
     monkeypatch.setenv("DIFFJAX_LOG", "loud")
     assert main(["inspect", "--workdir=x"]) == 2
