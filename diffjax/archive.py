@@ -58,17 +58,15 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {key_path(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def differing_shapes(folder: Path, abstract: Any) -> str:
-    """In which arrays the tree in a folder is not like `abstract`, in words; "" where all are there in its shapes."""
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every array in a folder by its path, without reading the arrays."""
     with _readable(folder):
-        stored = _stored_tree(folder)
-    return differing(stored, abstract)
+        return shapes(_stored_tree(folder))
 
 
-def differing(a: Any, b: Any) -> str:
-    """In which leaves tree `a` is not like `b`, by path and shape, in words; "" where they are alike."""
-    stored, wanted = shapes(a), shapes(b)
-    paths = [path for path in sorted(stored | wanted) if stored.get(path) != wanted.get(path)]
+def differing(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+    """Which shapes by path are not those that are wanted, in words; "" where all are."""
+    paths = [path for path in sorted({*stored, *wanted}) if stored.get(path) != wanted.get(path)]
     listed = ", ".join(f"{path} {stored.get(path)} not {wanted.get(path)}" for path in paths[:4])
     return f"{listed} and {len(paths) - 4} more" if len(paths) > 4 else listed
 
@@ -201,7 +199,7 @@ class Archive:
         with _readable(self._named(step)):
             self._check_items(step, items)
             for item, abstract in items.items():
-                if words := differing(_stored_tree(self.directory / str(step) / item), abstract):
+                if words := differing(shapes(_stored_tree(self.directory / str(step) / item)), shapes(abstract)):
                     raise UserError(f"{self._named(step)} is of another model or optimizer: {item} has {words}")
             arguments = {item: ocp.args.StandardRestore(abstract) for item, abstract in items.items()}
             return dict(self._manager.restore(step, args=ocp.args.Composite(**arguments)))

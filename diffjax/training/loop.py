@@ -129,7 +129,7 @@ def _check_folder(config: Config, workdir: Path, accepted: tuple[str, ...]) -> d
 
 def _misfit(a: Config, b: Config) -> str:
     """In which arrays the state of a run of one config is not like that of another; "" where they are alike."""
-    return archive.differing(*(build(config, training=False).abstract for config in (a, b)))
+    return archive.differing(*(archive.shapes(build(config, training=False).abstract) for config in (a, b)))
 
 
 def _make_folder(workdir: Path) -> None:

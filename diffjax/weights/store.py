@@ -56,7 +56,7 @@ def load_params(out: Path, abstract: Any) -> Any:
     """
     model = read_model(Path(out))
     folder = Path(out) / "params"
-    if differing := archive.differing_shapes(folder, abstract):
+    if differing := archive.differing(archive.stored_shapes(folder), archive.shapes(abstract)):
         kwargs = ", ".join(f"{name}={value}" for name, value in model["kwargs"].items())
         raise UserError(f"{out} holds {model['name']}({kwargs}), another model than asked for: {differing}")
     return archive.load_arrays(folder, abstract)

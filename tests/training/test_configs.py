@@ -289,11 +289,12 @@ def test_a_recipe_anywhere_finds_what_recipes_share(tmp_path, monkeypatch, folde
     (tmp_path / folder).mkdir()
     recipe = tmp_path / folder / "recipe.py"
     recipe.write_text((ROOT / "configs/quickstart.py").read_text())
-    paths = [path for path in sys.path if path not in ("", str(ROOT))]
+    paths = [path for path in sys.path if not (Path(path) / "configs").is_dir()]
     for path in ([str(tmp_path / "other"), *paths], paths):
         with monkeypatch.context() as patched:
             patched.setattr(sys, "path", path)
-            patched.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k.partition(".")[0] != "configs"})
+            for module in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+                patched.delitem(sys.modules, module)
             assert load_config(f"{recipe}:model=dit,runlocal") == load("quickstart.py:model=dit,runlocal")
 
 
