@@ -1,16 +1,26 @@
-"""`python -m diffjax COMMAND --flag=value ...`: flags, start-up of several hosts, dispatch to a command.
+"""`python -m diffjax COMMAND --flag=value ...`: flags, and dispatch to a command.
 
-Exit codes: 0 done; 2 the user's mistake, one line on stderr; 1 anything else, with its traceback.
+Exit codes: 0 done; 2 the user's mistake, one line on stderr; 130 and 143 interrupted by SIGINT and SIGTERM, one line;
+141 nobody reads what is printed; 1 anything else, with its traceback.
 """
 
+import contextlib
+import difflib
 import importlib
 import logging as python_logging
 import os
+import signal
 import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from types import FrameType, ModuleType
+from typing import Any
 
 from absl import flags, logging
 
-from diffjax.errors import UserError, refused_write
+from diffjax import usage
+from diffjax.errors import REFUSALS, Interrupted, UserError
 
 COMMANDS = {
     "train": "train a config in a run folder; the same command again resumes",
@@ -25,27 +35,30 @@ COMMANDS = {
     "bench": "steps/s, images/s and MFU of a config, and what the loop adds to the bare step",
 }
 LOG_LEVELS = ("debug", "info", "warning", "error", "fatal")
+LAST_SECONDS = 3.0  # after its last word a process has so long to end in good order
 
 
 def main(argv: list[str]) -> int:
     """Run the command that `argv` (without the program's name) asks for; returns the exit code."""
     try:
         _set_logging(os.environ.get("DIFFJAX_LOG", "fatal"))
-        _run(argv)
-        sys.stdout.flush()
+        with _interruptible(argv[0] if argv else "diffjax"):
+            _run(argv)
+            sys.stdout.flush()
     except UserError as error:
         print(f"diffjax: {error}", file=sys.stderr)
         return 2
+    except Interrupted as interrupted:
+        if str(interrupted):
+            print(f"diffjax: {interrupted}", file=sys.stderr)
+        return interrupted.exit_code
     except BrokenPipeError:  # whoever read has seen enough: `inspect | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
     except OSError as error:
-        if reason := refused_write(error):
-            print(f"diffjax: cannot write {error.filename or 'a file'}: {reason}", file=sys.stderr)
-        elif isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError) and error.filename:
-            print(f"diffjax: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
-        else:
+        if error.errno not in REFUSALS or not error.filename:
             raise
+        print(f"diffjax: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 
@@ -70,47 +83,71 @@ class _Printer(python_logging.Handler):
         print(record.getMessage(), flush=True)
 
 
+@contextlib.contextmanager
+def _interruptible(command: str) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end what runs in here as `Interrupted`; a second one ends the program at once."""
+
+    def take(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        module = sys.modules.get(f"diffjax.commands.{command}")
+        left = getattr(module, "INTERRUPTED", "nothing was written")
+        raise Interrupted(number, f"{command}: {signal.Signals(number).name}: stopped; {left}")
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may take signals
+        yield
+        return
+    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _run(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "--helpfull"):
-        print("python -m diffjax COMMAND --flag=value ...\n")
-        print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
-        print("\nCOMMAND --help lists its flags, train --help-config all leaves of a config")
+        print(usage.of_program(COMMANDS))
         return
     command, rest = argv[0], argv[1:]
     if command not in COMMANDS:
-        raise UserError(f"command {command!r} is unknown; valid: {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"command {command!r} is unknown; valid: {', '.join(COMMANDS)}{meant}")
     module = importlib.import_module(f"diffjax.commands.{command}")
     values = flags.FlagValues()
-    flags.DEFINE_enum(
-        "distributed", "auto", ["auto", "on", "off"], "join the other processes of this job", flag_values=values
-    )
     module.define_flags(values)
     if "--help-config" in rest:
         print_leaves(rest)
         return
-    if "--help" in rest:
-        print(f"{module.__doc__}\n{values.get_help()}")
+    if "--help" in rest or "-h" in rest:
+        print(usage.of_command(module, values))
         return
     own = [argument for argument in rest if not argument.lstrip("-").startswith(("config.", "noconfig."))]
-    try:
-        positional = values(["diffjax", *(_underscored(argument, values) for argument in own)])[1:]
-    except flags.Error as error:
-        raise UserError(
-            f"{command}: {' '.join(str(error).split())}; see `python -m diffjax {command} --help`"
-        ) from error
-    if positional and (name := getattr(module, "REST", None)) and values[name].present:
-        values[name].value = getattr(values, name) + positional
-    elif positional:
-        raise UserError(f"{command}: {positional[0]!r} is not a flag; write --name=value")
+    _parse(command, module, values, [_underscored(argument, values) for argument in own])
     overrides = [argument for argument in rest if argument not in own]
     if overrides and "config" not in values:
         raise UserError(f"{command}: {overrides[0]} has no effect, {command} takes no --config")
     flags.FLAGS(["diffjax"], known_only=True)  # libraries read their own flags from the global table
 
-    from diffjax.parallel import hosts
+    from diffjax.parallel import compilation
 
-    hosts.start(values.distributed)
+    compilation.use_cache()
     module.run(values, overrides)
+
+
+def _parse(command: str, module: ModuleType, values: flags.FlagValues, arguments: list[str]) -> None:
+    """Set the flags of a command from its arguments."""
+    see = f"see `python -m diffjax {command} --help`"
+    try:
+        positional = values(["diffjax", *arguments])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"{command}: no flag --{error.flagname}{usage.meant(error.flagname, values)}") from error
+    except flags.Error as error:
+        raise UserError(f"{command}: {' '.join(str(error).split())}; {see}") from error
+    if positional and (name := getattr(module, "REST", None)) and values[name].present:
+        values[name].value = getattr(values, name) + values[name].parser.parse(",".join(positional))
+    elif positional:
+        raise UserError(f"{command}: {positional[0]!r} is not a flag; write --name=value")
 
 
 def print_leaves(arguments: list[str]) -> None:
@@ -130,8 +167,38 @@ def _underscored(argument: str, values: flags.FlagValues) -> str:
     return f"--{flag}{equals}{value}" if name.startswith("-") and flag in values else argument
 
 
+def show_unraisable(unraisable: Any) -> None:
+    """Python's own report of an error that nobody can catch, but for one kind.
+
+    When Orbax gives up a save it closes its event loop, and each write that was under way then fails to report to it.
+    The error that made it give up is raised.
+    """
+    frames = traceback.extract_tb(unraisable.exc_traceback)
+    of_loop = bool(frames) and frames[-1].name == "_check_closed" and "asyncio" in frames[-1].filename
+    if not (of_loop and unraisable.exc_type is RuntimeError):
+        sys.__unraisablehook__(unraisable)
+
+
+def program() -> None:
+    """`main`, and the end of the process within seconds, whatever threads of libraries still wait for."""
+    sys.unraisablehook = show_unraisable
+    try:
+        code = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code in (1, 2):  # what failed may have left threads that wait for it, and destructors that complain
+        os._exit(code)
+    from diffjax.parallel import hosts
+
+    if not hosts.joined():  # several leave together, when the slowest is done
+        last = threading.Timer(LAST_SECONDS, os._exit, [code])
+        last.daemon = True
+        last.start()
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    if "DIFFJAX_LOG" not in os.environ:
-        # Writes that Orbax gives up complain from C++ when they end; the error that made it give up is reported.
-        sys.unraisablehook = lambda unraisable: None
-    sys.exit(main(sys.argv[1:]))
+    program()

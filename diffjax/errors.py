@@ -1,15 +1,17 @@
-"""The one exception that means "the caller asked for something impossible"."""
+"""The exceptions that are no fault of the program: a mistake of the user, a place that refuses, a request to stop."""
 
 import contextlib
 import errno
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# What the system says to a write when the place is at fault and not the program.
-_REFUSALS = [
-    os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-]
+# Numbers of system errors in which the place is at fault and not the program.
+REFUSALS = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE),
+    }
+)
 
 
 class UserError(ValueError):
@@ -20,19 +22,29 @@ class UserError(ValueError):
     """
 
 
-def refused_write(error: BaseException) -> str | None:
-    """What the system said to a write that it refused ("No space left on device"); None for any other error.
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to stop. The message, one line, says what is left of its work; "" says nothing."""
 
-    Errors of Orbax's threads and of its C++ part come as exceptions of many types, so their text decides.
-    """
-    return next((text for text in _REFUSALS if text in str(error)), None)
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+def writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    """A write in here that the system refuses is a UserError that names `path`."""
+    return _refused(f"cannot write {path}")
+
+
+def reading(path: Path) -> contextlib.AbstractContextManager[None]:
+    """A read in here that the system refuses is a UserError that names `path`."""
+    return _refused(f"cannot read {path}")
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """An OSError in here names `path`: of a failed write the system names no file."""
+def _refused(line: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
-        raise
+        if error.errno not in REFUSALS:
+            raise
+        raise UserError(f"{line}: {error.strerror}") from error

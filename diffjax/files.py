@@ -6,10 +6,13 @@ whose it is, so that an owner can remove what it left when it was killed.
 """
 
 import contextlib
+import errno
+import fcntl
 import glob
 import hashlib
 import json
 import os
+import platform
 import secrets
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,16 +21,56 @@ from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from diffjax.errors import UserError
+from diffjax.errors import UserError, writing
 
+LOCK = ".lock"  # in a folder, held by the process that writes there
 NUMBERS = "biuf"  # kinds of dtype that are written: booleans, integers, floats
+
+
+def local_path(text: str) -> Path:
+    """The path that a user wrote, with ~ for the home folder.
+
+    UserError for an empty one, and for a URL, which would become a local folder of that name.
+    """
+    if not text:
+        raise UserError("valid: a path")
+    if "://" in text:
+        raise UserError("only local and mounted paths are read and written; mount the bucket")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise UserError(f"{error}; write the folder out") from error
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """No other process is in here for the same folder: UserError that names the one that is.
+
+    The lock is the system's and ends with the process, however that ends; it holds between processes of one machine,
+    and between machines where the file system passes locks on.
+    """
+    with writing(folder / LOCK):
+        file = (folder / LOCK).open("a+")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"{folder / LOCK} cannot be locked: {error.strerror}; choose another place") from error
+            file.seek(0)
+            other = file.read().strip() or "its name is not known"
+            raise UserError(f"another process writes in {folder} ({other}); wait until it ends, or stop it") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 @contextlib.contextmanager
 def atomic(path: Path, owner: str = "file") -> Iterator[BinaryIO]:
     """Yields a binary file that becomes `path` when the block ends, and is removed when the block raises.
 
-    An OSError without a file name of its own gets that of `path`: of a failed write the system names no file.
+    UserError where the system refuses the file.
     """
     temporary = path.with_name(f".{path.name}.{owner}-{secrets.token_hex(6)}.tmp")
     try:
@@ -41,6 +84,8 @@ def atomic(path: Path, owner: str = "file") -> Iterator[BinaryIO]:
             temporary.unlink()
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None
+            with writing(path):
+                raise
         raise
     _flush_folder(path.parent)
 

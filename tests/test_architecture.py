@@ -1,5 +1,6 @@
 """The import levels of the package, and what importing it must not do."""
 
+import ast
 import subprocess
 import sys
 
@@ -28,3 +29,16 @@ def test_importing_the_package_touches_no_device_and_no_heavy_library():
 def test_nothing_in_the_package_imports_the_recipes():
     offenders = [p for p in (ROOT / "diffjax").rglob("*.py") if "from configs" in p.read_text()]
     assert not offenders
+
+
+def test_one_module_knows_orbax():
+    users = [p.name for p in (ROOT / "diffjax").rglob("*.py") if "orbax" in imported(p)]
+    assert users == ["archive.py"]
+
+
+def imported(path):
+    """The packages that a file imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}

@@ -3,13 +3,16 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from diffjax import files
-from diffjax.errors import UserError, refused_write
+from diffjax.errors import UserError
 
 ARRAYS = {"arr_0": np.arange(24, dtype=np.uint8).reshape(2, 3, 4), "arr_1": np.array([7, 8], np.int32)}
 
@@ -49,14 +52,12 @@ def test_a_refused_write_names_the_file(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(FileNotFoundError) as missing:
+    with pytest.raises(FileNotFoundError) as missing:  # a folder that nobody made is a fault of the program
         files.write_bytes(tmp_path / "no" / "f", b"")
     assert missing.value.filename == str(tmp_path / "no" / "f")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left") as refused:
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/f: No space left on device"):
         files.write_text(tmp_path / "f", "text")
-    assert refused.value.filename == str(tmp_path / "f")
-    assert refused_write(refused.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -143,3 +144,44 @@ def test_entries_have_room_for_more_than_four_gigabytes(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
     assert files.file_sha256(tmp_path / "f").startswith("ba7816bf8f01cfea")
+
+
+def test_a_refused_read_of_another_file_keeps_its_name(tmp_path):
+    """An error of what is read while a file is written is none of the file that is written."""
+    with pytest.raises(IsADirectoryError) as error, files.atomic(tmp_path / "f"):
+        tmp_path.read_text()
+    assert error.value.filename == str(tmp_path)
+
+
+def test_paths_of_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.local_path("~/a") == tmp_path / "a"
+    assert files.local_path("a~b/[c]") == Path("a~b/[c]")
+    for text, reason in {"": "valid: a path", "gs://b/a": "only local", "~no-such-user/a": "home directory"}.items():
+        with pytest.raises(UserError, match=reason):
+            files.local_path(text)
+
+
+WRITER = """
+import sys, pathlib
+from diffjax import files
+with files.only_writer(pathlib.Path(sys.argv[1])):
+    print("writes", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_writer_in_a_folder(tmp_path):
+    """Another process is refused while one writes; a killed one leaves no lock behind."""
+    for _ in range(2):
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout.readline() == "writes\n"
+            with (
+                pytest.raises(UserError, match=rf"another process writes in {tmp_path} \(process {other.pid} on "),
+                files.only_writer(tmp_path),
+            ):
+                pass
+            other.kill()
+    with files.only_writer(tmp_path):
+        pass

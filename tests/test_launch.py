@@ -1,6 +1,9 @@
 """The scripts for a fresh machine."""
 
+import os
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -15,3 +18,23 @@ def test_scripts_say_which_extras_they_need(script):
     lines = re.findall(r'^\. "\$\(dirname "\$0"\)/environment\.sh"(.*)$', script.read_text(), re.MULTILINE)
     assert len(lines) == 1
     assert lines[0].strip().startswith('"')
+
+
+PYTHON = """#!/bin/sh
+echo "$3" >> "$CALLS"
+[ "$3" = train ] && exit 130
+exit 0
+"""
+
+
+def test_an_interrupted_quickstart_ends_there(tmp_path):
+    """Nobody wants 500 images of a model that was stopped after its first step."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    variables = {**os.environ, "DIFFJAX_VENV": str(tmp_path / "venv"), "CALLS": str(tmp_path / "calls")}
+    done = subprocess.run(["bash", tmp_path / "launch/quickstart.sh"], env=variables, capture_output=True, timeout=60)
+    assert done.returncode == 130
+    assert (tmp_path / "calls").read_text().split() == ["train"]

@@ -12,16 +12,20 @@ from typing import Any
 
 from absl import flags
 
+from diffjax.commands import define_path
 from diffjax.errors import UserError
 from diffjax.files import file_sha256
+from diffjax.parallel import hosts
 from diffjax.weights import FAMILIES, choose, from_reference, store, torch_file
+
+INTERRUPTED = "what --out holds is not complete; remove it before the same command"
 
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("family", None, f"whose weights: {', '.join(FAMILIES)}", flag_values=values)
-    flags.DEFINE_string("checkpoint", None, ".pt, .pth or .safetensors file", flag_values=values)
+    define_path("checkpoint", None, ".pt, .pth or .safetensors file", values)
     flags.DEFINE_string("weights", "", "entry of a training checkpoint; its average by default", flag_values=values)
-    flags.DEFINE_string("out", None, "new folder for the parameters", flag_values=values)
+    define_path("out", None, "new folder for the parameters", values)
     flags.DEFINE_list(
         "arguments",
         [],
@@ -32,7 +36,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
-    convert(values.family, Path(values.checkpoint), Path(values.out), values.weights, **_arguments(values.arguments))
+    hosts.start("off")
+    convert(values.family, values.checkpoint, values.out, values.weights, **_arguments(values.arguments))
 
 
 def convert(family: str, checkpoint: Path, out: Path, entry: str = "", **config: Any) -> None:

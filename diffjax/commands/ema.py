@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from diffjax.commands import local_path
+from diffjax.commands import define_distributed, define_path
 from diffjax.errors import UserError
+from diffjax.parallel import hosts
 from diffjax.runs import open_experiment
 from diffjax.training import ema
 from diffjax.training.checkpoint import Snapshots
@@ -27,18 +28,23 @@ from diffjax.weights import store
 LARGEST_ERROR = 0.5
 
 
+INTERRUPTED = "what --out holds is not complete; remove it before the same command"
+
+
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "run folder with snapshots", flag_values=values)
+    define_path("workdir", None, "run folder with snapshots", values)
     flags.DEFINE_float(
         "sigma_rel", None, "length of the average relative to the training, as in EDM2", flag_values=values
     )
-    flags.DEFINE_string("out", None, "new folder for the parameters", flag_values=values)
+    define_path("out", None, "new folder for the parameters", values)
     flags.DEFINE_integer("step", None, "snapshot at which the average ends; the last by default", flag_values=values)
+    define_distributed(values)
     flags.mark_flags_as_required(["workdir", "sigma_rel", "out"], values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
-    workdir, out = local_path("workdir", values.workdir), local_path("out", values.out)
+    hosts.start(values.distributed)
+    workdir, out = values.workdir, values.out
     model = reconstruct(workdir, values.sigma_rel, out, values.step)
     used, tracks = model["snapshots"], model["tracks"]
     print(

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from diffjax.commands import local_path, make_folder
+from diffjax.commands import define_distributed, define_path, define_paths, make_folder
 from diffjax.commands.sample import describe, describe_form
 from diffjax.data import sources
 from diffjax.errors import UserError
 from diffjax.evaluation import pixels, protocol
-from diffjax.files import file_sha256
+from diffjax.files import file_sha256, local_path
 from diffjax.parallel import hosts
 from diffjax.runs import Run, open_run
 from diffjax.sampling.samples import NO_LABELS, read_samples, to_uint8
@@ -30,33 +30,34 @@ REST = "compare"  # the flag that arguments without a name belong to
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("samples", None, "samples file, .npz", flag_values=values)
-    flags.DEFINE_string("workdir", None, "run folder whose images are drawn, instead of --samples", flag_values=values)
+    define_path("samples", None, "samples file, .npz", values)
+    define_path("workdir", None, "run folder whose images are drawn, instead of --samples", values)
     flags.DEFINE_integer("num", 500, "how many, with --workdir", lower_bound=2, flag_values=values)
     flags.DEFINE_string("reference", None, f"{', '.join(EMBEDDED)}, or an .npz file like samples", flag_values=values)
     out = "result file; <samples>.scores.json or <workdir>/scores.json by default"
-    flags.DEFINE_string("out", None, out, flag_values=values)
-    flags.DEFINE_list("compare", [], "two result files, instead of all else", flag_values=values)
+    define_path("out", None, out, values)
+    define_paths("compare", [], "two result files, instead of all else", values)
+    define_distributed(values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
     if values.compare:
         if len(values.compare) != 2 or values.samples or values.workdir:
             raise UserError("evaluate: --compare takes two result files, and no other flag")
-        compare(*map(Path, values.compare))
+        compare(*values.compare)
         return
     if bool(values.samples) == bool(values.workdir) or not values.reference:
         raise UserError("evaluate: give --reference with either --samples or --workdir, or --compare")
     if values.samples and values["num"].present:
         raise UserError("evaluate: --num is of --workdir; it has no effect on --samples")
     if values.workdir:
-        out = local_path("out", values.out or f"{values.workdir}/scores.json")
+        hosts.start(values.distributed)
+        out = values.out or values.workdir / "scores.json"
         make_folder(out)
-        evaluate_run(open_run(local_path("workdir", values.workdir)), values.num, values.reference, out)
+        evaluate_run(open_run(values.workdir), values.num, values.reference, out)
         return
-    samples = local_path("samples", values.samples)
-    out = local_path("out", values.out) if values.out else samples.with_suffix(".scores.json")
-    evaluate(samples, values.reference, out)
+    hosts.start("off")
+    evaluate(values.samples, values.reference, values.out or values.samples.with_suffix(".scores.json"))
 
 
 def evaluate(samples: Path, reference: str, out: Path) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def evaluate_run(run: Run, num: int, reference: str, out: Path) -> dict[str, Any
         raise UserError(f"evaluate: {run.describe()} makes no pictures of labels, which pixel scores are for")
     labels = experiment.conditions(0, num)
     known = labels if condition else None
+    hosts.say("compiling the sampler (once); the first images wait for it")
     images = to_uint8(np.concatenate(list(experiment.images(run.params, labels))))
     form = describe_form(experiment.model, run.params, fused=True)
     said = "interleaved" if condition else NO_LABELS
@@ -135,7 +137,10 @@ def reference_set(name: str) -> tuple[pixels.Labelled, pixels.Labelled | None, d
         sha256 = parts[0].fingerprint["sha256"]
         identity = {"name": name, "sha256": sha256, "count": len(train[0]), "held_out_count": len(held_out[0])}
         return train, held_out, identity
-    path = Path(name)
+    try:
+        path = local_path(name)
+    except UserError as error:
+        raise UserError(f"--reference={name}: {error}") from error
     if path.suffix != ".npz":
         raise UserError(f"--reference={name}: valid: {', '.join(EMBEDDED)}, or an .npz file in the layout of samples")
     images, labels, _ = read_samples(path)

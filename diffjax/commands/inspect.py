@@ -13,20 +13,22 @@ from typing import Any
 import jax
 from absl import flags
 
-from diffjax.commands import local_path
+from diffjax.commands import define_path
 from diffjax.errors import UserError
+from diffjax.parallel import hosts
 from diffjax.training.checkpoint import Checkpoints, Snapshots
 from diffjax.weights.store import tree_sha256
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "run folder", flag_values=values)
+    define_path("workdir", None, "run folder", values)
     flags.DEFINE_integer("step", None, "which checkpoint; the latest by default", flag_values=values)
     flags.mark_flag_as_required("workdir", values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
-    print(json.dumps(inspect(local_path("workdir", values.workdir), values.step), indent=2))
+    hosts.start("off")
+    print(json.dumps(inspect(values.workdir, values.step), indent=2))
 
 
 def inspect(workdir: Path, step: int | None = None) -> dict[str, Any]:

@@ -23,11 +23,12 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from diffjax.commands import local_path, make_folder
+from diffjax.commands import define_distributed, define_path, make_folder
 from diffjax.data import sources, tokens
 from diffjax.errors import UserError
 from diffjax.evaluation import linear_probe, protocol
 from diffjax.experiment import Experiment
+from diffjax.parallel import hosts
 from diffjax.parallel.mesh import batch_sharding
 from diffjax.runs import Run, open_run
 
@@ -57,30 +58,32 @@ class Inputs(NamedTuple):
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    text, number = flags.DEFINE_string, flags.DEFINE_integer
-    text("workdir", None, "run folder: its config and its checkpoint", flag_values=values)
-    text("train", None, "folder of codes to learn from; the run's own by default", flag_values=values)
-    text("test", None, "folder of codes to score on", flag_values=values)
-    text("out", None, "result file, .json", flag_values=values)
+    number = flags.DEFINE_integer
+    define_path("workdir", None, "run folder: its config and its checkpoint", values)
+    define_path("train", None, "folder of codes to learn from; the run's own by default", values)
+    define_path("test", None, "folder of codes to score on", values)
+    define_path("out", None, "result file, .json", values)
     number("step", None, "which checkpoint; the latest by default", flag_values=values)
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "average or last parameters", flag_values=values)
     number("steps", 2000, "of the classifiers' training", lower_bound=1, flag_values=values)
     number("batch_size", 256, "examples in each of them", lower_bound=1, flag_values=values)
     flags.DEFINE_float("learning_rate", 0.4, "at the first of them; it falls to 0", flag_values=values)
     number("seed", 0, "of the classifiers", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
+    define_distributed(values)
     flags.mark_flags_as_required(["workdir", "test", "out"], values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
+    hosts.start(values.distributed)
     if jax.process_count() > 1:
         raise UserError("probe runs as one process, on all its devices; start it on one host")
-    workdir, out = local_path("workdir", values.workdir), local_path("out", values.out)
-    learn = [f"--config.data.dir={local_path('train', values.train)}"] if values.train else []
+    workdir, out = values.workdir, values.out
+    learn = [f"--config.data.dir={values.train}"] if values.train else []
     trained = open_run(workdir, learn, weights=values.weights, step=values.step)
     experiment = trained.experiment
     if not hasattr(experiment.model, "features") or experiment.method.takes_source:
         raise UserError(f"probe is for models of the codes of image features, and {workdir} holds another")
-    folders = Path(experiment.data_folder), local_path("test", values.test)
+    folders = Path(experiment.data_folder), values.test
     train, test = (read(folder, experiment, trained.origin["codes"]) for folder in folders)
     if train.manifest["num_classes"] != test.manifest["num_classes"]:
         raise UserError(f"{train.folder} and {test.folder} differ in their classes; one classifier is to fit both")

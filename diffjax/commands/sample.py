@@ -13,6 +13,7 @@ With --guide the images are pushed away from those of a worse network (autoguida
 conditions, with `sampling.guidance.scale` as the weight; there is no classifier-free guidance then.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,25 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from diffjax import models
-from diffjax.commands import local_path, make_folder
+from diffjax.commands import define_distributed, define_path, make_folder
 from diffjax.config import load
 from diffjax.contracts import Tree
 from diffjax.errors import UserError
 from diffjax.evaluation import protocol
 from diffjax.experiment import Experiment
+from diffjax.files import only_writer
 from diffjax.parallel import hosts
 from diffjax.runs import Run, open_guide, open_run
 from diffjax.sampling import conditions, generate, parts, samples
 from diffjax.weights import store
 
+INTERRUPTED = "what is drawn is kept, the same command goes on"
+
 
 def define_flags(values: flags.FlagValues) -> None:
     text, number = flags.DEFINE_string, flags.DEFINE_integer
-    text("workdir", None, "run folder: its config and its checkpoint", flag_values=values)
-    text("params", None, "folder that `convert` or `ema` wrote, instead of --workdir", flag_values=values)
+    define_path("workdir", None, "run folder: its config and its checkpoint", values)
+    define_path("params", None, "folder that `convert` or `ema` wrote, instead of --workdir", values)
     text("config", None, "recipe, with --params that no run made", flag_values=values)
     number("step", None, "which checkpoint; the latest by default", flag_values=values)
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "average or last parameters", flag_values=values)
@@ -55,15 +59,17 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool("fused", True, "sample the fused form of a backbone that has one (U-DiT)", flag_values=values)
-    text("guide", None, "worse network: a run folder, or one written by `convert` or `ema`", flag_values=values)
-    text("source", None, "codes to start from, .npz, of a second stage: what --raw wrote", flag_values=values)
-    text("conditions", None, ".npz with an array `conditions`, of a model of vectors or tokens", flag_values=values)
-    text("out", None, "samples file, .npz", flag_values=values)
+    define_path("guide", None, "worse network: a run folder, or one written by `convert` or `ema`", values)
+    define_path("source", None, "codes to start from, .npz, of a second stage: what --raw wrote", values)
+    define_path("conditions", None, ".npz with an array `conditions`, of a model of vectors or tokens", values)
+    define_path("out", None, "samples file, .npz", values)
+    define_distributed(values)
     flags.mark_flags_as_required(["num", "out"], values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
-    out = local_path("out", values.out)
+    hosts.start(values.distributed)
+    out = values.out
     if out.suffix != ".npz" or out.is_dir():
         raise UserError(f"--out={out}: give a file that ends in .npz")
     trained = _open(values, overrides)
@@ -71,7 +77,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     if experiment.method.makes != "pictures" and not values.raw:
         makes = experiment.method.makes
         raise UserError(f"sample: this model makes {makes}, not pictures; --raw writes them as they are")
-    guide = open_guide(local_path("guide", values.guide), experiment) if values.guide else None
+    guide = open_guide(values.guide, experiment) if values.guide else None
     sampler = experiment.method.sampler(experiment.sampling, autoguided=True) if guide else experiment.sampler
     asked = _conditions(values, trained)
     make_folder(out)
@@ -94,6 +100,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         fused=values.fused,
         guide=(guide.experiment.model, guide.params) if guide else None,
     )
+    hosts.say("compiling the sampler (once); the first images wait for it")
     write(out, trained, compiled, asked, described, values.batch_size, values.raw)
     if hosts.is_lead():
         made = "images" if experiment.method.makes == "pictures" and not values.raw else "raw results"
@@ -108,12 +115,11 @@ def _open(values: flags.FlagValues, overrides: list[str]) -> Run:
             raise UserError(
                 "sample: --workdir has its own config; give only leaves, such as --config.sampling.steps=50"
             )
-        return open_run(local_path("workdir", values.workdir), overrides, weights=values.weights, step=values.step)
+        return open_run(values.workdir, overrides, weights=values.weights, step=values.step)
     if values["step"].present or values["weights"].present:
         raise UserError("sample: --step and --weights choose within a run folder; they have no effect on --params")
-    folder = local_path("params", values.params)
-    store.read_model(folder)  # says that a folder holds no parameters
-    return open_run(folder, overrides, config=load(values.config) if values.config else None)
+    store.read_model(values.params)  # says that a folder holds no parameters
+    return open_run(values.params, overrides, config=load(values.config) if values.config else None)
 
 
 def write(
@@ -130,6 +136,21 @@ def write(
     what = {name: value for name, value in described.items() if name not in aside}
     identity = {**what, "weights_sha256": described["origin"]["sha256"], "raw": raw}
     identity["conditions_sha256"] = asked.sha256
+    alone = only_writer(parts.make_folder(out)) if hosts.is_lead() else contextlib.nullcontext()
+    with alone:
+        _write_parts(out, identity, trained, compiled, asked, described, batch_size, raw)
+
+
+def _write_parts(
+    out: Path,
+    identity: dict[str, Any],
+    trained: Run,
+    compiled: Any,
+    asked: conditions.Conditions,
+    described: dict[str, Any],
+    batch_size: int,
+    raw: bool,
+) -> None:
     file = parts.open_parts(out, identity, len(asked.given), jax.process_index())
     missing = file.missing()
     if jax.process_count() > 1:  # the processes listed the folder at different times
@@ -170,10 +191,9 @@ def _conditions(values: flags.FlagValues, trained: Run) -> conditions.Conditions
             raise UserError(
                 "sample: this model draws codes of a decoder, given codes of features: give them as --source"
             )
-        return conditions.of_source(local_path("source", values.source), values.first, values.num, trained)
+        return conditions.of_source(values.source, values.first, values.num, trained)
     if kind != "labels":
-        path = local_path("conditions", values.conditions) if values.conditions else None
-        return conditions.of_file(path, values.first, values.num, experiment)
+        return conditions.of_file(values.conditions, values.first, values.num, experiment)
     return conditions.of_labels(
         values.labels, values.seed, values.first, values.num, experiment.num_classes, trained.classes
     )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from diffjax.commands import local_path, make_folder
+from diffjax.commands import define_distributed, define_path, define_paths, make_folder
 from diffjax.commands.evaluate import reference_set
 from diffjax.commands.sample import describe, describe_form
 from diffjax.contracts import Sampler
@@ -37,9 +37,7 @@ PLOTTED = "frechet_distance_pixels"
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_list(
-        "workdir", None, "run folders; of each the averaged weights of the latest step", flag_values=values
-    )
+    define_paths("workdir", None, "run folders; of each the averaged weights of the latest step", values)
     flags.DEFINE_list("sampler", None, "samplers, each by its name or as name:steps", flag_values=values)
     flags.DEFINE_list("steps", [], "numbers of steps, for the samplers without their own", flag_values=values)
     flags.DEFINE_list("guidance", [], "guidance weights; that of each run's config by default", flag_values=values)
@@ -47,7 +45,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("num", 500, "images per cell of the grid", lower_bound=2, flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the images", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 128, "images at a time on all devices", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("out", None, "result file, .json", flag_values=values)
+    define_path("out", None, "result file, .json", values)
+    define_distributed(values)
     flags.mark_flags_as_required(["workdir", "sampler", "reference", "out"], values)
 
 
@@ -69,18 +68,19 @@ class Cell(NamedTuple):
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
-    out = local_path("out", values.out)
+    hosts.start(values.distributed)
+    out = values.out
     if out.suffix != ".json" or out.is_dir():
         raise UserError(f"--out={out}: give a file that ends in .json")
     wanted = parse_samplers(values.sampler, parse_numbers("steps", values.steps, int))
     weights = parse_numbers("guidance", values.guidance, float)
     reference = reference_set(values.reference)
-    runs = [open_run(local_path("workdir", folder)) for folder in dict.fromkeys(values.workdir)]
+    runs = [open_run(folder) for folder in dict.fromkeys(values.workdir)]
     check_pictures(runs, values.reference, reference[0])
     groups, left_out = plan_cells(runs, wanted, weights)
     make_folder(out)
     for line in left_out:
-        say(f"left out: {line}")
+        hosts.say(f"left out: {line}")
     results: list[dict[str, Any]] = []
     for cells in groups:
         labels = generate.interleaved_labels(values.num, cells[0].run.experiment.num_classes)
@@ -90,11 +90,11 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
                 images, seconds = drawn(cell, compiled, labels, values.batch_size)
             except FloatingPointError as error:
                 left_out.append(f"{cell.name}: {error}")
-                say(f"left out: {left_out[-1]}")
+                hosts.say(f"left out: {left_out[-1]}")
                 continue
             results.append(result_of(cell, images, labels, seconds, values.seed, reference))
             scores = ", ".join(f"{score} {columns['value']:.4f}" for score, columns in results[-1]["values"].items())
-            say(f"{cell.name}: {scores}")
+            hosts.say(f"{cell.name}: {scores}")
     if not results:
         raise UserError(f"the sweep has no cell with a result: {'; '.join(left_out)}")
     if hosts.is_lead():
@@ -104,11 +104,6 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
             print(caveat)
         samples.write_png(out.with_suffix(".png"), picture(results))
         print(f"wrote {out} and {out.with_suffix('.png')}")
-
-
-def say(line: str) -> None:
-    if hosts.is_lead():
-        print(line, flush=True)
 
 
 def parse_samplers(texts: list[str], steps: list[Any]) -> list[tuple[str, list[int]]]:
@@ -189,6 +184,7 @@ def other_sampling(own: diffusion.Sampling, sampler: str, steps: int, weight: fl
 def compile_group(cells: list[Cell], seed: int, labels: np.ndarray) -> functools.partial:
     """The sampler of a group, compiled for batches like `labels` by a first trajectory of one call of the network."""
     first, experiment = cells[0], cells[0].run.experiment
+    hosts.say(f"compiling sampler {first.sampling.sampler} for {first.folder} (once for all its cells)")
     compiled = generate.compile_sampler(first.sampler, experiment.model, experiment.mesh, seed)
     short = functools.partial(compiled, plan=replace(first.sampler.plan, nfe=np.int32(1)))
     numbers = np.arange(len(labels))

@@ -19,30 +19,33 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from tqdm import tqdm
 
-from diffjax.commands import local_path
+from diffjax.commands import define_distributed, define_path
 from diffjax.config import Config, load
 from diffjax.data import draws, shards, sources, tokens
 from diffjax.errors import UserError
 from diffjax.experiment import Tokenization, tokenization
-from diffjax.files import atomic, write_npy
+from diffjax.files import atomic, only_writer, write_npy
 from diffjax.methods.encoders import Encoder, load_encoder, load_vqgan
+from diffjax.parallel import hosts
 from diffjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from diffjax.tokens import codebooks, kmeans
 
 FIT = "kmeans.npz"  # the fit so far, while it is under way
+INTERRUPTED = "the fit of a codebook is kept, the same command goes on from it"
 
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "recipe of a model of codes", flag_values=values)
-    flags.DEFINE_string("out", None, "folder for the codes", flag_values=values)
-    flags.DEFINE_string("codebook", None, "centroids, .npy float32 [k, d]; fitted when not given", flag_values=values)
+    define_path("out", None, "folder for the codes", values)
+    define_path("codebook", None, "centroids, .npy float32 [k, d]; fitted when not given", values)
     flags.DEFINE_integer("batch_size", 128, "images at a time on all devices", lower_bound=1, flag_values=values)
+    define_distributed(values)
     flags.mark_flags_as_required(["config", "out"], values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
-    codebook = local_path("codebook", values.codebook) if values.codebook else None
-    tokenize(load(values.config, overrides), local_path("out", values.out), codebook, values.batch_size)
+    hosts.start(values.distributed)
+    tokenize(load(values.config, overrides), values.out, values.codebook, values.batch_size)
 
 
 def tokenize(config: Config, out: Path, given: Path | None = None, batch_size: int = 128) -> None:
@@ -58,6 +61,18 @@ def tokenize(config: Config, out: Path, given: Path | None = None, batch_size: i
         encoder = encoder._replace(codebook=codebooks.read_codebook(given))
     _check(asked, [encoder, decoder] if decoder else [encoder])
     shards.make_folder(out, tokens.MANIFEST)
+    with only_writer(out):
+        _write(asked, source, encoder, decoder, out, batch_size)
+
+
+def _write(
+    asked: Tokenization,
+    source: sources.Source,
+    encoder: Encoder,
+    decoder: Encoder | None,
+    out: Path,
+    batch_size: int,
+) -> None:
     mesh = make_mesh({"data": -1})
     batch_size = -(-batch_size // mesh.size) * mesh.size
     with jax.set_mesh(mesh):

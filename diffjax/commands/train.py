@@ -6,8 +6,9 @@ python -m diffjax train --config=configs/quickstart.py:model=dit --workdir=runs/
 
 from absl import flags
 
-from diffjax.commands import local_path
+from diffjax.commands import define_distributed, define_path
 from diffjax.config import load
+from diffjax.parallel import hosts
 from diffjax.training import profile
 from diffjax.training.loop import train
 
@@ -15,14 +16,16 @@ from diffjax.training.loop import train
 def define_flags(values: flags.FlagValues) -> None:
     text = flags.DEFINE_string
     text("config", None, "recipe and its argument: configs/NAME.py:ARGUMENT", flag_values=values)
-    text("workdir", None, "run folder, made or resumed", flag_values=values)
+    define_path("workdir", None, "run folder, made or resumed", values)
     flags.DEFINE_list(
         "accept", [], "leaves (total_steps,...) in which the config may differ from the folder's", flag_values=values
     )
     text("profile", None, "FIRST:LAST: write a trace of these steps to WORKDIR/profile", flag_values=values)
+    define_distributed(values)
     flags.mark_flags_as_required(["config", "workdir"], values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
+    hosts.start(values.distributed)
     steps = profile.parse(values.profile) if values.profile else None
-    train(load(values.config, overrides), local_path("workdir", values.workdir), tuple(values.accept), steps)
+    train(load(values.config, overrides), values.workdir, tuple(values.accept), steps)

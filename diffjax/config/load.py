@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from diffjax.config.earlier import DEFAULTS, VERSION, modern
 from diffjax.config.schema import Config, Spec, hint, is_read, leaves, model_leaves, resolve
 from diffjax.errors import UserError
-from diffjax.files import write_json
+from diffjax.files import local_path, write_json
 from diffjax.options import REQUIRED, Value, parse
 from diffjax.trees import leaves as flat
 
@@ -55,10 +55,14 @@ def load(path_and_argument: str, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: no such file, an argument the recipe refuses, an unknown leaf, or a value that is not valid.
     """
-    path, _, argument = path_and_argument.partition(":")
+    text, _, argument = path_and_argument.partition(":")
     try:
-        with _importable(Path(path)):  # recipes import `configs.common`
-            recipe = _module(Path(path)).get_config(argument or None)
+        path = local_path(path_and_argument if "://" in path_and_argument else text)
+    except UserError as error:
+        raise UserError(f"--config={path_and_argument}: {error}") from error
+    try:
+        with _importable(path):
+            recipe = _module(path).get_config(argument or None)
     except UserError:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -130,31 +134,37 @@ def _module(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _importable(recipe: Path) -> Iterator[None]:
-    """The package that a recipe lies in can be imported in here, whatever other one has its name; nothing outlives it.
+    """A recipe can import the package that it lies in and `configs.common`, whatever other modules have these names.
 
-    A package of that name that is imported already, from elsewhere, is set aside meanwhile.
+    The latter is diffjax/config/recipes.py, unless it lies in a `configs` that has its own. Modules of these names that
+    are imported already are set aside meanwhile, and nothing that is imported here outlives it.
     """
     folder = recipe.resolve().parent
-    before, name = list(sys.path), folder.name
-    own = folder in [Path(place).resolve() for place in getattr(sys.modules.get(name), "__path__", ())]
-    aside = {} if own else _of_package(name)
+    names = {"configs"} | ({folder.name} if (folder / "__init__.py").is_file() else set())
+    before, aside = list(sys.path), {module: sys.modules[module] for name in names for module in _of_package(name)}
     for module in aside:
         del sys.modules[module]
-    sys.path.insert(0, str(folder.parent))
+    if len(names) > 1 or folder.name in names:
+        sys.path.insert(0, str(folder.parent))
+    if folder.name != "configs" or not (folder / "common.py").is_file():
+        package, common = ModuleType("configs"), importlib.import_module("diffjax.config.recipes")
+        package.__path__ = [str(folder)] if folder.name == "configs" else []
+        sys.modules |= {"configs": package, "configs.common": common}
+        package.common = common  # type: ignore[attr-defined]
     importlib.invalidate_caches()
     try:
         yield
     finally:
         sys.path[:] = before
-        if aside:
+        for name in names:
             for module in _of_package(name):
                 del sys.modules[module]
-            sys.modules.update(aside)
+        sys.modules.update(aside)
 
 
-def _of_package(name: str) -> dict[str, ModuleType]:
-    """The imported modules of a package."""
-    return {module: sys.modules[module] for module in list(sys.modules) if module.partition(".")[0] == name}
+def _of_package(name: str) -> list[str]:
+    """The names of the imported modules of a package."""
+    return [module for module in list(sys.modules) if module.partition(".")[0] == name]
 
 
 def differences(old: Config, new: Config) -> dict[str, str]:
@@ -217,11 +227,14 @@ def _earlier_defaults(version: int, values: Mapping[str, Value]) -> dict[str, Va
     }
 
 
-def check_same_run(stored: Config, given: Config, accepted: tuple[str, ...] = ()) -> dict[str, str]:
+def check_same_run(
+    stored: Config, given: Config, accepted: tuple[str, ...] = (), misfit: Callable[[], str] = str
+) -> dict[str, str]:
     """Raise UserError when `given` computes something else than `stored`; return `differences`, which may be then.
 
     Args:
         accepted: leaves whose change the user has asked for by name.
+        misfit: says why the state of a run of `stored` is none of a run of `given`; "" where it is one.
     """
     specs = leaves(str(stored.values["model.name"])) | leaves(str(given.values["model.name"]))
     if unknown := [name for name in accepted if name not in specs]:
@@ -233,11 +246,15 @@ def check_same_run(stored: Config, given: Config, accepted: tuple[str, ...] = ()
         raise UserError(f"--accept={','.join(wrong)}: cannot change within a run; use another --workdir")
     found = differences(stored, given)
     free = {name for name in found if name not in fixed and (specs[name].kind in FREE or name in accepted)}
+    changed = [name for name in found if specs[name].kind not in FREE]
+    reason = misfit() if changed and not fixed & found.keys() else ""
+    if reason and all(name in accepted for name in changed):
+        raise UserError(f"--accept={','.join(changed)}: the run's state does not fit: {reason}; use another --workdir")
     if refused := {name: line for name, line in found.items() if name not in free}:
         accept = f", or --accept={','.join(refused)} to go on with the new values"
         raise UserError(
             f"the folder holds a run with another config: {'; '.join(refused.values())} (stored -> given); "
-            f"use another --workdir{'' if fixed & refused.keys() else accept}"
+            f"use another --workdir{'' if fixed & refused.keys() or reason else accept}"
         )
     return found
 

@@ -17,6 +17,7 @@ from diffjax import models
 from diffjax.data.sources import SOURCES
 from diffjax.errors import UserError
 from diffjax.evaluation.evaluators import EVALUATORS
+from diffjax.files import local_path
 from diffjax.methods import METHODS
 from diffjax.options import (
     REQUIRED,
@@ -285,7 +286,7 @@ def resolve(values: Mapping[str, Value], *, forget_unread: bool = False) -> Conf
     given = {path: values.get(path, spec.option.default) for path, spec in specs.items()}
     if missing := [path for path, value in given.items() if value is REQUIRED and is_read(specs[path], given)]:
         raise UserError(f"{missing[0]} is not given: {specs[missing[0]].option.leaf.doc}")
-    checked = {path: check(path, specs[path].option, value) for path, value in given.items()}
+    checked = {path: checked_value(specs[path], value) for path, value in given.items()}
     unread = unread_leaves(specs, checked)
     if forget_unread:
         checked |= {path: specs[path].option.default for path in unread}
@@ -294,6 +295,17 @@ def resolve(values: Mapping[str, Value], *, forget_unread: bool = False) -> Conf
         raise UserError(f"{path} = {checked[path]!r} is not read {reason}; valid: {specs[path].option.default!r}")
     check_published(checked)
     return _make(Config, "", checked, values=checked, model=_model(checked))
+
+
+def checked_value(spec: Spec, value: Value) -> Value:
+    """A value in the type of its leaf; of a place with ~ for the home folder. UserError for one that is not valid."""
+    found = check(spec.path, spec.option, value)
+    if spec.kind != "place" or not found:
+        return found
+    try:
+        return str(local_path(found))
+    except UserError as error:
+        raise UserError(f"{spec.path} = {found!r}: {error}") from error
 
 
 def unread_leaves(specs: Mapping[str, Spec], values: Mapping[str, Value]) -> dict[str, str]:
@@ -377,13 +389,29 @@ def check_published(values: Mapping[str, Value]) -> None:
 
 
 def hint(leaf: str, specs: Mapping[str, Spec]) -> str:
-    """What an unknown leaf may have been meant to be: "; did you mean ...?" """
-    last = leaf.rpartition(".")[2]
-    near = difflib.get_close_matches(leaf, specs, n=3, cutoff=0.75)
-    near += [path for path in specs if path.rpartition(".")[2] == last and path not in near]
-    if near:
+    """What an unknown leaf may have been meant to be: "; did you mean ...?", or what its section has."""
+    if near := near_leaves(leaf, specs):
         return f"; did you mean {', '.join(near[:5])}?"
+    section = f"{leaf.rpartition('.')[0]}."
+    if inside := [path.removeprefix(section) for path in specs if path.startswith(section)]:
+        return f"; leaves of {section[:-1]}: {', '.join(inside)}"
     return f"; sections: {', '.join(sorted({path.partition('.')[0] for path in specs if '.' in path}))}"
+
+
+def near_leaves(leaf: str, specs: Mapping[str, Spec]) -> list[str]:
+    """Leaves with a similar path, with the same last name or with its initials (learning_rate: lr), nearest first."""
+    if leaf in specs:
+        return [leaf]
+    section, _, last = leaf.rpartition(".")
+    near = difflib.get_close_matches(leaf, specs, n=3, cutoff=0.75)
+    alike = [path for path in specs if path.rpartition(".")[2] in (last, _initials(last))]
+    own = [path for path in alike if path.rpartition(".")[0] == section]
+    return list(dict.fromkeys([*own, *near, *alike]))
+
+
+def _initials(name: str) -> str:
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else name
 
 
 def section_values(prefix: str, section: Any) -> dict[str, Value]:

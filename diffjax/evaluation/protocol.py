@@ -1,7 +1,8 @@
 """Result files: {"values": {score: {"value": ...}}, "protocol": {...}, "subject": {...}}.
 
 The protocol says how the numbers came about, the subject what they are about (model, weights, samples file). Two
-results are comparable when every field of their protocols is recorded and equal.
+results are comparable when every field of their protocols is recorded and equal; the version of the code is recorded
+alone: results of two commits are what is compared.
 """
 
 import json
@@ -57,7 +58,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[float
         UserError: a field of the protocols differs or is not recorded; names all of them.
     """
     fields_a, fields_b = leaves(a["protocol"]), leaves(b["protocol"])
-    names = sorted(fields_a | fields_b)
+    names = sorted((fields_a | fields_b).keys() - {"code_version"})
     pairs = {name: (fields_a.get(name), fields_b.get(name)) for name in names}
     differing = [f"{name} ({x} and {y})" for name, (x, y) in pairs.items() if x != y]
     unknown = [name for name, pair in pairs.items() if pair == (None, None)]

@@ -16,32 +16,48 @@ _LAUNCHERS = {
     "MEGASCALE_COORDINATOR_ADDRESS": lambda value: True,
     "TPU_WORKER_HOSTNAMES": lambda value: "," in value,
     "TPU_PROCESS_ADDRESSES": lambda value: "," in value,
-    "SLURM_NTASKS": lambda value: int(value) > 1 and "SLURM_PROCID" in os.environ,
-    "OMPI_COMM_WORLD_SIZE": lambda value: int(value) > 1,
+    # Of the step that this process is a task of; SLURM_NTASKS is also set in a script or shell that is no such task.
+    "SLURM_STEP_NUM_TASKS": lambda value: _several(value) and "SLURM_PROCID" in os.environ,
+    "OMPI_COMM_WORLD_SIZE": lambda value: _several(value),
 }
 
 
 def start(mode: str = "auto") -> None:
-    """Join the other processes of this job, before any device is touched.
+    """Join the other processes of this job, before any device is touched; then see that there is a device.
 
     Args:
         mode: "auto" joins when the environment names a launcher with several processes (JAX_COORDINATOR_ADDRESS with
-            JAX_NUM_PROCESSES and JAX_PROCESS_ID, a GKE or Cloud TPU slice, Slurm, Open MPI); "on" always, with jax's
-            own detection (a Cloud TPU VM slice needs nothing else); "off" never.
+            JAX_NUM_PROCESSES and JAX_PROCESS_ID, a GKE or Cloud TPU slice, a Slurm step, Open MPI); "on" always, with
+            jax's own detection (a Cloud TPU VM slice needs nothing else); "off" never: what needs no other process.
+
+    Raises:
+        UserError: the others cannot be joined, or the platform that the environment asks for is not there.
     """
-    if mode not in ("auto", "on", "off"):
-        raise UserError(f"--distributed={mode} is unknown; valid: auto, on, off")
     give_threads_to_simulated_devices()
     found = [name for name, several in _LAUNCHERS.items() if (value := os.environ.get(name)) and several(value)]
-    if mode == "off" or (mode == "auto" and not found):
-        return
+    if mode == "on" or (mode == "auto" and found):
+        _join(", ".join(f"{name}={os.environ[name]}" for name in found) or "no launcher found")
     try:
-        jax.distributed.initialize(
-            num_processes=_integer("JAX_NUM_PROCESSES"),
-            process_id=_integer("JAX_PROCESS_ID"),
-        )
-    except ValueError as error:
-        raise UserError(f"cannot join the other processes ({found or 'no launcher found'}): {error}") from error
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax's ways to say that a platform cannot be used
+        asked = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if os.environ.get("JAX_PLATFORMS") else ""
+        reason = str(error).partition("\n")[0].partition(" (")[0].rstrip(".") or "jax finds no plugin for it"
+        raise UserError(f"{asked}{reason}; install jax for that platform, or set JAX_PLATFORMS=cpu") from error
+
+
+def _join(found: str) -> None:
+    own, count = _integer("JAX_PROCESS_ID"), _integer("JAX_NUM_PROCESSES")
+    print(f"joining the other processes of this job ({found}), which have five minutes to start", flush=True)
+    try:
+        jax.distributed.initialize(num_processes=count, process_id=own)
+    except (ValueError, RuntimeError) as error:  # what is missing, or who did not come
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot join the other processes ({found}): {reason}; --distributed=off runs alone") from error
+
+
+def joined() -> bool:
+    """Whether this process is one of several; touches no device."""
+    return jax.distributed.is_initialized()
 
 
 def give_threads_to_simulated_devices() -> None:
@@ -69,6 +85,18 @@ def fetch_whole(array: jax.Array) -> np.ndarray:
     return np.asarray(jax.device_get(array))
 
 
+def say(line: str) -> None:
+    """Print a line, on the one process that speaks for all."""
+    if is_lead():
+        print(line, flush=True)
+
+
+def _several(value: str) -> bool:
+    return value.isdecimal() and int(value) > 1
+
+
 def _integer(name: str) -> int | None:
     value = os.environ.get(name)
+    if value and not value.isdecimal():
+        raise UserError(f"{name}={value}: valid: a whole number")
     return int(value) if value else None

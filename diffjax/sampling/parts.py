@@ -70,10 +70,7 @@ def open_parts(out: Path, identity: Mapping[str, Any], num: int, process: int = 
             shutil.rmtree(parts.removed)
         for name in (out.name, *(out.with_suffix(suffix).name for suffix in (".json", ".png"))):
             files.remove_temporaries(out.parent, parts.owner, name)
-    try:
-        parts.folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{parts.folder} cannot be made: {error.strerror}; choose another --out") from error
+    make_folder(out)
     files.remove_temporaries(parts.folder, parts.owner)
     request = parts.folder / REQUEST
     if request.exists() or any(parts.folder.glob("part-*.npy")):
@@ -81,6 +78,16 @@ def open_parts(out: Path, identity: Mapping[str, Any], num: int, process: int = 
     else:
         files.write_json(request, identity, parts.owner)
     return parts
+
+
+def make_folder(out: Path) -> Path:
+    """The folder of parts of the file `out`, made where it is not there."""
+    folder = out.with_name(f"{out.name}.parts")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}; choose another --out") from error
+    return folder
 
 
 @dataclass(frozen=True)

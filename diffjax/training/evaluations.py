@@ -31,6 +31,7 @@ class Evaluations:
         self._every = experiment.schedule.evaluate_every
         self._total = experiment.schedule.total_steps
         self._evaluators: dict[str, Evaluator] = {}
+        self._compiled: set[str] = set()
 
     def prepare(self) -> None:
         """Make the evaluators. UserError for one that this experiment cannot have."""
@@ -56,6 +57,9 @@ class Evaluations:
     def run(self, names: list[str], step: int, params: Any, reporter: Reporter) -> None:
         """Evaluate averaged parameters, and write and report the results; every process calls it."""
         for name in names:
+            if name not in self._compiled:
+                reporter.say(f"compiling evaluator {name} (once)")
+                self._compiled.add(name)
             result = self._evaluators[name](params)
             if "not_finite" in result.values:
                 reporter.say(f"step {step}: sampled values are not finite; {name} has no result")

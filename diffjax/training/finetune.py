@@ -51,7 +51,19 @@ def find_start(experiment: Experiment) -> Start | None:
     abstract = experiment.abstract.params
     leaves = {key_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
     stored |= _without_variance(source, stored, leaves, experiment.channels)
-    return Start(source, stored, fresh_paths(source, stored, leaves, new))
+    try:
+        return Start(source, stored, fresh_paths(source, stored, leaves, new))
+    except UserError as error:
+        raise UserError(f"{error}{_holds(Path(source))}") from error
+
+
+def _holds(folder: Path) -> str:
+    """Of which model the parameters in a folder are, where `convert` or `ema` wrote it down."""
+    if not (folder / "model.json").is_file():
+        return ""
+    made = store.read_model(folder)
+    kwargs = ", ".join(f"{name}={value}" for name, value in made["kwargs"].items())
+    return f"; the folder holds a {made['name']}({kwargs})"
 
 
 def _without_variance(

@@ -5,21 +5,28 @@ from types import FrameType
 
 
 class StopRequest:
-    """From its making on, the first SIGTERM or SIGINT only sets `signal_name`; a second one ends the program at once.
+    """From its making on, the first SIGTERM or SIGINT only sets `asked`; a second one ends the program at once.
+
+    number: of the signal; without one it is preemption, of which jax was told by SIGTERM.
 
     With several processes (`alone` False) no signal is taken: jax listens to SIGTERM, so that all of them stop at the
     same step, and one that stopped by itself would leave the others waiting.
     """
 
     def __init__(self, alone: bool = True):
-        self.signal_name = ""
+        self.asked = False
+        self.number = int(signal.SIGTERM)
         self._previous = {}
         for number in (signal.SIGINT, signal.SIGTERM) if alone else ():
             self._previous[number] = signal.signal(number, self._take)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
+        self.asked, self.number = True, number
         signal.signal(number, signal.SIG_DFL)
+
+    @property
+    def reason(self) -> str:
+        return signal.Signals(self.number).name if self.asked else "preemption"
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""

@@ -17,18 +17,20 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import logging
 from clu import parameter_overview
 
 import diffjax
+from diffjax import archive
 from diffjax.config import Config, check_same_run, read, write
 from diffjax.config.load import same_values
 from diffjax.data import pipeline
-from diffjax.errors import UserError, writing
+from diffjax.errors import Interrupted, UserError
 from diffjax.experiment import Experiment, build
+from diffjax.files import only_writer
 from diffjax.parallel import hosts
 from diffjax.training import ema, finetune
 from diffjax.training.checkpoint import Checkpoints, Snapshots, latest_step
@@ -65,10 +67,12 @@ def train(
 
     Raises:
         UserError: anything the user can mend; what can be known beforehand, before anything is written.
+        Interrupted: a signal stopped the run, after a checkpoint; the message says at which step.
         NonFiniteError: the run diverged.
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(contextlib.closing(StopRequest(alone=jax.process_count() == 1)))
+        archive.check_place(workdir)
         changed = _check_folder(config, workdir, accepted)
         latest = latest_step(workdir)
         experiment = build(config)
@@ -85,7 +89,11 @@ def train(
         evaluations.prepare()
         begin = finetune.find_start(experiment) if latest is None else None
         batches = stack.enter_context(contextlib.closing(experiment.stream()))
-        _make_folder(config, workdir)
+        _make_folder(workdir)
+        if hosts.is_lead():
+            stack.enter_context(only_writer(workdir))
+        _check_folder(config, workdir, accepted)  # another process may have been here before the lock
+        _keep_first_config(config, workdir)
         checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(experiment, workdir)))
         stack.enter_context(jax.set_mesh(experiment.mesh))
         state, start, seconds = _initial_or_restored(experiment, checkpoints, batches, begin)
@@ -112,28 +120,36 @@ def _check_folder(config: Config, workdir: Path, accepted: tuple[str, ...]) -> d
     """Raise UserError unless the folder is new or belongs to this config; return the differences that may be."""
     path = workdir / "config.json"
     if path.is_file():
-        return check_same_run(read(path), config, accepted)
+        stored = read(path)
+        return check_same_run(stored, config, accepted, lambda: _misfit(stored, config))
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} has checkpoints but no config.json: not a run folder; use another --workdir")
     return check_same_run(config, config, accepted)
 
 
-def _make_folder(config: Config, workdir: Path) -> None:
+def _misfit(a: Config, b: Config) -> str:
+    """In which arrays the state of a run of one config is not like that of another; "" where they are alike."""
+    return archive.differing(*(archive.shapes(build(config, training=False).abstract) for config in (a, b)))
+
+
+def _make_folder(workdir: Path) -> None:
     if not hosts.is_lead():
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not (workdir / "config.json").is_file():
-            write(config, workdir / "config.json")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; give a writable folder") from error
+
+
+def _keep_first_config(config: Config, workdir: Path) -> None:
+    if hosts.is_lead() and not (workdir / "config.json").is_file():
+        write(config, workdir / "config.json")
 
 
 def _keep_config(config: Config, workdir: Path) -> None:
     """Accepted changes become the run's own once its state could be restored under them."""
     if hosts.is_lead():
-        with writing(workdir / "config.json"):
-            write(config, workdir / "config.json")
+        write(config, workdir / "config.json")
 
 
 def _reporter(experiment: Experiment, workdir: Path, start: int, seconds: float, missing: list[str]) -> Reporter:
@@ -217,11 +233,12 @@ class Run:
                 for step in range(start, total):
                     if step > start:
                         self._between(state, step)
-                    if self.stop.signal_name or self.checkpoints.reached_preemption(step):
+                    if self.stop.asked or self.checkpoints.reached_preemption(step):
                         self._stop(state, step)
-                        return
                     self.checkpoints.check_for_errors()
                     self.profile.before(step, state)
+                    if step == start:
+                        self.reporter.say("compiling the step (once); the first one waits for it")
                     state, self._pending = advance(
                         self.experiment, state, step, self.batches, self._pending, self.reporter
                     )
@@ -271,11 +288,11 @@ class Run:
             with jax.transfer_guard("allow"):
                 self.evaluations.run(names, step, state.ema, self.reporter)
 
-    def _stop(self, state: TrainState, step: int) -> None:
+    def _stop(self, state: TrainState, step: int) -> NoReturn:
         self._save(state, step)
         self.checkpoints.wait()
-        reason = self.stop.signal_name or "preemption"
-        self.reporter.say(f"{reason}: checkpoint written, stopped at step {step}")
+        line = f"{self.stop.reason}: checkpoint written, stopped at step {step}; the same command goes on"
+        raise Interrupted(self.stop.number, line if hosts.is_lead() else "")
 
     def _progress(self, step: int) -> dict[str, int]:
         return {"step": step, "images_seen": step * self.experiment.batch_size}

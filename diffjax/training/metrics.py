@@ -77,7 +77,7 @@ class Reporter:
         if lead:
             drop_rows_after(workdir / "metrics.jsonl", start, again)
         self._file = (workdir / "metrics.jsonl").open("a", buffering=1) if lead else None
-        self._board = Board(workdir / "tensorboard") if tensorboard and lead else None
+        self._board = Board(workdir / "tensorboard", start) if tensorboard and lead else None
         self._bar = (
             tqdm(total=total_steps, initial=start, unit="step", dynamic_ncols=True)
             if lead and sys.stderr.isatty()
@@ -213,16 +213,20 @@ def _is_kept(line: str, step: int, again: Collection[str]) -> bool:
 class Board:
     """Events for TensorBoard, written by the caller's thread: a writer thread that fails would leave it waiting."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, start: int = 0):
+        """start: the step that the run goes on from; TensorBoard forgets what an earlier start wrote beyond it."""
         try:
             from tensorboardX import event_file_writer, summary
-            from tensorboardX.proto.event_pb2 import Event
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
         except ImportError as error:
             raise UserError("log.tensorboard needs the package tensorboardX, or set log.tensorboard=false") from error
         self._folder, self._summary, self._event = folder, summary, Event
         with writing(folder):
             folder.mkdir(exist_ok=True)
             self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+            if start:
+                begin = SessionLog(status=SessionLog.START)
+                self._writer.write_event(Event(wall_time=time.time(), step=start + 1, session_log=begin))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._write(step, [self._summary.scalar(name, value) for name, value in values.items()])

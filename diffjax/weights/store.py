@@ -13,9 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
-from diffjax import frozen, models
+from diffjax import archive, frozen, models
 from diffjax.errors import UserError
 from diffjax.files import write_json
 from diffjax.parallel.hosts import fetch_whole
@@ -42,8 +41,7 @@ def save(out: Path, module: nn.Module, params: Any, meta: Mapping[str, Any]) -> 
         **meta,
     }
     out.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((out / "params").absolute(), params)
+    archive.save_arrays(out / "params", params)
     write_json(out / "model.json", model)  # last: it says that the rest is complete
     return model
 
@@ -51,9 +49,7 @@ def save(out: Path, module: nn.Module, params: Any, meta: Mapping[str, Any]) -> 
 def load(out: Path) -> tuple[nn.Module, Any, dict[str, Any]]:
     """(module, parameters as numpy arrays, model.json) of a folder that `save` wrote."""
     model = read_model(Path(out))
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata((Path(out) / "params").absolute()).item_metadata.tree
-    params = load_params(out, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored))
+    params = _finite(Path(out), archive.load_arrays(Path(out) / "params"))
     create = frozen.create if model["name"] in frozen.FAMILIES else models.create
     return create(model["name"], **model["kwargs"]), params, model
 
@@ -66,30 +62,19 @@ def load_params(out: Path, abstract: Any) -> Any:
 
     Raises UserError when the folder holds none, those of another model, or values that are not finite; names them.
     """
-    folder = (Path(out) / "params").absolute()
     model = read_model(Path(out))
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = _shapes(checkpointer.metadata(folder).item_metadata.tree)
-        wanted = _shapes(abstract)
-        if unused := outputs.unused(stored, wanted):
-            shapes = {path: stored[path] for path in unused}
-            return _without_variance(checkpointer, folder, abstract, shapes, model["kwargs"]["channels"])
-        differing = [path for path in sorted(stored | wanted) if stored.get(path) != wanted.get(path)]
-        if differing:
-            listed = ", ".join(f"{path} {stored.get(path)} not {wanted.get(path)}" for path in differing[:4])
-            rest = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-            kwargs = ", ".join(f"{name}={value}" for name, value in model["kwargs"].items())
-            raise UserError(f"{out} holds {model['name']}({kwargs}), another model than asked for: {listed}{rest}")
-        return _finite(out, checkpointer.restore(folder, abstract))
+    folder = Path(out) / "params"
+    stored, wanted = archive.stored_shapes(folder), archive.shapes(abstract)
+    if unused := outputs.unused(stored, wanted):
+        shapes = {path: stored[path] for path in unused}
+        return _without_variance(folder, abstract, shapes, model["kwargs"]["channels"])
+    if differing := archive.differing(stored, wanted):
+        kwargs = ", ".join(f"{name}={value}" for name, value in model["kwargs"].items())
+        raise UserError(f"{out} holds {model['name']}({kwargs}), another model than asked for: {differing}")
+    return _finite(out, archive.load_arrays(folder, abstract))
 
 
-def _without_variance(
-    checkpointer: ocp.StandardCheckpointer,
-    folder: Path,
-    abstract: Any,
-    shapes: Mapping[str, tuple[int, ...]],
-    channels: int,
-) -> Any:
+def _without_variance(folder: Path, abstract: Any, shapes: Mapping[str, tuple[int, ...]], channels: int) -> Any:
     """The parameters of `abstract`, of stored ones with twice the output channels in the arrays `shapes`."""
     logging.getLogger("diffjax").info(outputs.said(str(folder.parent), channels))
 
@@ -103,7 +88,7 @@ def _without_variance(
         halve = functools.partial(outputs.first_half, channels=channels)
         return jax.jit(halve, out_shardings=getattr(wanted, "sharding", None))(leaf)
 
-    restored = checkpointer.restore(folder, jax.tree_util.tree_map_with_path(as_stored, abstract))
+    restored = archive.load_arrays(folder, jax.tree_util.tree_map_with_path(as_stored, abstract))
     return jax.tree_util.tree_map_with_path(cut, _finite(folder.parent, restored), abstract)
 
 
@@ -136,17 +121,14 @@ def tree_sha256(tree: Any) -> str:
 
 
 def refuse_full(out: Path) -> None:
-    """Raise UserError unless `out` is new or an empty folder."""
+    """Raise UserError unless `out` is new or an empty folder, where arrays can be kept."""
+    archive.check_place(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; name a new one")
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
     return {key_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(leaf.shape) for path, leaf in _leaves(tree).items()}
 
 
 def read_model(out: Path) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def world(tmp_path_factory):
     (folder / "empty.py").write_text("")
     (folder / "folder").mkdir()
     images = np.zeros((4, 8, 8, 3), np.uint8)
+    write_samples(folder / "fine.npz", images, np.arange(4), {})
     write_samples(folder / "altered.npz", images, np.arange(4), {})
     np.savez(folder / "altered.npz", arr_0=images + 1, arr_1=np.arange(4))
     np.savez(folder / "other.npz", images=images)
@@ -75,8 +76,12 @@ def again(*overrides):
 
 MISTAKES = {
     # commands and flags
+    "flag-of-a-leaf": ((*TRAIN, "--optim.lr=3"), "no flag --optim.lr; did you mean --config.optim.lr?"),
+    "last-name-of-a-leaf": ((*TRAIN, "--learning_rate=3"), "no flag --learning_rate; did you mean --config.optim.lr?"),
+    "near-flag": (("train", f"--config={QUICKSTART}", "--work-dir=new"), "no flag --work-dir; did you mean --workdir?"),
+    "near-command": (("smaple",), "did you mean sample?"),
     "unknown-command": (("trian",), "command 'trian' is unknown; valid: train, sample"),
-    "unknown-flag": ((*TRAIN, "--steps=3"), "Unknown command line flag 'steps'"),
+    "unknown-flag": ((*TRAIN, "--steps=3"), "train: no flag --steps; did you mean"),
     "no-config": (("train", "--workdir=new"), "--config"),
     "no-workdir": (("train", f"--config={QUICKSTART}"), "--workdir"),
     "flag-of-wrong-type": (("sample", "--workdir=run", "--num=many", "--out=new.npz"), "--num=many"),
@@ -86,6 +91,8 @@ MISTAKES = {
     "distributed": ((*TRAIN, "--distributed=maybe"), "--distributed=maybe"),
     # configs
     "no-such-config": (("train", f"--config={ROOT}/configs/nothing.py", "--workdir=new"), "quickstart"),
+    "config-in-a-bucket": (("train", "--config=gs://b/c.py", "--workdir=new"), "--config=gs://b/c.py: only local"),
+    "no-config-file": (("train", "--config=", "--workdir=new"), "--config=: valid: a path"),
     "config-is-no-file": (("train", "--config=folder", "--workdir=new"), "--config=folder: no such file"),
     "config-without-function": (("train", "--config=empty.py", "--workdir=new"), "defines no get_config"),
     "config-with-bad-syntax": (("train", "--config=broken.py", "--workdir=new"), "--config=broken.py: line 2: invalid"),
@@ -105,6 +112,11 @@ MISTAKES = {
     "model-of-recipe": (
         ("train", f"--config={ROOT}/configs/quickstart.py:model=unet", "--workdir=new"),
         "model='unet' is unknown; valid: dit",
+    ),
+    "words-for-initials": (changed("optim.learning_rate=1e-4"), "'optim.learning_rate'; did you mean optim.lr?"),
+    "leaves-of-a-section": (
+        changed("init.source=a"),
+        "no leaf 'init.source'; leaves of init: from, new",
     ),
     "unknown-leaf": (changed("optim.lrr=1e-4"), "the config has no leaf 'optim.lrr'"),
     "unknown-section": (changed("optimizer.lr=1e-4"), "no leaf 'optimizer.lr'; did you mean optim.lr?"),
@@ -129,6 +141,33 @@ MISTAKES = {
     "text-for-switch": (changed("data.flip=perhaps"), "data.flip"),
     # contradictions, found before anything is compiled
     "bucket": ((*TRAIN[:2], "--workdir=gs://bucket/run"), "--workdir=gs://bucket/run: only local"),
+    "pattern-in-workdir": ((*TRAIN[:2], "--workdir=new[lr=4]"), "new[lr=4]: arrays cannot be kept below a name with"),
+    "home-of-nobody": ((*TRAIN[:2], "--workdir=~no-such-user/run"), "Could not determine home directory"),
+    "empty-path": ((*TRAIN[:2], "--workdir="), "flag --workdir=: valid: a path"),
+    "place-in-a-bucket": (changed("init.from=gs://b/a"), "init.from = 'gs://b/a': only local"),
+    "samples-in-a-bucket": (
+        ("evaluate", "--samples=gs://b/s.npz", "--reference=digits"),
+        "--samples=gs://b/s.npz: only",
+    ),
+    "scores-into-a-bucket": (
+        ("evaluate", "--workdir=run", "--reference=digits", "--out=gs://b/s.json"),
+        "--out=gs://b/s.json: only local",
+    ),
+    "compare-in-a-bucket": (("evaluate", "--compare=gs://b/a.json,b.json"), "gs://b/a.json,b.json: only local"),
+    "reference-in-a-bucket": (
+        ("evaluate", "--samples=fine.npz", "--reference=gs://b/r.npz"),
+        "--reference=gs://b/r.npz: only local",
+    ),
+    "sweep-of-a-bucket": (
+        ("sweep", "--workdir=run,gs://b/a", "--sampler=ddim:2", "--reference=digits", "--out=new.json"),
+        "gs://b/a: only local",
+    ),
+    "codes-into-a-bucket": (("tokenize", f"--config={QUICKSTART}", "--out=gs://b/t"), "--out=gs://b/t: only local"),
+    "convert-into-a-bucket": (
+        ("convert", "--family=dit", "--out=gs://b/p", "--checkpoint=good.pt"),
+        "--out=gs://b/p: only local",
+    ),
+    "convert-into-a-pattern": ((*CONVERT[:2], "--out=new[1]", "--checkpoint=good.pt"), "arrays cannot be kept below"),
     "fixed-leaf": (
         (*again("batch_size=32"), "--accept=batch_size"),
         "batch_size: cannot change",
@@ -146,6 +185,14 @@ MISTAKES = {
     "diffusion-options": (changed("diffusion.options=shift=3"), "the config has no leaf 'diffusion.gaussian.shift'"),
     "no-steps": (changed("total_steps=0"), "total_steps = 0: valid: 1 or more"),
     "model": (changed("model.name=UNet"), "model 'UNet' is unknown; valid: DiT"),
+    "sizes-of-a-published-name": (
+        ("train", f"--config={ROOT}/configs/imagenet256.py", "--workdir=new", "--config.model.depth=3"),
+        "model.depth = 3, but dit-xl-2 has 28; valid: model.name = 'DiT' with sizes of your own",
+    ),
+    "fine-tune-from-another-model": (
+        changed("init.from=params"),
+        "init.from = 'params' does not fit this model: ",
+    ),
     "dtype": (changed("model.dtype=float8"), "dtype"),
     "data-set": (changed("data.name=mnist"), "data.name = 'mnist': valid: digits, emoji32, folder"),
     "split": (changed("data.split=dev"), "data.split='dev' is not a split of digits"),
@@ -200,6 +247,12 @@ MISTAKES = {
         ("train", f"--config={QUICKSTART}", "--workdir=run", "--config.seed=5", "--config.optim.lr=0.5"),
         "seed: 0 -> 5",
     ),
+    "changed-shapes": (again("total_steps=2", "optim.name=adafactor"), "(stored -> given); use another --workdir\n"),
+    "accept-of-shapes": (
+        (*again("total_steps=2", "optim.name=adafactor"), "--accept=optim.name"),
+        "--accept=optim.name: the run's state does not fit: opt_state/",
+    ),
+    "changed-rate": (again("total_steps=2", "optim.lr=0.5"), "; use another --workdir, or --accept=optim.lr to go on"),
     "accept-of-nothing": ((*TRAIN, "--accept=steps"), "--accept=steps: the config has no such leaf"),
     "workdir-is-a-file": (("train", f"--config={QUICKSTART}", "--workdir=text"), "--workdir=text"),
     "inspect-nothing": (("inspect", "--workdir=folder"), "--workdir=folder is not a run folder"),
@@ -374,6 +427,18 @@ def test_every_flag_is_read(command):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "values"
     }
     assert set(values) <= read
+
+
+# Flags that are words: a recipe with its argument, a family, an embedded set or a file, steps.
+WORDS = {"config", "family", "labels", "reference", "profile", "weights"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_paths_have_a_type(command):
+    """A flag that is a path is checked as one, by its type; so a flag of any text is one of few."""
+    values = flags.FlagValues()
+    importlib.import_module(f"diffjax.commands.{command}").define_flags(values)
+    assert {name for name in values if values[name].flag_type() == "string"} <= WORDS
 
 
 def test_a_log_level_that_does_not_exist(monkeypatch, capsys):

@@ -49,9 +49,9 @@ def test_other_models_compare():
 
 
 def test_every_field_counts():
-    """Each leaf of the protocol, changed alone, is refused by name."""
+    """Each leaf of the protocol, changed alone, is refused by name; the code's version is only recorded."""
     base = result()
-    for path in leaves(base["protocol"]):
+    for path in leaves(base["protocol"]).keys() - {"code_version"}:
         other = copy.deepcopy(base)
         *parents, name = path.split(".")
         place = other["protocol"]
@@ -71,8 +71,14 @@ def test_all_differences_are_named():
         protocol.compare(result(), other)
 
 
+def test_results_of_two_commits_are_compared():
+    other = result(samples=SAMPLES | {"code_version": "0.1.0+0123456789ab"})
+    assert other["protocol"]["code_version"] == "0.1.0+0123456789ab"
+    assert protocol.compare(result(), other) == {"score": (1.5, 1.5)}
+
+
 def test_what_is_not_recorded_cannot_be_compared():
-    with pytest.raises(UserError, match="do not record code_version, ema, first, labels"):
+    with pytest.raises(UserError, match="do not record ema, first, labels"):
         protocol.compare(result(samples={}), result(samples={}))
 
 

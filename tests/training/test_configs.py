@@ -283,6 +283,33 @@ def test_a_recipe_outside_the_checkout_has_its_own_package(tmp_path, monkeypatch
     assert load_config(str(folder / "mine.py"), ["--config.seed=3"]).seed == 3
 
 
+@pytest.mark.parametrize("folder", ["mine", "diffjax", "configs"])
+def test_a_recipe_anywhere_finds_what_recipes_share(tmp_path, monkeypatch, folder):
+    """Also where another package `configs` comes first, where none is, and in a folder with the name of a package."""
+    other = tmp_path / "other/configs"
+    other.mkdir(parents=True)
+    (other / "__init__.py").touch()
+    (tmp_path / folder).mkdir()
+    recipe = tmp_path / folder / "recipe.py"
+    recipe.write_text((ROOT / "configs/quickstart.py").read_text())
+    paths = [path for path in sys.path if not (Path(path) / "configs").is_dir()]
+    for path in ([str(tmp_path / "other"), *paths], paths):
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "path", path)
+            for module in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+                patched.delitem(sys.modules, module)
+            assert load_config(f"{recipe}:model=dit,runlocal") == load("quickstart.py:model=dit,runlocal")
+
+
+def test_a_recipe_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.py").write_text((ROOT / "configs/emoji32.py").read_text())
+    places = ["--config.data.name=folder", "--config.data.dir=~/pictures", "--config.init.from=~/a"]
+    config = load_config("~/recipe.py", places)
+    assert config.data.options["dir"] == f"{tmp_path}/pictures"
+    assert config.init.from_ == f"{tmp_path}/a"
+
+
 def test_help_prints_all_leaves(capsys):
     assert main(["train", "--help-config"]) == 0
     printed = capsys.readouterr().out

@@ -3,9 +3,9 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from diffjax.training.metrics import NonFiniteError, Reporter, peak_flops
+from diffjax.training.metrics import Board, NonFiniteError, Reporter, peak_flops
 
 
 class FakeDevice:
@@ -81,3 +81,24 @@ def test_peaks_are_found_by_the_longest_name():
     assert peak_flops(FakeDevice("TPU v5p")) == 459e12
     assert peak_flops(FakeDevice("NVIDIA H100 80GB HBM3")) == 989e12
     assert peak_flops(FakeDevice("cpu")) is None
+
+
+def test_tensorboard_forgets_what_is_passed_again(tmp_path):
+    """The first event of a start that goes on from a step says so; what was written beyond it counts no more."""
+    Board(tmp_path / "first").close()
+    Board(tmp_path / "again", start=40).close()
+    events = {}
+    for name in ("first", "again"):
+        [file] = (tmp_path / name).iterdir()
+        events[name] = list(records(file.read_bytes()))
+    assert not [event for event in events["first"] if event.HasField("session_log")]
+    [begin] = [event for event in events["again"] if event.HasField("session_log")]
+    assert (begin.step, begin.session_log.status) == (41, SessionLog.START)
+
+
+def records(data):
+    """The events of a file: length, checksum, event, checksum."""
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        yield Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]

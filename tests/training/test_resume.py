@@ -5,6 +5,8 @@ import functools
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -70,8 +72,10 @@ def test_a_stopped_or_cut_run_ends_as_one_left_alone(tmp_path, monkeypatch, caps
     again = train_arguments(tmp_path / "again", *RUN, *options, model=model)
     with monkeypatch.context() as patched:
         at_batch(patched, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert main(again) == 0
-    assert "SIGTERM: checkpoint written, stopped at step 3" in capsys.readouterr().out
+        assert main(again) == 143
+    assert capsys.readouterr().err.endswith(
+        "diffjax: SIGTERM: checkpoint written, stopped at step 3; the same command goes on\n"
+    )
     assert complete_steps(tmp_path / "again") == [3]
     with monkeypatch.context() as patched:
         at_batch(patched, 6, cut)
@@ -91,8 +95,8 @@ def test_a_run_stopped_before_its_first_step_goes_on(tmp_path, monkeypatch, caps
     for _ in range(2):  # the second time with the checkpoint of step 0 already there
         with monkeypatch.context() as patched:
             patched.setattr(loop, "_announce", lambda *a: (announce(*a), os.kill(os.getpid(), signal.SIGINT)))
-            assert main(again) == 0
-        assert "SIGINT: checkpoint written, stopped at step 0" in capsys.readouterr().out
+            assert main(again) == 130
+        assert "SIGINT: checkpoint written, stopped at step 0" in capsys.readouterr().err
         assert complete_steps(tmp_path / "again") == [0]
     assert main(again) == 0
     assert final_hashes(tmp_path / "again") == final_hashes(tmp_path / "straight")
@@ -110,6 +114,38 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
 
 def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from diffjax.files import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("writes", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_in_a_folder_is_refused(tmp_path, capsys):
+    """Of a run, and of samples under way: in one line, before anything is written there."""
+    run, samples = tmp_path / "run", tmp_path / "s.npz"
+    assert main(train_arguments(run, "total_steps=2")) == 0
+    more = [*train_arguments(run, "total_steps=4"), "--accept=total_steps"]
+    sample = ["sample", f"--workdir={run}", "--num=8", f"--out={samples}"]
+    for folder, arguments in ((run, more), (samples.with_name("s.npz.parts"), sample)):
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", WRITER, str(folder)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout.readline() == "writes\n"
+            before = contents(folder)
+            assert main(arguments) == 2
+            assert contents(folder) == before
+            other.kill()
+        error = capsys.readouterr().err
+        assert error.startswith(f"diffjax: another process writes in {folder} (process {other.pid} on ")
+        assert error.count("\n") == 1
+    assert main(more) == 0
+    assert main(sample) == 0
 
 
 # Programs of their own. Large enough, and saved often enough, to be met while a save is under way.
@@ -196,7 +232,7 @@ def test_asked_to_stop(tmp_path, straight, name, workers):
         process = start(arguments, log)
         assert wait_for(moment, process, log)
         os.killpg(process.pid, getattr(signal, name))
-        assert process.wait(60) == 0, log.read_text()
+        assert process.wait(60) == 128 + getattr(signal, name), log.read_text()
         step = complete_steps(workdir)[-1]
         assert f"{name}: checkpoint written, stopped at step {step}" in log.read_text()
         assert "Traceback" not in log.read_text()

@@ -1,1 +1,0 @@
-"""What can be said about speed and memory from the compiled program."""
