@@ -30,21 +30,12 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-def writing(path: Path) -> contextlib.AbstractContextManager[None]:
-    """A write in here that the system refuses is a UserError that names `path`."""
-    return _refused(f"cannot write {path}")
-
-
-def reading(path: Path) -> contextlib.AbstractContextManager[None]:
-    """A read in here that the system refuses is a UserError that names `path`."""
-    return _refused(f"cannot read {path}")
-
-
 @contextlib.contextmanager
-def _refused(line: str) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """A write in here that the system refuses is a UserError that names `path`."""
     try:
         yield
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        raise UserError(f"{line}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

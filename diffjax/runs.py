@@ -14,7 +14,6 @@ from diffjax.contracts import Tree
 from diffjax.data import tokens
 from diffjax.errors import UserError
 from diffjax.experiment import Experiment, build, mesh_sizes
-from diffjax.parallel import hosts
 from diffjax.parallel.mesh import make_mesh
 from diffjax.training import ema
 from diffjax.training.checkpoint import Checkpoints
@@ -25,13 +24,15 @@ from diffjax.weights import store
 class Run:
     """An experiment, its parameters, sharded as the config says, and where these came from, json-able.
 
-    classes: the names of the classes by label, where the run knows them.
+    classes: the names of the classes by label, where the run knows them. caveat: what a user of the parameters should
+    know of them, one line; "" for nothing.
     """
 
     experiment: Experiment
     params: Tree
     origin: dict[str, Any]
     classes: tuple[str, ...] = ()
+    caveat: str = ""
 
     def describe(self) -> str:
         if "params" in self.origin:
@@ -87,13 +88,11 @@ def _open_folder(folder: Path, overrides: list[str], weights: str, step: int | N
     abstract = experiment.abstract.params
     if weights == "ema":
         params = checkpoints.restore_item("ema", step, abstract)
-        note = ema.initial_share_note(experiment.averages.ema, step)
-        if note and hosts.is_lead():
-            print(note, flush=True)
+        caveat = ema.initial_share_caveat(experiment.averages.ema, step)
     else:
-        params = checkpoints.restore_params(step, abstract)
+        params, caveat = checkpoints.restore_params(step, abstract), ""
     origin = {"workdir": str(folder), "step": step, "weights": weights, "sha256": store.tree_sha256(params)}
-    return Run(experiment, params, origin | kinds, tuple(checkpoints.meta(step).get("classes", ())))
+    return Run(experiment, params, origin | kinds, tuple(checkpoints.meta(step).get("classes", ())), caveat)
 
 
 def _token_kinds(fingerprint: dict[str, Any], experiment: Experiment) -> dict[str, Any]:

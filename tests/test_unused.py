@@ -111,6 +111,8 @@ def roots(trees: dict[str, ast.Module], graph: dict[str, set[str]]) -> set[str]:
     for text in texts:
         for module, names in re.findall(r"from (diffjax[\w.]*) import ([\w, ]+)", text):
             words |= {f"{module}.{name.strip()}" for name in names.split(",")}
+    for path in ROOT.glob("configs/**/*.py"):
+        words |= set(imported(ast.parse(path.read_text())).values())
     commands = {
         name for name in graph if name.startswith("diffjax.commands.") and name.endswith((".run", ".define_flags"))
     }

@@ -75,6 +75,8 @@ def evaluate_run(run: Run, num: int, reference: str, out: Path) -> dict[str, Any
         raise UserError(f"evaluate: {run.describe()} makes no pictures of labels, which pixel scores are for")
     labels = experiment.conditions(0, num)
     known = labels if condition else None
+    if run.caveat:
+        hosts.say(run.caveat)
     hosts.say("compiling the sampler (once); the first images wait for it")
     images = to_uint8(np.concatenate(list(experiment.images(run.params, labels))))
     form = describe_form(experiment.model, run.params, fused=True)

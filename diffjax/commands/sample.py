@@ -100,6 +100,8 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         fused=values.fused,
         guide=(guide.experiment.model, guide.params) if guide else None,
     )
+    if trained.caveat:
+        hosts.say(trained.caveat)
     hosts.say("compiling the sampler (once); the first images wait for it")
     write(out, trained, compiled, asked, described, values.batch_size, values.raw)
     if hosts.is_lead():

@@ -79,8 +79,8 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     check_pictures(runs, values.reference, reference[0])
     groups, left_out = plan_cells(runs, wanted, weights)
     make_folder(out)
-    for line in left_out:
-        hosts.say(f"left out: {line}")
+    for line in [f"left out: {line}" for line in left_out] + [run.caveat for run in runs if run.caveat]:
+        hosts.say(line)
     results: list[dict[str, Any]] = []
     for cells in groups:
         labels = generate.interleaved_labels(values.num, cells[0].run.experiment.num_classes)

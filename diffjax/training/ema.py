@@ -98,7 +98,7 @@ def initial_share(rate: Rate, updates: int) -> float:
     return float(np.prod(1.0 - moved))
 
 
-def initial_share_note(rate: Rate, updates: int) -> str:
+def initial_share_caveat(rate: Rate, updates: int) -> str:
     """One line where an average still holds 1 % or more of the initial parameters; "" where it does not."""
     share = initial_share(rate, updates)
     if share < 0.01:

@@ -253,9 +253,8 @@ class Run:
             kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint was written"
             raise NonFiniteError(f"{error}; {kept}; nothing was written after it") from error
         self.reporter.say(f"finished: step {total} of {total} in {self.workdir}")
-        note = ema.initial_share_note(self.experiment.averages.ema, total)
-        if note:
-            self.reporter.say(note)
+        if caveat := ema.initial_share_caveat(self.experiment.averages.ema, total):
+            self.reporter.say(caveat)
 
     def _between(self, state: TrainState, step: int) -> None:
         """What is due before a step."""

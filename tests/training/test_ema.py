@@ -47,9 +47,9 @@ def test_what_is_left_of_the_initial_parameters_is_computed_and_said():
     """Of 15,000 updates with β = 0.9999, e^-1.5 of them; with a ramp-up less than a thousandth."""
     plain, ramped = ema.constant(0.9999), ema.constant(0.9999, 0.1)
     assert ema.initial_share(plain, 15_000) == pytest.approx(0.9999**15_000)
-    assert "still holds 22% of the initial parameters" in ema.initial_share_note(plain, 15_000)
+    assert "still holds 22% of the initial parameters" in ema.initial_share_caveat(plain, 15_000)
     assert ema.initial_share(ramped, 1_000) < 1e-3
-    assert not ema.initial_share_note(ramped, 1_000)
+    assert not ema.initial_share_caveat(ramped, 1_000)
     moved = ema.initial_share(ema.halflife(1e5, 0.05, 64), 1_000)
     average = 1.0
     for number in range(1, 1_001):
