@@ -410,12 +410,12 @@ class DiGIT(nn.Module):
         tokens = _entries(codes, self.codes, SPECIALS)
         return tokens if self.causal else jnp.where(codes == NO_CODE, MASK, tokens)
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array, rows: jax.Array) -> jax.Array:
-        """tokens [b, n] at positions [n] -> float32 [b, n, d]."""
+    def _embed(self, tokens: jax.Array, positions: jax.Array, position_table: jax.Array) -> jax.Array:
+        """tokens [b, n] at positions [n], whose rows are in the table [m, d] -> float32 [b, n, d]."""
         # Whole on every device for the look-up, as FSDP gathers any weight: rows of a split table would be exchanged.
-        embedding, positions = (constrain(rows, None, None) for rows in (self.token_embed, positions))
+        embedding, encoding = (constrain(rows, None, None) for rows in (self.token_embed, position_table))
         scaled = math.sqrt(self.width) * jnp.take(embedding, tokens, axis=0)
-        return scaled + jnp.take(rows, FIRST_POSITION + positions, axis=0)
+        return scaled + jnp.take(encoding, FIRST_POSITION + positions, axis=0)
 
     def _check_length(self, part: str, length: int) -> None:
         if length > self.length:

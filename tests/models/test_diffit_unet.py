@@ -9,7 +9,7 @@ import pytest
 
 from diffjax import models, rng
 from diffjax.errors import UserError
-from diffjax.models import diffit
+from diffjax.models import layers
 from diffjax.models.diffit_unet import SIZES, fourier_time, positional_time
 from diffjax.models.layers import drop
 from diffjax.ops.attention import attention
@@ -183,7 +183,7 @@ def test_dropped_values_are_zero_and_the_others_grow():
 def test_every_block_drops_others(monkeypatch):
     """Of two examples, and a stage down and up and one below with two blocks: eight keys."""
     seen = []
-    monkeypatch.setattr(diffit, "drop", lambda x, rate, keys: (seen.append(jax.random.key_data(keys)), x)[1])
+    monkeypatch.setattr(layers, "drop", lambda x, rate, keys: (seen.append(jax.random.key_data(keys)), x)[1])
     model = tiny(dropout=0.5, remat="none")
     x, t, y = inputs()
     params = jax.eval_shape(model.init, jax.random.key(0), x, t, y)["params"]
