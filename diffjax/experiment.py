@@ -442,7 +442,7 @@ class Tokenization:
     """What `tokenize` does: which images become tokens, by which encoder and which codebook.
 
     Attributes:
-        counts: how many tokens there are, by leaf: `codes` of the features and `decoder_codes` of a decoder.
+        counts: sizes of the vocabularies by leaf: `vocabulary` of the features and `decoder_vocabulary` of a decoder.
         fit_images, iterations, init, seed: of the k-means that fits the codebook; see section `tokens`.
     """
 
@@ -459,13 +459,13 @@ class Tokenization:
 def tokenization(config: Config) -> Tokenization:
     """What a config says of its tokens. UserError for one that is trained on something else."""
     if not METHODS[config.method].images:
-        raise UserError(f"tokenize: the config is that of {config.model.name}, which has no codes; give one of DiGIT")
+        raise UserError(f"tokenize: the config is that of {config.model.name}, which has no tokens; give one of DiGIT")
     rng.check_environment()
     tokens = config.settings
     return Tokenization(
         images=load_source(config.images),
         made=preparation(config),
-        counts={leaf: int(str(config.data.options[leaf])) for leaf in ("codes", "decoder_codes")},
+        counts={leaf: int(str(config.data.options[leaf])) for leaf in ("vocabulary", "decoder_vocabulary")},
         mirrored=tokens.mirrored,
         fit_images=tokens.fit_images,
         iterations=tokens.iterations,

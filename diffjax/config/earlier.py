@@ -8,13 +8,15 @@ from diffjax import models
 from diffjax.errors import UserError
 from diffjax.options import Value
 
-VERSION = 2  # of config.json; files of version 1 do not say it
+VERSION = 3  # of config.json; files of version 1 do not say it
 # By version: what a leaf that its files lack meant then, where today's default is another and the leaf is read.
 DECODE: dict[str, Value] = {"data.decode": "stored", "images.decode": "stored"}
 DEFAULTS: dict[int, dict[str, Value]] = {1: DECODE, 2: DECODE}
 
 # Leaves that moved as they are. {process}, {sampler}: the names that the config has for them.
 MOVED = {
+    "data.codes": "data.vocabulary",
+    "data.decoder_codes": "data.decoder_vocabulary",
     "diffusion.prediction": "diffusion.{process}.prediction",
     "diffusion.weighting": "diffusion.{process}.weighting",
     "diffusion.times": "diffusion.{process}.times",

@@ -214,8 +214,8 @@ def stored_values(stored: Mapping[str, Any]) -> Config:
         raise UserError(f"written by a later version of diffjax (config version {version}, this one reads {VERSION})")
     values = flat(tree)
     if version < VERSION:
-        values = modern(values, values, whole=True)
-    return resolve({**_earlier_defaults(version, values), **values}, forget_unread=version < VERSION)
+        values = modern(values, values, whole=version == 1)
+    return resolve({**_earlier_defaults(version, values), **values}, forget_unread=version == 1)
 
 
 def _earlier_defaults(version: int, values: Mapping[str, Value]) -> dict[str, Value]:
@@ -223,7 +223,9 @@ def _earlier_defaults(version: int, values: Mapping[str, Value]) -> dict[str, Va
     specs = leaves(str(values.get("model.name", "")))
     given = {**_defaults(specs), **values}
     return {
-        leaf: value for leaf, value in DEFAULTS[version].items() if leaf not in values and is_read(specs[leaf], given)
+        leaf: value
+        for leaf, value in DEFAULTS.get(version, {}).items()
+        if leaf not in values and is_read(specs[leaf], given)
     }
 
 

@@ -162,7 +162,7 @@ MISTAKES = {
         ("sweep", "--workdir=run,gs://b/a", "--sampler=ddim:2", "--reference=digits", "--out=new.json"),
         "gs://b/a: only local",
     ),
-    "codes-into-a-bucket": (("tokenize", f"--config={QUICKSTART}", "--out=gs://b/t"), "--out=gs://b/t: only local"),
+    "tokens-into-a-bucket": (("tokenize", f"--config={QUICKSTART}", "--out=gs://b/t"), "--out=gs://b/t: only local"),
     "convert-into-a-bucket": (
         ("convert", "--family=dit", "--out=gs://b/p", "--checkpoint=good.pt"),
         "--out=gs://b/p: only local",
@@ -461,7 +461,10 @@ def test_a_config_json_of_another_version(world, tmp_path, capsys):
         less = {**stored, section: {name: value for name, value in stored[section].items() if name != leaf}}
         (tmp_path / "config.json").write_text(json.dumps(less))
         assert read(tmp_path / "config.json") == read(path)
-    more = {"version": {**stored, "version": 3}, "leaf": {**stored, "data": {**stored["data"], "sise": 3}}}
+    more = {
+        "version": {**stored, "version": stored["version"] + 1},
+        "leaf": {**stored, "data": {**stored["data"], "sise": 3}},
+    }
     reasons = {
         "version": "written by a later version of diffjax",
         "leaf": "no leaf 'data.sise'; did you mean data.size",
