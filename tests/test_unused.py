@@ -24,7 +24,6 @@ ROOTS = {
 ALLOWED = {
     "diffjax.contracts.Backbone": "the interface of a backbone, for whoever adds one",
     "diffjax.contracts.Process": "the interface of a process, likewise",
-    "diffjax.sampling.samples.write_samples": "a samples file from Python, of images that another program made",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffjax.config.earlier import DEFAULTS, VERSION, modern
-from diffjax.config.schema import Config, Spec, hint, is_read, leaves, model_leaves, resolve
+from diffjax.config.schema import Config, Spec, hint, is_read, leaves, model_leaves, read_leaves, resolve
 from diffjax.errors import UserError
 from diffjax.files import local_path, write_json
 from diffjax.options import REQUIRED, Value, parse
@@ -67,15 +67,23 @@ def load(path_and_argument: str, overrides: list[str] | None = None) -> Config:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"--config={path_and_argument}: {' '.join(str(error).split())}") from error
-    return resolve(_overridden(flat(recipe.to_dict()), overrides or []))
+    return _overridden(flat(recipe.to_dict()), overrides or [])
 
 
 def override(config: Config, arguments: list[str]) -> Config:
     """The config with leaves set from command-line arguments, each parsed as the type of the leaf."""
-    return resolve(_overridden(dict(config.values), arguments))
+    return _overridden(dict(config.values), arguments)
 
 
-def _overridden(values: dict[str, Value], arguments: list[str]) -> dict[str, Value]:
+def _overridden(values: dict[str, Value], arguments: list[str]) -> Config:
+    """The config of leaves with others set, each parsed as the type of the leaf.
+
+    Leaves that were read before and no longer are, for instance since another sampler was chosen, go back to their
+    defaults; a given leaf that is not read is refused.
+    """
+    if not arguments:
+        return resolve(values)
+    before = read_leaves(values) if values.get("model.name") else set()
     given = dict(_split(argument) for argument in arguments)
     if "model.name" in given:
         values = _other_model(values, str(given["model.name"]))
@@ -94,7 +102,7 @@ def _overridden(values: dict[str, Value], arguments: list[str]) -> dict[str, Val
         interval = f"{leaf.rpartition('.')[0]}.every_steps"
         if leaf.startswith("evals.") and leaf != interval and not values[interval]:
             raise UserError(f"--config.{leaf} is not read with {interval} = 0")
-    return values
+    return resolve(values, forget=before - set(today))
 
 
 def _split(argument: str) -> tuple[str, str | bool]:
@@ -215,18 +223,14 @@ def stored_values(stored: Mapping[str, Any]) -> Config:
     values = flat(tree)
     if version < VERSION:
         values = modern(values, values, whole=version == 1)
-    return resolve({**_earlier_defaults(version, values), **values}, forget_unread=version == 1)
+    return resolve({**_earlier_defaults(version, values), **values}, forget=values if version == 1 else ())
 
 
 def _earlier_defaults(version: int, values: Mapping[str, Value]) -> dict[str, Value]:
     """What the leaves that a stored config lacks meant in its version, of those that it reads."""
     specs = leaves(str(values.get("model.name", "")))
-    given = {**_defaults(specs), **values}
-    return {
-        leaf: value
-        for leaf, value in DEFAULTS.get(version, {}).items()
-        if leaf not in values and is_read(specs[leaf], given)
-    }
+    given, defaults = {**_defaults(specs), **values}, DEFAULTS.get(version, {})
+    return {leaf: value for leaf, value in defaults.items() if leaf not in values and is_read(specs[leaf], given)}
 
 
 def check_same_run(

@@ -9,7 +9,7 @@ values, refusing those that nothing reads. docs/config.md is generated from here
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeGuard
 
@@ -269,14 +269,14 @@ def _without(spec: Spec, method: str) -> Spec:
     return dataclasses.replace(spec, when=(*rest, ("method", others)))
 
 
-def resolve(values: Mapping[str, Value], *, forget_unread: bool = False) -> Config:
+def resolve(values: Mapping[str, Value], *, forget: Collection[str] = ()) -> Config:
     """The checked, typed config of leaves by name; those that are missing have their defaults.
 
-    forget_unread: put leaves that nothing reads back to their defaults; earlier versions stored them without effect.
+    forget: leaves that go back to their defaults where nothing reads them.
 
     Raises:
         UserError: an unknown leaf, a value of another type or that is not valid, a leaf that has to be given, and one
-            that nothing reads and that is not at its default.
+            that nothing reads, that is not at its default and not to be forgotten.
     """
     if not values.get("model.name"):
         raise UserError(f"model.name is not given; valid: {', '.join(models.FAMILIES)}, or a published name")
@@ -288,10 +288,9 @@ def resolve(values: Mapping[str, Value], *, forget_unread: bool = False) -> Conf
         raise UserError(f"{missing[0]} is not given: {specs[missing[0]].option.leaf.doc}")
     checked = {path: checked_value(specs[path], value) for path, value in given.items()}
     unread = unread_leaves(specs, checked)
-    if forget_unread:
-        checked |= {path: specs[path].option.default for path in unread}
-    elif unread:
-        path, reason = next(iter(unread.items()))
+    checked |= {path: specs[path].option.default for path in unread if path in forget}
+    if refused := {path: reason for path, reason in unread.items() if path not in forget}:
+        path, reason = next(iter(refused.items()))
         raise UserError(f"{path} = {checked[path]!r} is not read {reason}; valid: {specs[path].option.default!r}")
     check_published(checked)
     return _make(Config, "", checked, values=checked, model=_model(checked))
@@ -306,6 +305,13 @@ def checked_value(spec: Spec, value: Value) -> Value:
         return str(local_path(found))
     except UserError as error:
         raise UserError(f"{spec.path} = {found!r}: {error}") from error
+
+
+def read_leaves(values: Mapping[str, Value]) -> set[str]:
+    """The leaves that something reads, or that are at their defaults; those that are missing have them."""
+    specs = leaves(str(values["model.name"]))
+    complete = {path: values.get(path, spec.option.default) for path, spec in specs.items()}
+    return set(specs) - set(unread_leaves(specs, complete))
 
 
 def unread_leaves(specs: Mapping[str, Spec], values: Mapping[str, Value]) -> dict[str, str]:

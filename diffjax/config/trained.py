@@ -32,7 +32,8 @@ def with_process(config: Config, process: dict[str, Any]) -> Config:
     given = {f"{section}.{name}": value for name, value in flat(process).items()}
     replaced_sections = {*METHODS, "sampling"}
     kept = {path: value for path, value in config.values.items() if path.partition(".")[0] not in replaced_sections}
-    return resolve({**kept, **modern(given, given), "method": section}, forget_unread=True)
+    values = {**kept, **modern(given, given), "method": section}
+    return resolve(values, forget=values)
 
 
 def check_same_process(folder: Path, own: Config, config: Config, flag: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from diffjax import experiment, models
 from diffjax.config import describe, earlier, schema
-from diffjax.config.load import base, nested, stored_values
+from diffjax.config.load import base, load, nested, override, stored_values
 from diffjax.config.schema import Config, is_read, leaves, resolve, unread_leaves
 from diffjax.data import sources
 from diffjax.diffusion import PROCESSES, samplers
@@ -223,6 +223,25 @@ def test_a_leaf_without_effect_is_refused_by_name():
         resolve(values(**{"ema.halflife_images": 9.0}))
     with pytest.raises(UserError, match="optim.decay_after_steps = 5 is not read with .* optim.schedule = constant"):
         resolve(values(**{"optim.decay_after_steps": 5}))
+
+
+def test_what_an_override_leaves_unread_goes_back_to_its_default():
+    """The recipe sets the decay of a constant average, which one with a half-life does not read."""
+    recipe = f"{ROOT}/configs/quickstart.py:model=dit"
+    config = load(recipe, ["--config.ema.kind=halflife", "--config.ema.halflife_images=100"])
+    assert (config.values["ema.decay"], config.values["ema.decay_rampup"]) == (0.9999, 0.0)
+    again = override(load(recipe), ["--config.ema.kind=halflife", "--config.ema.halflife_images=100"])
+    assert again == config
+    with pytest.raises(UserError, match="ema.decay = 0.9 is not read with ema.kind = halflife"):
+        load(recipe, ["--config.ema.kind=halflife", "--config.ema.halflife_images=100", "--config.ema.decay=0.9"])
+
+
+def test_a_leaf_of_a_recipe_that_nothing_reads_is_refused_whatever_is_overridden(tmp_path):
+    recipe = tmp_path / "mine.py"
+    text = (ROOT / "configs/quickstart.py").read_text()
+    recipe.write_text(text.replace("    return c\n", "    c.data.scale = 0.5\n    return c\n"))
+    with pytest.raises(UserError, match="data.scale = 0.5 is not read with data.name = digits"):
+        load(f"{recipe}:model=dit", ["--config.optim.lr=1e-4"])
 
 
 def test_a_stored_config_gets_the_defaults_of_its_version(monkeypatch):

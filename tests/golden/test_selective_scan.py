@@ -35,7 +35,9 @@ def test_values(case, implementation):
         np.testing.assert_allclose(value, stored, rtol=0, atol=atol(case, 2e-6 + 2e-7 * np.abs(stored).max()))
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *KERNELS])
+@pytest.mark.parametrize(
+    "implementation", [*IMPLEMENTATIONS, *(pytest.param(name, marks=pytest.mark.slow) for name in KERNELS)]
+)
 @pytest.mark.parametrize("case", cases("selective_scan", "grad:"))
 def test_gradients(case, implementation):
     forward = run(case, implementation)

@@ -246,6 +246,7 @@ def test_every_addition_drops_by_its_own_row():
     assert len({tuple(row) for row in rows[2:]}) > 2, "rows that differ, or this test sees nothing"
 
 
+@pytest.mark.slow
 def test_without_training_or_rate_nothing_is_dropped():
     params, (x, t, y) = some_params(tiny()), inputs()
     keys = rng.per_example(jax.random.key(0), jnp.arange(3))

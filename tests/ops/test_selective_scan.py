@@ -48,13 +48,13 @@ def assert_exact(implementation, arguments, tolerance=1e-5, **options):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("tokens", [1, 7, 258, 1026])
+@pytest.mark.parametrize("tokens", [1, 7, 258, pytest.param(1026, marks=pytest.mark.slow)])
 def test_lengths_and_directions(implementation, tokens, reverse):
     assert_exact(implementation, draw((1, tokens, 5, 3)), reverse=reverse)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (3, 4, 5))])
 def test_random_shapes_dtypes_and_options(implementation, seed):
     choose = random.Random(seed)
     shape = (choose.randint(1, 3), choose.randint(1, 70), choose.randint(1, 20), choose.choice([1, 2, 4, 16]))
@@ -112,7 +112,13 @@ def test_reverse_is_the_flipped_scan_of_flipped_inputs():
 
 
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, pytest.param("pallas-tpu", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["dp8", "2x2x2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param({"data": 8}, id="dp8", marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, id="2x2x2"),
+    ],
+)
 def test_devices_scan_their_own_part_and_only_sums_cross(implementation, mesh):
     arguments = draw((8, 21, 6, 4))
     g, g_last = jnp.ones((8, 21, 6)), jnp.ones((8, 6, 4))

@@ -69,7 +69,7 @@ def test_parameters_that_overflow_under_a_finite_gradient_are_not_saved(tmp_path
 
 
 @pytest.mark.slow
-def test_exit_token(tmp_path):
+def test_exit_code(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "diffjax", *train_arguments(tmp_path, *DIVERGING, "checkpoint.every_steps=1")],
         cwd=ROOT,
