@@ -61,7 +61,8 @@ class Experiment:
         config: what it was built of; other modules hand it on and read the properties below.
         method: how the backbone is trained and sampled. apply: the backbone, (params, *inputs) -> output.
         schedule: when a run saves, reports and evaluates.
-        averages: how the averages of the parameters move. tracks: the relative lengths of the power-function averages.
+        averages: how the averages of the parameters move. sigma_rel: relative lengths of the power-function EMAs by
+            name.
         abstract: shapes, dtypes and shardings of the state.
         init: () -> state at step 0. fresh: () -> its parameters alone. start: parameters -> state at step 0.
         step: (state, frozen, batch, key) -> (state, metrics), jitted; donates the state.
@@ -73,7 +74,7 @@ class Experiment:
     apply: Apply
     schedule: Schedule
     averages: ema.Rates
-    tracks: Mapping[str, float]
+    sigma_rel: Mapping[str, float]
     abstract: TrainState
     init: Callable[[], TrainState]
     fresh: Callable[[], Tree]
@@ -335,7 +336,7 @@ def build(config: Config, mesh: Mesh | None = None, devices: Any = None, *, trai
     optim, rate = optimizer.make(config.optim, config.total_steps, known)
 
     def start(params: Tree) -> TrainState:
-        return initial_state(params, optim, averages.tracks)
+        return initial_state(params, optim, averages.power_emas)
 
     def init(key: jax.Array) -> TrainState:
         return start(fresh(key))
@@ -361,7 +362,7 @@ def build(config: Config, mesh: Mesh | None = None, devices: Any = None, *, trai
         apply=apply,
         schedule=schedule(config),
         averages=averages,
-        tracks=ema.track_lengths(config.ema.tracks),
+        sigma_rel=ema.by_name(config.ema.sigma_rel),
         abstract=with_shardings(shapes, sharding),
         init=lambda: jitted_init(params_key),
         fresh=lambda: jax.jit(on_mesh(fresh, mesh), out_shardings=sharding.params)(params_key),

@@ -49,12 +49,17 @@ def test_files_of_a_config_without_the_leaf_are_decoded_as_they_were(name, decod
 
 
 DIGIT = f"{ROOT}/configs/quickstart.py:model=digit"
-RENAMED = [(DIGIT, "data.codes", "data.vocabulary", 16), (DIGIT, "data.decoder_codes", "data.decoder_vocabulary", 7)]
+RENAMED = [
+    (DIGIT, "data.codes", "data.vocabulary", 16),
+    (DIGIT, "data.decoder_codes", "data.decoder_vocabulary", 7),
+    (RECIPE, "ema.tracks", "ema.sigma_rel", (0.05, 0.1)),
+]
 
 
 @pytest.mark.parametrize("recipe, old, new, value", RENAMED)
 def test_a_renamed_leaf_on_the_command_line(recipe, old, new, value):
-    assert load(recipe, [f"--config.{old}={value}"]).values[new] == value
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    assert load(recipe, [f"--config.{old}={text}"]).values[new] == value
 
 
 @pytest.mark.parametrize("version", [1, 2])
