@@ -1,8 +1,8 @@
-"""Arrays and json in folders that are complete or absent, written by Orbax; the one module that imports it.
+"""Write and read arrays and json in folders that are complete or absent. The only module that imports Orbax.
 
-`save_arrays` and `load_arrays` keep one tree of arrays; `Archive` keeps steps of several named items. Errors are told
-apart by their type where they arise: `Damaged` is a file that does not hold what was written; a tree other than the one
-asked for, and a place that the system refuses, are a plain `UserError`; anything else is a fault of the program.
+`save_arrays` and `load_arrays` keep one tree of arrays; `Archive` keeps steps of several named items. Errors are
+classified by type where they arise: `Damaged` for a file that does not hold what was written; a plain `UserError` for
+another tree than the one asked for and for a path that the system refuses; anything else is a fault of the program.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError, EOFError
 
 
 class Damaged(UserError):
-    """What was stored is not there as it was written."""
+    """Stored data are damaged or missing."""
 
 
 def check_place(folder: Path) -> None:
@@ -65,14 +65,14 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def differing(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
-    """Which shapes by path are not those that are wanted, in words; "" where all are."""
+    """The paths whose shapes differ from the wanted ones, in words; "" where none does."""
     paths = [path for path in sorted({*stored, *wanted}) if stored.get(path) != wanted.get(path)]
     listed = ", ".join(f"{path} {stored.get(path)} not {wanted.get(path)}" for path in paths[:4])
     return f"{listed} and {len(paths) - 4} more" if len(paths) > 4 else listed
 
 
 def _stored_tree(folder: Path) -> Any:
-    """What is known of the arrays in a folder, without reading them."""
+    """Metadata of the arrays in a folder, without reading the arrays."""
     with ocp.PyTreeCheckpointer() as reader:
         found = reader.metadata(folder.absolute()).item_metadata
     if found is None:
@@ -96,7 +96,7 @@ def _restore(folder: Path, tree: Any, as_numpy: bool, partial: bool = False) -> 
 
 @contextlib.contextmanager
 def _readable(what: Any) -> Iterator[None]:
-    """What cannot be read is said in one line; see the module docstring for the types."""
+    """Turn read errors into one-line errors; the module docstring lists the types."""
     try:
         yield
     except UserError:
@@ -113,7 +113,7 @@ def _readable(what: Any) -> Iterator[None]:
 
 
 def _refusal(error: Exception) -> str | None:
-    """What the system said when it refused a file; None for any other error.
+    """The operating system's reason for refusing a file; None for any other error.
 
     Errors of the library below Orbax are a ValueError that ends in the number of the system's error.
     """
@@ -217,7 +217,7 @@ class Archive:
             return _restore(self.directory / str(step) / item, abstract, as_numpy=False, partial=True)
 
     def reached_preemption(self, step: int) -> bool:
-        """True on every process at the same step, once one of them was told to stop."""
+        """True on every process at the same step, once one of them received the signal to stop."""
         return self._manager.reached_preemption(step)
 
     def check_for_errors(self) -> None:
@@ -226,7 +226,7 @@ class Archive:
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Until the save under way is complete."""
+        """Wait until the current save is complete."""
         with self._writing():
             self._manager.wait_until_finished()
 

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
     x: float32 [b, h, w, c], pixels in [-1, 1] or scaled latents; or tokens, int32 [b, n].
     condition: labels int32 [b], zeros where there are none; tokens int32 [b, n]; or vectors float32 [b, k].
-    index: int32 [b], the example's place within the global batch.
+    index: int32 [b], the example's position in the global batch.
     aux: more arrays per example, [b, ...], by name; those that the source gives.
     """
 
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Condition:
-    """What a model is conditioned on.
+    """The condition of a model.
 
     Attributes:
         kind: "labels", int32 [b]; "tokens", int32 [b, n]; or "vectors", float32 [b, k].
@@ -77,7 +77,7 @@ class Backbone(Protocol):
     Its constructor fields annotated with `options.Leaf` are the leaves of section `model`. Fields that follow from the
     data and the method: channels, num_classes, null_class, learn_sigma; of models conditioned on vectors [b, k]
     condition_width = k, on tokens [b, n] condition_tokens = (vocabulary, n), whose null is the index `vocabulary`.
-    A model that drops labels by itself, in several places, says so by `label_drop_per_level`, and has `label_drop`.
+    A model that drops labels by itself, at several levels, says so by `label_drop_per_level`, and has `label_drop`.
     """
 
     logical_axes: LogicalAxes  # path pattern -> names of the last dimensions, for every parameter
@@ -164,7 +164,7 @@ class Frozen(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """How samples are drawn.
+    """A sampler of a method.
 
     Attributes:
         sample: (apply, params, plan, conditions [b, ...], keys [b], guide=None) -> x as in `Batch`; every example a
@@ -186,7 +186,7 @@ class MakeSampler(Protocol):
 
 
 class Decoder(NamedTuple):
-    """What makes pictures of a method's samples."""
+    """Decodes a method's samples to pictures."""
 
     load: Callable[[], Tree]  # -> a callable tree (`jax.tree_util.Partial`): x -> float32 [b, h, w, c] in [-1, 1]
 
@@ -224,7 +224,7 @@ class Method:
 
 
 class DataSpec(NamedTuple):
-    """What a method knows of the training data, without opening them; see `data` in config/schema.py."""
+    """Properties of the training data that a method uses, without opening them; see `data` in config/schema.py."""
 
     name: str
     size: int
@@ -255,7 +255,7 @@ class MethodRecord:
 
 
 class Result(NamedTuple):
-    """What an evaluator found: numbers by name, and a picture uint8 [h, w, 3] if it draws one."""
+    """The result of an evaluator: numbers by name, and optionally a picture uint8 [h, w, 3]."""
 
     values: Mapping[str, float]
     picture: np.ndarray | None = None
@@ -266,7 +266,7 @@ Evaluator = Callable[[Tree], Result]  # of the averaged parameters
 
 
 class Subject(Protocol):
-    """What an evaluator knows of the experiment that it evaluates."""
+    """The part of an experiment that evaluators use."""
 
     @property
     def method(self) -> Method: ...
@@ -286,7 +286,7 @@ class Subject(Protocol):
 
     @property
     def source_options(self) -> Options:
-        """What `other_source` may be given."""
+        """The options that `other_source` accepts."""
 
     def other_source(self, **leaves: Any) -> Any:
         """The same data with other options, such as another split."""

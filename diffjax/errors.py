@@ -1,11 +1,11 @@
-"""The exceptions that are no fault of the program: a mistake of the user, a place that refuses, a request to stop."""
+"""Exceptions that are not faults of the program: user errors, paths that the system refuses, requests to stop."""
 
 import contextlib
 import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-# Numbers of system errors in which the place is at fault and not the program.
+# Numbers of system errors that the path causes and not the program.
 REFUSALS = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),

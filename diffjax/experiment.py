@@ -1,8 +1,8 @@
-"""From a config to the pieces of an experiment: data, model, method, optimizer, shardings, initial state, step.
+"""Build an experiment from a config: data, model, method, optimizer, shardings, initial state, step.
 
-This is the one place that reads a config. Nothing large is ever held by one device: shapes come from `jax.eval_shape`,
-shardings from the shapes, and the state is made by a jitted function whose outputs are already sharded. The data, the
-frozen networks, the decoder and the sampler are opened when they are first asked for.
+This is the only module that reads a config. Nothing large is ever held by one device: shapes come from
+`jax.eval_shape`, shardings from the shapes, and the state is made by a jitted function whose outputs are already
+sharded. The data, the frozen networks, the decoder and the sampler are opened when they are first asked for.
 """
 
 import dataclasses
@@ -96,7 +96,7 @@ class Experiment:
 
     @property
     def batch_size(self) -> int:
-        """Of all devices together."""
+        """Global batch size."""
         return self.config.batch_size
 
     @property
@@ -116,7 +116,7 @@ class Experiment:
 
     @property
     def data_folder(self) -> str:
-        """Where the training data lie; "" for embedded ones."""
+        """Folder of the training data; "" for embedded ones."""
         return str(self.config.data.options.get("dir", ""))
 
     @property
@@ -167,12 +167,12 @@ class Experiment:
 
     @functools.cached_property
     def sampler(self) -> Sampler:
-        """How the config says that samples are drawn."""
+        """The sampler of the config."""
         return self.method.sampler(self.sampling)
 
     @functools.cached_property
     def decode(self) -> Tree:
-        """What makes pictures of samples, with its parameters; None where nothing has to."""
+        """The decoder from samples to pictures, with its parameters; None where samples are pictures."""
         return self.method.decoder.load() if self.method.decoder else None
 
     @functools.cached_property
@@ -185,7 +185,7 @@ class Experiment:
         return found
 
     def frozen_sha256(self) -> dict[str, str]:
-        """Of the values of each of them."""
+        """sha256 of the values of each frozen tree, by name."""
         return {name: tree_sha256(params) for name, params in self.frozen.items()}
 
     def param_shardings(self, params: Tree, axes: LogicalAxes) -> Tree:
@@ -285,7 +285,7 @@ class Experiment:
         return 6.0 * self.batch_size * count_macs(self.apply, self.abstract.params, *self.method.inputs)
 
     def description(self) -> dict[str, Any]:
-        """What samples of this experiment depend on, json-able: those leaves that are read and are not none."""
+        """The leaves that samples depend on, json-able: those that are read and are not None."""
         config = self.config
         specs = leaves(config.model.name)
         given = {path: value for path, value in config.values.items() if value is not None}
@@ -417,7 +417,7 @@ def load_source(data: Any, **options: Any) -> sources.Source:
 
 
 def preparation(config: Config) -> encoders.Preparation:
-    """What a config says of the encoder of its tokens, and of the images that it sees."""
+    """The settings of the encoder that makes the tokens, and of its input images."""
     tokens, images = config.settings, config.images
     return encoders.Preparation(
         encoder=str(config.data.options["encoder"]),
@@ -440,7 +440,7 @@ def with_sampling(experiment: Experiment, sampling: Any) -> Experiment:
 
 @dataclass(frozen=True)
 class Tokenization:
-    """What `tokenize` does: which images become tokens, by which encoder and which codebook.
+    """The settings of `tokenize`: images, encoder and codebook.
 
     Attributes:
         counts: sizes of the vocabularies by leaf: `vocabulary` of the features and `decoder_vocabulary` of a decoder.
@@ -458,7 +458,7 @@ class Tokenization:
 
 
 def tokenization(config: Config) -> Tokenization:
-    """What a config says of its tokens. UserError for one that is trained on something else."""
+    """The `Tokenization` of a config. UserError for a config of another method."""
     if not METHODS[config.method].images:
         raise UserError(f"tokenize: the config is that of {config.model.name}, which has no tokens; give one of DiGIT")
     rng.check_environment()

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, and files of arrays.
+"""Atomic file writing, and reading and writing of array files.
 
 A file is written under a temporary name in its own folder, flushed to the disk and renamed: whoever dies in between
 leaves the file as it was, and a temporary beside it. The name of a temporary, `.<name>.<owner>-<random>.tmp`, tells
@@ -91,24 +91,24 @@ def atomic(path: Path, owner: str = "file") -> Iterator[BinaryIO]:
 
 
 def remove_temporaries(folder: Path, owner: str, name: str = "") -> None:
-    """Remove what killed writings of `owner` left in `folder`, of the file `name` alone or, without it, of any file."""
+    """Remove temporary files that killed writers of `owner` left in `folder`; with `name`, those of that file only."""
     for left in folder.glob(f".{glob.escape(name) if name else '*'}.{glob.escape(owner)}-*.tmp"):
         left.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes, owner: str = "file") -> None:
-    """Write `data` to `path`, replacing what is there at once."""
+    """Write `data` to `path`, atomically replacing an existing file."""
     with atomic(path, owner) as file:
         file.write(data)
 
 
 def write_text(path: Path, text: str, owner: str = "file") -> None:
-    """Write `text` in UTF-8 to `path`, replacing what is there at once."""
+    """Write `text` in UTF-8 to `path`, atomically replacing an existing file."""
     write_bytes(path, text.encode(), owner)
 
 
 def write_json(path: Path, value: Any, owner: str = "file") -> None:
-    """Write `value` as indented json to `path`, replacing what is there at once."""
+    """Write `value` as indented json to `path`, atomically replacing an existing file."""
     write_text(path, json.dumps(value, indent=2) + "\n", owner)
 
 

@@ -1,4 +1,4 @@
-"""Options as data: what is known of one value that a user can set.
+"""Options as data: type, default, valid values and documentation of a value that a user can set.
 
 An option is a field of a dataclass or a keyword-only parameter of a function, annotated beside its type:
 
@@ -43,7 +43,7 @@ REQUIRED = Required()
 
 @dataclasses.dataclass(frozen=True)
 class Valid:
-    """Which values an option takes: in words ("0 to below 1"), and as a test."""
+    """The valid values of an option: in words ("0 to below 1"), and as a test."""
 
     describe: Callable[[], str]
     test: Callable[[Any], bool]
@@ -55,7 +55,7 @@ class Valid:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What an annotation says of an option.
+    """The annotation of an option.
 
     Attributes:
         doc: one line.
@@ -129,7 +129,7 @@ class Each:
 
 
 def options(owner: Any) -> dict[str, Option]:
-    """The options of a dataclass or function, by name and in order; what is not annotated with a Leaf is none."""
+    """The options of a dataclass or function, by name and in order; fields without a Leaf annotation are left out."""
     if isinstance(own := getattr(owner, "options", None), dict):  # a record that says it itself
         return own
     found = {}

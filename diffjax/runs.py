@@ -1,4 +1,4 @@
-"""Trained parameters with the experiment they belong to: what sample, evaluate, sweep and probe start from."""
+"""Open trained parameters together with their experiment, for sample, evaluate, sweep and probe."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ def open_run(
     """The run of a run folder, or of a folder that `convert` or `ema` wrote.
 
     Args:
-        overrides: leaves as on the command line: those of sampling, layout, compute and places.
+        overrides: leaves as on the command line: those of sampling, layout, compute and paths.
         config: of parameters that no run made; the backbone is the folder's own.
         weights: "ema", the average, or "params", the last parameters; of a run folder.
         step: which checkpoint; the latest by default. mesh: in place of the config's.
@@ -96,7 +96,7 @@ def _open_folder(folder: Path, overrides: list[str], weights: str, step: int | N
 
 
 def _token_kinds(fingerprint: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
-    """What the tokens of a run mean; UserError when those in its data folder mean something else."""
+    """How a run's tokens were made; UserError when those in its data folder were made otherwise."""
     kinds = fingerprint["source"].get("codes")
     if not kinds:
         return {}

@@ -1,4 +1,4 @@
-"""What `--help` prints, and what an unknown flag may have been meant to be."""
+"""The text of `--help`, and suggestions for unknown flags."""
 
 import ast
 import difflib
@@ -28,7 +28,7 @@ def of_program(commands: Mapping[str, str]) -> str:
 
 
 def of_command(module: ModuleType, values: flags.FlagValues) -> str:
-    """What the command does with its examples, its flags, and what there is to choose for --config."""
+    """The help of a command: its examples, its flags, and the choices for --config."""
     parts = [(module.__doc__ or "").strip(), "Flags:\n" + "\n".join(_flags(values))]
     if "config" in values:
         parts.append(_recipes())
@@ -37,7 +37,7 @@ def of_command(module: ModuleType, values: flags.FlagValues) -> str:
 
 
 def meant(name: str, values: flags.FlagValues) -> str:
-    """What a flag that a command has not may have been: "; did you mean ...?" with flags and leaves, or all flags."""
+    """Suggestions for an unknown flag: "; did you mean ...?" with flags and leaves, or all flags."""
     near = [f"--{each}" for each in difflib.get_close_matches(name, list(values), n=2, cutoff=0.7)]
     if "config" in values:
         from diffjax.config import leaves

@@ -25,7 +25,7 @@ def ones(t: Any) -> Any:
 
 
 def make(path: Path, prediction: Prediction, span: tuple[float, float], **others: Any) -> Process:
-    """A process whose network is told the time itself and given x as it is."""
+    """A process whose network gets the time itself and unscaled x."""
     unused = {"sample_times": lambda keys: None, "weight": ones}
     return Process(path, prediction, **({"c_in": ones, "c_noise": lambda t: t} | unused | others), span=span)
 
@@ -36,7 +36,7 @@ def edm(span: tuple[float, float] = (80.0, 0.002)) -> Process:
 
 
 def exact(process: Process, mean: float, std: float, time: Callable = lambda told: told) -> samplers.Denoise:
-    """The best network for data N(mean, std²), which is told a function of t that `time` inverts."""
+    """The best network for data N(mean, std²), which gets a function of t that `time` inverts."""
 
     def denoise(x: jax.Array, told: jax.Array, weight: Any = 1.0) -> jax.Array:
         t = time(told).reshape(-1, *(1,) * (x.ndim - 1))

@@ -1,4 +1,4 @@
-"""What a user can ask for: one file per command, named after it.
+"""The commands of `python -m diffjax`: one file each, named after it.
 
 A command has `define_flags` and `run`; besides, where they are something else than nothing, INTERRUPTED, what is left
 when it is stopped, and REST, the flag that arguments without a name belong to.
@@ -50,7 +50,7 @@ def define_distributed(values: flags.FlagValues) -> None:
 
 
 def make_folder(out: Path) -> None:
-    """The folder of a file to be, before the work, so that a place that cannot be written costs no time."""
+    """Create the folder of an output file before the work starts, so that an unwritable path fails early."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

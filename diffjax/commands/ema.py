@@ -54,7 +54,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
 
 
 def reconstruct(workdir: Path, sigma_rel: float, out: Path, step: int | None = None) -> dict[str, Any]:
-    """See the module docstring; returns what model.json holds. One snapshot at a time is in memory.
+    """Write the average (module docstring) and return the content of model.json; holds one snapshot at a time.
 
     Raises:
         UserError: `out` is there; no snapshots, or none of `step`; a length that they cannot give.

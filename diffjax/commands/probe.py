@@ -52,7 +52,7 @@ class Examples(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What classifiers look at, float32 [n, blocks, d] each; of examples to learn from one view after the other."""
+    """Inputs of the classifiers, float32 [n, blocks, d] each; `train` has one view after the other."""
 
     train: np.ndarray
     test: np.ndarray
@@ -110,7 +110,7 @@ def read(folder: Path, experiment: Experiment, trained: Mapping[str, Any]) -> Ex
 
 
 def of_blocks(trained: Run, train: Examples, test: Examples) -> Inputs:
-    """What each block of the model sees."""
+    """The input of each block of the model, averaged over all positions."""
     model, params, mesh = trained.experiment.model, trained.params, trained.experiment.mesh
     if model.num_classes and not model.null_class:
         raise UserError(

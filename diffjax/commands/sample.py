@@ -178,7 +178,7 @@ def _quiet() -> bool | None:
 
 
 def _conditions(values: flags.FlagValues, trained: Run) -> conditions.Conditions:
-    """What each image is conditioned on, as the flags say."""
+    """The condition of each image, from the flags."""
     experiment = trained.experiment
     kind = experiment.method.condition.kind if experiment.method.condition else "labels"
     if values.source and not experiment.method.takes_source:
@@ -211,7 +211,7 @@ def describe_form(model: Any, params: Tree, fused: bool) -> str:
 def describe(
     experiment: Experiment, origin: dict[str, Any], form: str, guide: dict[str, Any] | None = None, **settings: Any
 ) -> dict[str, Any]:
-    """How images were made, json-able. guide: its origin. settings: labels, seed, first, num."""
+    """The protocol of generated images, json-able. guide: its origin. settings: labels, seed, first, num."""
     made = experiment.description()
     precision, sampling = made.pop("precision"), made.pop("sampling")
     guided = {"guide_sha256": guide["sha256"]} if guide else {}

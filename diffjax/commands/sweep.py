@@ -6,9 +6,9 @@ python -m diffjax sweep --workdir=runs/a,runs/b --sampler=ddpm:250,ddim:25,edm:1
   --reference=digits --num=500 --out=sweep.json
 
 A sampler written as name:steps has these steps, all others have each of --steps. All images are of the same seed and
-numbers, so that what differs is the method alone. Samplers have their default options; what a run's config says of
-guidance besides its weight holds, and its clip. Evaluations are calls of the network for one image, of which one with
-guidance counts as two. The plot is of the Frechet distance. Scores on pixels are for small images and are not FID.
+numbers, so that what differs is the method alone. Samplers have their default options; guidance options other than the
+weight, and the clip, are those of the run's config. NFE (`evaluations` in the json) counts network calls per image, a
+guided call as two. The plot is of the Frechet distance. Scores on pixels are for small images and are not FID.
 """
 
 import functools
@@ -241,20 +241,18 @@ def print_table(results: list[dict[str, Any]]) -> None:
     scores = list(results[0]["values"])
     longest = max(len("run"), *(len(result["run"]) for result in results))
     heads = [f"{score:>{len(score) + 2}}" for score in scores]
-    print(
-        f"\n{'run':<{longest}}  {'sampler':<15}{'steps':>6}{'evaluations':>13}{'guidance':>10}{''.join(heads)}  s/image"
-    )
+    print(f"\n{'run':<{longest}}  {'sampler':<15}{'steps':>6}{'NFE':>6}{'guidance':>10}{''.join(heads)}  s/image")
     for row in results:
         values = "".join(f"{row['values'][score]['value']:>{len(score) + 2}.4f}" for score in scores)
-        method = f"{row['sampler']:<15}{row['steps']:>6}{row['evaluations']:>13}{row['guidance']:>10g}"
+        method = f"{row['sampler']:<15}{row['steps']:>6}{row['evaluations']:>6}{row['guidance']:>10g}"
         print(f"{row['run']:<{longest}}  {method}{values}{row['seconds_per_image']:>9.4f}")
     if all("held_out_real" in columns for columns in results[0]["values"].values()):
         values = "".join(f"{results[0]['values'][score]['held_out_real']:>{len(score) + 2}.4f}" for score in scores)
-        print(f"{'held-out real images':<{longest + 46}}{values}")
+        print(f"{'held-out real images':<{longest + 39}}{values}")
     identity = results[0]["protocol"]["reference"]
     print(
         f"{results[0]['protocol']['num']} images per row against {identity['count']} of {identity['name']} (pixel "
-        "scores, not FID); an evaluation with guidance counts as two"
+        "scores, not FID); a guided network call counts as two"
     )
 
 
@@ -268,4 +266,4 @@ def picture(results: list[dict[str, Any]]) -> np.ndarray:
         points.append(plot.Point(", ".join(names), row["evaluations"], value, str(row["steps"])))
     recorded = results[0]["protocol"]
     title = f"{recorded['num']} images against {recorded['reference']['name']}, by sampler and steps"
-    return plot.scatter(points, title, "network evaluations per image", PLOTTED)
+    return plot.scatter(points, title, "NFE per image", PLOTTED)

@@ -93,7 +93,7 @@ def _write(
 
 
 def _check(asked: Tokenization, encoders: list[Encoder]) -> None:
-    """What can be known before any feature is made."""
+    """Check all that can be checked before any feature is computed."""
     kmeans.check_settings(asked.iterations, asked.seed, asked.init)
     for (leaf, count), encoder in zip(asked.counts.items(), encoders):
         if not 1 <= count <= records.LARGEST:

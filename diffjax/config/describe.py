@@ -60,7 +60,7 @@ def sections(specs: Mapping[str, Spec]) -> dict[str, list[Spec]]:
 
 
 def meaning(spec: Spec) -> str:
-    """What a leaf is, what is valid, and when it is read."""
+    """The documentation of a leaf, its valid values, and when it is read."""
     valid = spec.option.leaf.valid
     return "; ".join(
         [spec.option.leaf.doc, f"valid: {valid.words if valid else type_in_words(spec.option.type)}", *conditions(spec)]

@@ -1,4 +1,4 @@
-"""Earlier spellings of leaves, in config.json of earlier versions and on the command line, and what they are now."""
+"""Translate earlier spellings of config leaves, in stored config.json files and on the command line."""
 
 import math
 from collections.abc import Mapping
@@ -70,7 +70,7 @@ def modern(given: Mapping[str, Any], context: Mapping[str, Value], whole: bool =
 
 
 def backbone(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What section `model` of a whole config says otherwise today.
+    """The leaves of section `model` of a version-1 config that have other values today.
 
     A published name could stand beside other sizes than it has: it is the family then. What a backend chooses was "".
     """

@@ -1,4 +1,4 @@
-"""From a recipe and overrides, or a run folder's config.json, to a resolved `Config`."""
+"""Resolve a recipe and overrides, or a run folder's config.json, to a `Config`."""
 
 import contextlib
 import importlib
@@ -23,7 +23,7 @@ FREE = ("place", "layout", "watch")  # kinds of leaves that may change between t
 
 
 def base(model: str = "") -> ConfigDict:
-    """All leaves at their defaults, for a recipe to change; `model`: a published name or a family."""
+    """All leaves at their defaults, as a recipe's starting point; `model`: a published name or a family."""
     return ConfigDict(nested(_defaults(leaves(model))))
 
 
@@ -190,7 +190,7 @@ def write(config: Config, path: Path) -> None:
 
 
 def stored(config: Config) -> dict[str, Any]:
-    """What config.json holds."""
+    """The content of config.json."""
     return {"version": VERSION, **nested(config.values)}
 
 
@@ -227,7 +227,7 @@ def stored_values(stored: Mapping[str, Any]) -> Config:
 
 
 def _earlier_defaults(version: int, values: Mapping[str, Value]) -> dict[str, Value]:
-    """What the leaves that a stored config lacks meant in its version, of those that it reads."""
+    """The defaults, in its version, of leaves that a stored config reads and lacks."""
     specs = leaves(str(values.get("model.name", "")))
     given, defaults = {**_defaults(specs), **values}, DEFAULTS.get(version, {})
     return {leaf: value for leaf, value in defaults.items() if leaf not in values and is_read(specs[leaf], given)}
@@ -240,7 +240,7 @@ def check_same_run(
 
     Args:
         accepted: leaves whose change the user has asked for by name.
-        misfit: says why the state of a run of `stored` is none of a run of `given`; "" where it is one.
+        misfit: says why the state of a run of `stored` does not fit `given`; "" where it fits.
     """
     specs = leaves(str(stored.values["model.name"])) | leaves(str(given.values["model.name"]))
     if unknown := [name for name in accepted if name not in specs]:
@@ -266,7 +266,7 @@ def check_same_run(
 
 
 def same_values(config: Config, changed: Iterable[str]) -> bool:
-    """Whether the changed leaves leave the parameters of every step as they were."""
+    """Whether the changed leaves leave the parameters of every step unchanged."""
     specs = leaves(str(config.values["model.name"]))
     return all(specs[name].kind in FREE for name in changed)
 

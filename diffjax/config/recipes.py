@@ -1,4 +1,4 @@
-"""What recipes share, here and elsewhere: the argument string, backbones, data sets, and the settings of papers.
+"""Helpers that recipes share: the argument string, backbones, data sets, and published settings.
 
 A recipe imports this module as `configs.common`, wherever it lies; also where diffjax is installed without `configs`.
 It calls `parse` to read what stands after the colon of `--config=configs/recipe.py:model=dit-b,runlocal`, takes
@@ -89,7 +89,7 @@ def tfds_images(c: ConfigDict, dataset: str, size: int, num_classes: int) -> Non
 
 
 def dit_recipe(c: ConfigDict) -> None:
-    """What DiT, and U-DiT after it, train ImageNet latents with: 400K steps at a constant rate, flipped images."""
+    """Settings of DiT and U-DiT for ImageNet latents: 400K steps at a constant rate, flipped images."""
     c.total_steps, c.batch_size = 400_000, 256
     c.model.dtype, c.model.remat = "bfloat16", "full"
     c.data.flip = True
@@ -117,7 +117,7 @@ def run_local(c: ConfigDict) -> None:
 
 
 def dis_recipe(c: ConfigDict, examples: int) -> None:
-    """What the DiS script trains every data set with: 1,000 epochs in float32, 5 of them of warm-up, flipped images.
+    """Settings of the DiS script for every data set: 1,000 epochs in float32, 5 of them of warm-up, flipped images.
 
     The script skips steps whose loss is not finite; a run of ours ends at the first one and names it.
     """
@@ -137,7 +137,7 @@ def dis_recipe(c: ConfigDict, examples: int) -> None:
 
 
 def edm_recipe(c: ConfigDict, batch_size: int, lr: float, augment: float) -> None:
-    """What EDM (arXiv 2206.00364, table 7) trains unconditional pixels with: 200M augmented images in float32."""
+    """Settings of EDM (arXiv 2206.00364, table 7) for unconditional pixels: 200M augmented images in float32."""
     c.batch_size = batch_size
     c.total_steps = 200_000_000 // batch_size
     c.optim.lr, c.optim.warmup_steps = lr, 10_000_000 // batch_size
@@ -159,11 +159,11 @@ def token_data(c: ConfigDict, encoder: str, vocabulary: int, grid: int) -> None:
         c.data[leaf] = base().data[leaf]
     c.data.name, c.data.split = "tokens", "train"
     c.data.encoder, c.data.vocabulary = encoder, vocabulary
-    c.data.size, c.data.channels = grid, 1  # tokens along a side; 2 codebooks with those of a decoder besides
+    c.data.size, c.data.channels = grid, 1  # tokens along a side; 2 codebooks: of the features and of a decoder
 
 
 def digit_recipe(c: ConfigDict, lr: float, updates: int, batch_size: int) -> None:
-    """What DiGIT's scripts train with (fairseq): its Adam, a rate that falls as 1 / sqrt(step), no average."""
+    """Settings of DiGIT's scripts (fairseq): its Adam, a rate that falls as 1 / sqrt(step), no average."""
     c.total_steps, c.batch_size = updates, batch_size
     c.model.dtype = "bfloat16"
     c.data.workers, c.data.threads, c.data.flip = 4, 4, True

@@ -1,4 +1,4 @@
-"""Configs of parameters that are sampled: the backbone is theirs, and their process has to be the same."""
+"""Build the config that samples given parameters: their backbone; their process has to match."""
 
 from pathlib import Path
 from typing import Any

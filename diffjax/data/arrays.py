@@ -1,4 +1,4 @@
-"""Examples held in memory, and files of them: what an npz file of images, conditions and more arrays holds."""
+"""Examples held in memory, and npz files of images, conditions and auxiliary arrays."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

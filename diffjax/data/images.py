@@ -20,7 +20,7 @@ LIMITS = "at most 178 megapixels, and 1 MiB of colour profile or text in a png" 
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies below a folder.
+    """The files below a folder.
 
     Attributes:
         images: paths of the image files, relative, with "/", sorted part by part (so folder after folder); a file that
@@ -85,7 +85,7 @@ def list_images(root: Path) -> Listing:
 
 
 def _visible(folder: str) -> list[os.DirEntry[str]]:
-    """What lies in a folder, by name, without hidden things."""
+    """The entries of a folder, sorted by name, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)

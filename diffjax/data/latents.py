@@ -1,4 +1,4 @@
-"""Folders of latents: ArrayRecord shards and a manifest, `latents.json`, that says what the numbers are.
+"""Folders of latents: ArrayRecord shards and a manifest, `latents.json`, that describes them.
 
     python -m diffjax.data.latents --features=DIR --labels=DIR --out=DIR
 
@@ -26,7 +26,7 @@ COMMAND = "python -m diffjax.data.latents --features=<folder of {i}.npy> --label
 
 @dataclass(frozen=True)
 class Origin:
-    """Where latents come from; all of it is written to the manifest."""
+    """The origin of latents, which is written to the manifest."""
 
     source: str  # the data set, split and crop that were encoded
     autoencoder: str

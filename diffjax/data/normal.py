@@ -1,4 +1,4 @@
-"""Standard normal values out of raw words, the same over all versions of numpy.
+"""Standard normal values from raw random words, the same with every version of numpy.
 
 The method is the ziggurat of Marsaglia and Tsang (J. Stat. Software 5(8), 2000): f(x) = exp(-x^2 / 2) is covered by 256
 layers of equal area. With widths x_1 < ... < x_255 = R, the lowest layer, number 0, being R wide and having the tail,

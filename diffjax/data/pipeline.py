@@ -82,7 +82,7 @@ class Batches:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Json-able: the number of the next batch and what the stream depends on besides."""
+        """Json-able: the number of the next batch, and what else the stream depends on."""
         return {"next_batch": self._next_batch, "fingerprint": self._fingerprint}
 
     def set_state(self, state: dict[str, Any]) -> None:

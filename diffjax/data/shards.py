@@ -49,10 +49,10 @@ def write_manifest(path: Path, contents: dict[str, Any]) -> dict[str, Any]:
 def read_manifest(path: Path, what: str, command: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest as it was written.
 
-    fields: besides count, shards and records_sha256, what it has to say, with the types or an example of the values: of
+    fields: required entries other than count, shards and records_sha256, with the types or an example of the values: of
     lists and tables the first item stands for all.
 
-    `UserError` with the command that makes the folder when there is none, or when it is none.
+    `UserError` with the command that makes the folder when it is missing or not a manifest.
     """
     if not path.is_file():
         folder = path.parent

@@ -1,4 +1,4 @@
-"""What a data set is: a name, random access to its examples, and an identity.
+"""Data sets: each has a name, random access to its examples, and an identity (fingerprint).
 
 `load` opens one by its name and options. A source only describes and reads; order, flips and batches are the
 pipeline's (pipeline.py). The options of a source are the keyword parameters of its function below; `size`, `channels`,
@@ -101,7 +101,7 @@ class Source:
     note: str = ""
 
     def describe(self) -> str:
-        """What was found, in words: "1,500 images of digits, 10 classes: 0, 1, 2, ..., 9"."""
+        """A description of the data found: "1,500 images of digits, 10 classes: 0, 1, 2, ..., 9"."""
         kind = "images" if self.draw is pixels else "examples"
         classes = f"{self.num_classes:,} classes" if self.num_classes else "no classes"
         left_out = f"; left out: {self.note}" if self.note else ""
@@ -257,7 +257,7 @@ def _but(left_out: str) -> str:
 
 
 def _decoded(decode: str) -> dict[str, str]:
-    """In the identity of files of images; earlier versions knew `stored` alone, and did not say it."""
+    """The entry `decode` of the identity; absent for `stored`, which earlier versions did not record."""
     return {} if decode == "stored" else {"decode": decode}
 
 
@@ -423,7 +423,7 @@ def tokens(
 
 
 def target(drawn: np.ndarray, conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [b, codebooks, n] -> those of the last codebook [b, n], and the conditions as they are."""
+    """Tokens int32 [b, codebooks, n] -> those of the last codebook [b, n], and the unchanged conditions."""
     return drawn[:, -1], conditions
 
 

@@ -48,7 +48,7 @@ class Codebook:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where tokens come from; all of it is written to the manifest."""
+    """The origin of tokens, which is written to the manifest."""
 
     codebooks: tuple[Codebook, ...]
     images: dict[str, Any]  # the identity of the image source: its name, split, size and crop

@@ -1,4 +1,4 @@
-"""The 5(4) pair of Dormand and Prince (1980) with steps of its own for each example of a batch.
+"""The 5(4) pair of Dormand and Prince (1980) with adaptive steps for each example of a batch.
 
 From x_n at t_n seven stages give two answers whose difference estimates the error of a step h:
 

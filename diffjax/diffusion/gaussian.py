@@ -23,7 +23,7 @@ DDPM section 4, eq. 19), so that the marginals (1) at the kept steps stay what t
 
     (6)  β'_k = 1 - ᾱ_{s_k} / ᾱ_{s_{k-1}}
 
-Everywhere k counts the steps of the process at hand, from 0; the network is given the original step s_k. Tables are
+Everywhere k counts the steps of this process, from 0; the network is given the original step s_k. Tables are
 float64 on the host; a gathered value becomes float32 before it is used.
 """
 
@@ -189,7 +189,7 @@ class GaussianDiffusion:
         return Grid(steps.astype(np.float64), c_noise, np.ones(steps.shape), c.alpha, c.sigma, converted)
 
     def c_in(self, k: jax.Array) -> jax.Array:
-        """What the network's input is multiplied with at steps k [b]: ones, float32 [b]."""
+        """The factor of the network's input at steps k [b]: ones, float32 [b]."""
         return jnp.ones(k.shape, jnp.float32)
 
     def c_noise(self, k: jax.Array) -> jax.Array:
@@ -222,7 +222,7 @@ class GaussianDiffusion:
         return at(self.sqrt_alphas_cumprod, k, xt) * xt - at(self.sqrt_one_minus_alphas_cumprod, k, xt) * v
 
     def target(self, x0: jax.Array, k: jax.Array, eps: jax.Array) -> jax.Array:
-        """What the network should predict [b, ..., c] for data x0 and noise eps at steps k [b]."""
+        """The regression target [b, ..., c] for data x0 and noise eps at steps k [b]."""
         if self.prediction == "v":
             return at(self.sqrt_alphas_cumprod, k, x0) * eps - at(self.sqrt_one_minus_alphas_cumprod, k, x0) * x0
         return x0 if self.prediction == "x0" else eps

@@ -1,4 +1,4 @@
-"""Guidance: a denoiser made from two, the better of which is pushed away from the worse.
+"""Guidance: extrapolate from the prediction of a weaker denoiser to that of a stronger one.
 
     (1)  f_w = f_0 + w (f_1 - f_0)
 
@@ -100,7 +100,7 @@ def combine(better: jax.Array, worse: jax.Array, weight: float | jax.Array, chan
 
 
 def weights(kind: str, scale: float, /, **numbers: Value) -> Weight:
-    """What `samplers.schedule` takes as its weight: one of SCHEDULES with its options.
+    """The weight for `samplers.schedule`: one of SCHEDULES with its options.
 
     UserError for an unknown kind, for options that it lacks and for values without meaning.
     """

@@ -46,7 +46,7 @@ class Point(NamedTuple):
 
 
 class Conversion(NamedTuple):
-    """What turns (x, f) into data, noise and velocity: x0 = x0_x x + x0_f f, and so on; each shaped like t."""
+    """Coefficients from (x, f) to data, noise and velocity: x0 = x0_x x + x0_f f, and so on; each shaped like t."""
 
     x0_x: Array
     x0_f: Array

@@ -83,7 +83,7 @@ class Process:
         return c.alpha * x0 + c.sigma * eps
 
     def target(self, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
-        """What the network should give [b, ..., c] for data x0 and noise eps at times t [b]: f = p x0 + q eps."""
+        """The regression target [b, ..., c] for data x0 and noise eps at times t [b]: f = p x0 + q eps."""
         p, q = self.prediction(per_example(self.path(t), x0))
         return p * x0 + q * eps
 

@@ -55,7 +55,7 @@ Weight = float | Callable[[np.ndarray, np.ndarray], np.ndarray]
 )
 @dataclass(frozen=True)
 class SamplerSchedule:
-    """What `sample` does; a pytree, to be an argument of a jitted function. Build it with `schedule`.
+    """The schedule that `sample` executes: a pytree, an argument of jitted functions. Build it with `schedule`.
 
     table: padded.
     nfe: how many rows of it are in use, one per call of the network, int32.
@@ -150,7 +150,7 @@ def adaptive_schedule(
     atol: Annotated[float, Leaf("absolute error of a step", "watch", above(0))] = 1e-6,
     max_attempts: Annotated[int, Leaf("steps after which a sample is given up", "watch", at_least(1))] = 1000,
 ) -> AdaptiveSchedule:
-    """Dormand and Prince's 5(4) pair along the flow through the span, each sample with steps of its own.
+    """Dormand and Prince's 5(4) pair along the flow through the span, with adaptive steps per sample.
 
     rtol, atol: of the error of a step. A sample that is not there after max_attempts steps becomes NaN.
     """
@@ -285,7 +285,7 @@ def follow_flow(schedule: AdaptiveSchedule, denoise: Denoise, x: jax.Array) -> j
 
 
 def initial_noise(keys: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Where sampling starts: standard normal float32 [b, *shape], sample i from keys[i] alone."""
+    """The initial state of sampling: standard normal float32 [b, *shape], sample i from keys[i] alone."""
     return rng.normal(rng.fold_name(keys, "x_T"), shape)
 
 

@@ -1,4 +1,4 @@
-"""Where samplers look at a process: the steps, noise levels σ/α and times that they visit, as float64 grids.
+"""Sampler grids: the steps, noise levels σ/α and times that samplers visit, in float64.
 
 Divided by α every process is the same one, x/α = x0 + τ eps with τ = σ/α. The ρ schedule of EDM (2206.00364 eq. 5) is
 
@@ -39,7 +39,7 @@ def continuous(process: AnyProcess, sampler: str) -> Process:
 
 
 def discrete_steps(count: int, steps: int, spacing: str) -> np.ndarray:
-    """Which `steps` of 0, ..., count - 1 a sampler visits, falling: int64 [steps].
+    """The steps of 0, ..., count - 1 that a sampler visits, descending: int64 [steps].
 
     "even": spread with both ends, "stride": every i-th from 0, both as `respaced_steps`; "linspace": steps + 1 points
     spread with both ends, without 0; "trailing": every (count / steps)-th, counted from the last.

@@ -73,7 +73,7 @@ class Table(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """What a sampler does in so many steps.
+    """The steps of a sampler.
 
     table: one row per call of the network.
     step [rows]: the step that each row belongs to.
@@ -121,7 +121,7 @@ def scaled(coefficients: StepCoefficients, factor: np.ndarray | float) -> StepCo
 
 
 def next_step_noise(noise: np.ndarray) -> dict[str, Any]:
-    """What the last row of step i adds for step i + 1, whose noise [steps] comes before its first evaluation."""
+    """Columns for step i + 1's noise [steps], which its first network call needs: the last row of step i adds it."""
     return {"noise": np.append(noise[1:], 0.0), "slot": np.arange(1, len(noise) + 1)}
 
 

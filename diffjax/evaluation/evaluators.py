@@ -1,4 +1,4 @@
-"""Evaluators: what is looked at during training, each on its own interval.
+"""Evaluators that run during training, each at its own interval.
 
 An evaluator is made once, of a `Subject` (the experiment) and its options, and called with averaged parameters. A new
 one is a function here, or in a file beside, and a row of EVALUATORS; its keyword parameters are the config's leaves

@@ -1,4 +1,4 @@
-"""Linear probes: how well classes can be told from frozen features by a linear map, of many blocks at once.
+"""Linear probes: the accuracy of linear classifiers of frozen features, of many blocks at once.
 
     logits = W f + b,   W ~ N(0, 0.01^2), b = 0,   loss = cross-entropy, its mean over the batch
     SGD with momentum 0.9, no weight decay, the learning rate on a cosine from its first value to 0

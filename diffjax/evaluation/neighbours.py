@@ -1,4 +1,4 @@
-"""Does an image look like its label? Asked of the real training images nearest to it."""
+"""Label agreement: whether the real training images nearest to a sample share its label."""
 
 import numpy as np
 

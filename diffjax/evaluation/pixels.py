@@ -69,7 +69,7 @@ def check_labels(labels: np.ndarray, known: np.ndarray) -> None:
 
 
 def caveat(count: int, reference: int, images: np.ndarray) -> str:
-    """What is to be said of a Frechet distance between so few images [n, h, w, c] that covariances lack rank; or ""."""
+    """A warning for Frechet distances of too few images [n, h, w, c] for full-rank covariances; "" otherwise."""
     dimensions = int(np.prod(images.shape[1:3])) * (1 if is_grey(images) else images.shape[3])
     few = [f"{n:,} {whose}" for n, whose in ((count, "samples"), (reference, "of the reference")) if n <= dimensions]
     if not few:

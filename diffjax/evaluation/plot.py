@@ -1,4 +1,4 @@
-"""Points of two numbers each, drawn with Pillow: a logarithmic x axis, series by colour, and the Pareto front."""
+"""Scatter plots drawn with Pillow: a logarithmic x axis, one colour per series, and the Pareto front."""
 
 import itertools
 import math
@@ -145,7 +145,7 @@ class Canvas:
         self._draw.circle(self._finer(place), 5 * FINER, fill=colour)
 
     def labels(self, labels: Sequence[tuple[Place, str]], lines: Sequence[Sequence[Place]]) -> None:
-        """Texts beside their points, at the side where they cover the least of the others and of the lines."""
+        """Draw the labels of points, on the side with the least overlap with other labels and lines."""
         taken = [(x - 9, y - 9, x + 9, y + 9) for (x, y), _ in labels]
         taken += [(x - 1, y - 1, x + 1, y + 1) for line in lines for x, y in _spaced(line)]
         for (x, y), text in labels:

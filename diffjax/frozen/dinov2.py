@@ -210,7 +210,7 @@ class DINOv2(nn.Module):
         return layer_norm(jnp.float32, "norm")(x)
 
     def embed(self, pixels: jax.Array) -> jax.Array:
-        """What the first block takes: float32 [b, 1 + registers + n, width]."""
+        """The input of the first block: float32 [b, 1 + registers + n, width]."""
         batch, height, width = len(pixels), pixels.shape[1] // self.patch, pixels.shape[2] // self.patch
         cls, registers, table = (
             self.param(name, nn.initializers.zeros, (rows, self.width))

@@ -1,6 +1,6 @@
-"""The VQGAN of MaskGIT (arXiv 2202.04200) in MAGE's conversion, between images and 16 x 16 tokens of DiGIT's stage 2.
+"""The VQGAN of MaskGIT (arXiv 2202.04200), in MAGE's conversion: images to 16 x 16 tokens of DiGIT's stage 2 and back.
 
-    z = encoder(image),  token = argmin_k |z - c_k|^2 at each of h/16 x w/16 places,  image = decoder(c_code)
+    z = encoder(image),  token = argmin_k |z - c_k|^2 at each of h/16 x w/16 positions,  image = decoder(c_code)
 
 Both halves are residual blocks at five resolutions, without attention, and images lie in [0, 1] on either side:
 
@@ -183,7 +183,7 @@ class VQGAN(nn.Module):
         return jnp.argmin(jnp.sum(jnp.square(self.codebook), axis=1) - 2 * products, axis=-1).astype(jnp.int32)
 
     def lookup(self, tokens: jax.Array) -> jax.Array:
-        """The entries of the codebook, float32 [b, h, w, features], of tokens [b, h, w]; NaN for one that is none."""
+        """Codebook entries of tokens [b, h, w], float32 [b, h, w, features]; NaN for tokens out of range."""
         return jnp.asarray(self.codebook).at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
     def decode(self, tokens: jax.Array) -> jax.Array:

@@ -115,11 +115,13 @@ def check_augment(data: DataSpec, model: Any) -> None:
     if data.name == "latents":
         raise UserError(f"{given} is for pixels, and data.name = 'latents' has none; valid: 0")
     if data.flip:
-        raise UserError(f"{given} mirrors half of the images by itself, and tells the model; valid: data.flip=false")
+        raise UserError(
+            f"{given} mirrors half of the images by itself, and conditions the model on it; valid: data.flip=false"
+        )
     if getattr(model, "augment_labels", 0) != augment.LABELS:
         able = [name for name, family in models.FAMILIES.items() if hasattr(family, "augment_labels")]
         raise UserError(
-            f"{given} needs a model that is told how an image was augmented, which {type(model).__name__} as given is "
+            f"{given} needs a model conditioned on the augmentation, which {type(model).__name__} as configured is "
             f"not; valid: 0, or a {', '.join(able)} with augment_labels = {augment.LABELS}"
         )
 

@@ -1,4 +1,4 @@
-"""What makes features of images, and images of tokens: patches of pixels, or frozen networks with their weights.
+"""Encoders from images to features and decoders from tokens to images: pixel patches, or frozen networks.
 
 Images are float32 [b, h, w, c] in [-1, 1] throughout.
 """
@@ -20,7 +20,7 @@ from diffjax.weights import store
 
 
 class Preparation(NamedTuple):
-    """What a config says of the encoder of its tokens, and of the images that it sees."""
+    """The settings of the encoder that makes the tokens, and of its input images."""
 
     encoder: str
     grid: int

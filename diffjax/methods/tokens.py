@@ -155,15 +155,15 @@ def make_sampler(
     autoguided: bool = False,
     max_steps: int | None = None,
 ) -> Sampler:
-    """How tokens are drawn. UserError for options that contradict each other."""
+    """The sampler of a token model. UserError for options that contradict each other."""
     if autoguided:
         raise UserError("autoguidance is for diffusion backbones, and this is a token model")
     given, scale = sampling.tokens, sampling.guidance.scale
     check_decoding(given, scale, null, model.causal)
-    choice = decoding.choice(
+    params = decoding.sampling_params(
         model.vocabulary, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, guidance=scale
     )
-    return Sampler(sample_function(data, second, model, given, scale), choice)
+    return Sampler(sample_function(data, second, model, given, scale), params)
 
 
 def check_decoding(given: Decoding, scale: float, null: bool, causal: bool) -> None:
@@ -186,7 +186,9 @@ def sample_function(data: DataSpec, second: bool, model: Any, given: Decoding, s
     """`contracts.Sampler.sample`."""
     length, num_classes = data.size**2, model.num_classes
 
-    def in_order(apply: Apply, params: Tree, y: Any, source: Any, keys: jax.Array, how: decoding.Choice) -> jax.Array:
+    def in_order(
+        apply: Apply, params: Tree, y: Any, source: Any, keys: jax.Array, how: decoding.SamplingParams
+    ) -> jax.Array:
         rows = len(keys)
         if scale != 1.0:  # every example twice, with its label and with none
             rows, y = 2 * rows, jnp.stack([y, jnp.full_like(y, num_classes)], axis=1).reshape(-1)
@@ -195,14 +197,21 @@ def sample_function(data: DataSpec, second: bool, model: Any, given: Decoding, s
         step = Partial(apply, params, method="step")
         return decoding.generate(step, logits, cache, keys, length, how)
 
-    def in_rounds(apply: Apply, params: Tree, y: Any, source: Any, keys: jax.Array, how: decoding.Choice) -> jax.Array:
+    def in_rounds(
+        apply: Apply, params: Tree, y: Any, source: Any, keys: jax.Array, how: decoding.SamplingParams
+    ) -> jax.Array:
         predict = lambda tokens: apply(params, tokens, y, source)  # noqa: E731
         return decoding.fill(
             predict, keys, length, given.rounds, how.temperature, choice_temperature=given.choice_temperature
         )
 
     def sample(
-        apply: Apply, params: Tree, plan: decoding.Choice, conditions: jax.Array, keys: jax.Array, guide: None = None
+        apply: Apply,
+        params: Tree,
+        plan: decoding.SamplingParams,
+        conditions: jax.Array,
+        keys: jax.Array,
+        guide: None = None,
     ) -> jax.Array:
         y, source = (None, conditions) if second else (conditions if num_classes else None, None)
         draw = in_order if model.causal else in_rounds
@@ -212,7 +221,7 @@ def sample_function(data: DataSpec, second: bool, model: Any, given: Decoding, s
 
 
 def decoder_of(data: DataSpec, options: Tokens, second: bool) -> Decoder | None:
-    """What makes images of the model's tokens; None where nothing does."""
+    """The decoder from the model's tokens to images; None where there is none."""
     if not second and data.options["encoder"] == "pixels":
         return Decoder(lambda: load_centroids(data))
     leaf = "tokens.decoder" if second else "tokens.weights"

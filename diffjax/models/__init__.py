@@ -180,7 +180,7 @@ def option_table(name: str) -> dict[str, Option]:
 
 
 def published_sizes(name: str) -> dict[str, Any]:
-    """What a published name says of the parameters' shapes, by option; of a family nothing."""
+    """The sizes of a published name, by option; {} for a family."""
     family, sizes = _resolve(name)
     return {key: value for key, value in sizes.items() if key in options(FAMILIES[family]) and key not in FREE}
 

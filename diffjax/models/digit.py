@@ -76,7 +76,7 @@ LOGICAL_AXES: LogicalAxes = (
 
 
 class Cache(NamedTuple):
-    """What decoding keeps of the positions it has seen.
+    """The key-value cache of decoding.
 
     Attributes:
         keys, values: [layers, b, heads, m, k] in the compute dtype, with room for m positions.
@@ -291,7 +291,7 @@ class DiGIT(nn.Module):
         return logits if seen is None else (logits, seen)
 
     def features(self, tokens: jax.Array, y: jax.Array | None = None, source: jax.Array | None = None) -> jax.Array:
-        """What a linear probe sees: the input of each block, averaged over all positions; float32 [layers, b, d]."""
+        """Features for linear probes: the input of each block, averaged over the positions; float32 [layers, b, d]."""
         return self.hidden(tokens, y, source)[1]
 
     def hidden(
@@ -302,7 +302,7 @@ class DiGIT(nn.Module):
         train: bool = False,
         keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """What logits are made of, at all positions, source first: [b, m + 1 + n, d]; and the `features`."""
+        """The final hidden states at all positions, source first: [b, m + 1 + n, d]; and the `features`."""
         x, means, _ = self._hidden(tokens, y, source, train, keys, None)
         return x, means
 
@@ -397,7 +397,7 @@ class DiGIT(nn.Module):
         return self.final_norm(x) if self.norm == "pre" else x, cache, means, seen
 
     def _start(self, batch: int, y: jax.Array | None) -> jax.Array:
-        """What every target begins with, [b, 1]: the end of the previous one, or the row of the class."""
+        """The start entry of every target, [b, 1]: </s>, or the row of the class."""
         if not self.num_classes:
             return jnp.full((batch, 1), END)
         if y is None:

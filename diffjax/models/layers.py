@@ -1,4 +1,4 @@
-"""What the backbones share: embeddings, positions, modulation, attention and feed-forward blocks.
+"""Layers that the backbones share: embeddings, positions, modulation, attention and feed-forward blocks.
 
 Parameters are float32; `dtype` is the compute dtype. Norm statistics, softmax and the time embedding stay float32.
 """
@@ -63,7 +63,7 @@ def stacked(block: Any, depth: int, policy: Any, in_axes: Any = 0) -> Any:
     """`depth` blocks as one scanned module, compiled once: parameters [depth, ...].
 
     block: its call maps a carry and inputs to (carry, output). policy: what is kept for the backward pass, an entry of
-    the family's REMAT_POLICIES; None keeps everything. in_axes: of the inputs besides the carry, `nn.broadcast` for
+    the family's REMAT_POLICIES; None keeps everything. in_axes: of the inputs other than the carry, `nn.broadcast` for
     what is the same for all blocks.
     """
     if policy is not None:
@@ -93,8 +93,8 @@ def run_stack(
     more, which the step of block `see` overwrites. The buffer lies outside the rematerialised block, so that neither
     the outputs nor the residuals of the scan grow by [depth, ...]; intermediates of the blocks are not collected.
 
-    stack: of `stacked(block, depth, policy, ...)`, bound. block: its class. inputs: besides the carry; of every block
-    the same if `broadcast`, else [depth, ...]. output: the block's output out of the carry that it returns.
+    stack: of `stacked(block, depth, policy, ...)`, bound. block: its class. inputs: other than the carry; shared by all
+    blocks if `broadcast`, else [depth, ...]. output: the block's output out of the carry that it returns.
     """
     if see is None:
         return *stack(carry, *inputs), None
@@ -315,7 +315,7 @@ class FinalLayer(nn.Module):
 
 
 class ImageBackbone(nn.Module, kw_only=True):
-    """What follows from the data and the method for every backbone of images."""
+    """Fields of image backbones that follow from the data and the method."""
 
     channels: int = 4  # of the input; the output has twice as many with `learn_sigma`
     num_classes: int = 1000  # 0: an unconditional model

@@ -1,4 +1,4 @@
-"""EDM's augmentation of small images, of which the network is told (arXiv 2206.00364, appendix F.2).
+"""EDM's augmentation of small images, on which the network is conditioned (arXiv 2206.00364, appendix F.2).
 
 Of each image, by draws of its own: mirrored in x with probability 1/2, and each of the following with probability p,
 with w standard normal and u uniform in [0, 1):
@@ -17,7 +17,7 @@ the orthonormal low-pass filter `FILTER` (sym6), read by (1) bilinearly, with ze
 with 6 more pixels to every side, and made half as large with the same filter. The public code mirrors no more pixels
 than the strongest map of a batch needs, on which its result depends by up to 1.5e-5; here nothing depends on the batch.
 
-The network gets 9 numbers, all zero for an image that is as it was, which is what it is asked for when it samples:
+The network gets 9 numbers, all zero for an image that was not augmented, which is what samplers ask for:
 
     [xflip, yflip, w of s, cos(theta) - 1, sin(theta), w of t cos(r), w of t sin(r), w0, w1]                       (2)
 """
@@ -43,7 +43,7 @@ FILTER = np.array(
 
 
 class Draws(NamedTuple):
-    """What is drawn for the images, each [b] unless said; all zero for an image that stays as it is.
+    """Random draws for the images, each [b] unless noted; all zero for an unchanged image.
 
     Attributes:
         xflip, yflip: 0 or 1. scale: w of s. rotation: theta. aniso, axis: w of t, and r. translation: w0, w1, [b, 2].
@@ -61,7 +61,7 @@ class Draws(NamedTuple):
 
 
 def augment(images: jax.Array, keys: jax.Array, probability: float) -> tuple[jax.Array, jax.Array]:
-    """Images as the network is to see them, and what it is told of each.
+    """Augmented images and the labels that the network is conditioned on.
 
     Args:
         images: float32 [b, h, w, c], pixels in [-1, 1]; the result may go a little beyond.
@@ -123,7 +123,7 @@ def transform(images: jax.Array, draws: Draws) -> jax.Array:
 
 
 def mirrored(images: jax.Array, draws: Draws) -> jax.Array:
-    """The mirrors alone, exact."""
+    """Apply the mirrors only, exactly."""
     for flip, axis in ((draws.xflip, 2), (draws.yflip, 1)):
         images = jnp.where(flip.astype(bool)[:, None, None, None], jnp.flip(images, axis), images)
     return images
@@ -158,7 +158,7 @@ def enlarged(images: jax.Array) -> jax.Array:
 
 
 def sample(image: jax.Array, matrices: jax.Array, height: int, width: int) -> jax.Array:
-    """What `enlarged` gave, read bilinearly at the positions of the finer grid: [b, 2h + 12, 2w + 12, c].
+    """The output of `enlarged`, sampled bilinearly at the positions of the finer grid: [b, 2h + 12, 2w + 12, c].
 
     Four look-ups of all channels at one index: 17 ms on a CPU for 64 images of 32 x 32, with all the rest, against 94
     for products with rows of weights, which need no look-up, 29 for one look-up of 2 x 2 pixels and 37 for one of four

@@ -1,4 +1,4 @@
-"""Depthwise convolution of images: every channel with a kernel of its own, zeros outside, the size kept."""
+"""Depthwise convolution of images: one kernel per channel, zero padding, same size."""
 
 from collections.abc import Sequence
 

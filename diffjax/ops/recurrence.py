@@ -52,7 +52,7 @@ from jax import lax
 
 
 class Inputs(NamedTuple):
-    """What an implementation gets, and its gradients: arrays, or None for D, z and bias that are not there."""
+    """The inputs of an implementation, or their gradients: arrays; None for absent D, z and bias."""
 
     u: Any  # [b, l, e] float32 or bfloat16
     delta: Any  # [b, l, e] as u
@@ -74,7 +74,7 @@ class Chunk(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How a chunk is run.
+    """The form in which a chunk is computed.
 
     outputs(A, chunk, h, reverse) -> (state that leaves [b, n, e], y [t, b, e])
     adjoint(A, chunk, gy, h, G, reverse) -> (G that leaves, y, dA [n, e], dd without u's part, dq, dB, dC)

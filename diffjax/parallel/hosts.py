@@ -1,4 +1,4 @@
-"""Start-up of several hosts, and what one of them does for all."""
+"""Start-up of several hosts, and operations that one host does for all."""
 
 import os
 import re

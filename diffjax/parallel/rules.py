@@ -1,4 +1,4 @@
-"""From logical axis names to mesh axes: one table per strategy, for parameters; one for activations.
+"""Map logical axis names to mesh axes: one table per strategy for parameters, one for activations.
 
 A model names the axes of its parameters (`embed`, `mlp`, `heads`, ...) in a table of path patterns and the axes of
 its activations in calls of `constrain`; only this file knows the mesh. The names of a parameter are those of its
@@ -176,7 +176,7 @@ def parameters(tree: Any, axes: LogicalAxes) -> tuple[Parameter, ...]:
 
 
 def axis_names(path: str, shape: tuple[int, ...], axes: LogicalAxes) -> Names:
-    """What the first row of the table that matches says of the leaf's last dimensions; of a scalar, nothing."""
+    """The axis names of a leaf's last dimensions, from the first matching row of the table; () for a scalar."""
     if not shape:
         return ()
     names = next((names for pattern, names in axes if re.search(pattern + "$", path)), None)

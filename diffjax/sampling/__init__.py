@@ -1,1 +1,1 @@
-"""Generated images and other results: files of them, and parts from which an interrupted command goes on."""
+"""Generation by sample number, samples files, and resumable writing in parts."""

@@ -1,4 +1,4 @@
-"""What each sample is conditioned on: labels, vectors or tokens of a file, or of the training data."""
+"""Conditions of samples: labels, and vectors or tokens from a file or from the training data."""
 
 import difflib
 import hashlib
@@ -21,7 +21,7 @@ SPREAD = ("interleaved", "uniform")  # how all classes are spread over the sampl
 
 @dataclass(frozen=True)
 class Conditions:
-    """What samples are conditioned on.
+    """The conditions of samples.
 
     Attributes:
         given: [n, ...], what the model gets.
@@ -118,7 +118,7 @@ def of_source(path: Path, first: int, num: int, trained: Run) -> Conditions:
 
 
 def _made_of(path: Path, origin: dict[str, Any]) -> dict[str, Any]:
-    """The origin of a file of tokens, by the json beside it. UserError unless they are what this run was trained on."""
+    """The origin of a file of tokens, from its json. UserError unless they are of the kind the run was trained on."""
     beside = path.with_suffix(".json")
     if not path.is_file() or not beside.is_file():
         raise UserError(f"--source={path}: it or {beside.name} is missing; `sample --raw` of a first stage writes both")

@@ -1,4 +1,4 @@
-"""Many samples written part by part, so that a killed command goes on where it was, in memory of a bounded size.
+"""Write many samples part by part: resumable after a kill, in bounded memory.
 
 While `samples.npz` is being made there is a folder `samples.npz.parts` beside it:
 

@@ -45,7 +45,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 class Classes(NamedTuple):
-    """What the columns of a grid stand for.
+    """The classes of the columns of a grid.
 
     Attributes:
         labels: integers [n], of the images.
@@ -166,7 +166,7 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, A
 
 
 def read_protocol(path: Path) -> dict[str, Any]:
-    """What the json beside a file of samples, pictures or raw ones, says of it; {} without one.
+    """The json of a file of samples, decoded or raw; {} without one.
 
     UserError when it is no json, or that of another file.
     """

@@ -1,4 +1,4 @@
-"""Files of k-means: codebooks, and the state of a fit that is under way."""
+"""Read and write codebooks and the state of an unfinished k-means fit."""
 
 import json
 from pathlib import Path

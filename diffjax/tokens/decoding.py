@@ -1,8 +1,8 @@
-"""Tokens from logits: one after the other, and all at once in a few rounds.
+"""Decode tokens from logits: autoregressively, or all positions in a few rounds (MaskGIT).
 
 Nothing here knows a network: `generate` takes one step of it (with a cache of what it has seen), `fill` a prediction of
 all positions. Both are pure functions of their keys, one per example, so that an example does not depend on its batch,
-and the numbers in `Choice` are arguments of the compiled program.
+and the numbers in `SamplingParams` are arguments of the compiled program.
 """
 
 import math
@@ -21,8 +21,8 @@ Step = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
 Predict = Callable[[jax.Array], jax.Array]
 
 
-class Choice(NamedTuple):
-    """How a token is drawn from logits; make it with `choice`, which checks.
+class SamplingParams(NamedTuple):
+    """Parameters of drawing a token from logits; made and checked by `sampling_params`.
 
     Attributes:
         temperature: the logits are divided by it; 0: the most probable token, without a draw.
@@ -37,10 +37,10 @@ class Choice(NamedTuple):
     guidance: jax.Array
 
 
-def choice(
+def sampling_params(
     vocabulary: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, guidance: float = 1.0
-) -> Choice:
-    """A checked `Choice` for a vocabulary of that size. Raises UserError."""
+) -> SamplingParams:
+    """A checked `SamplingParams` for a vocabulary of that size. Raises UserError."""
     if not 0 <= temperature < math.inf:
         raise UserError(f"temperature = {temperature}; valid: 0 (the most probable token) or more")
     if not isinstance(top_k, int) or not 0 <= top_k <= vocabulary:
@@ -49,7 +49,7 @@ def choice(
         raise UserError(f"top_p = {top_p}; valid: above 0, to 1 (all)")
     if not math.isfinite(guidance):
         raise UserError(f"guidance = {guidance}; valid: a number, 1 for none")
-    return Choice(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(guidance))
+    return SamplingParams(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(guidance))
 
 
 def generate(
@@ -58,7 +58,7 @@ def generate(
     cache: Any,
     keys: jax.Array,
     length: int,
-    how: Choice,
+    how: SamplingParams,
     *,
     end_from: int | None = None,
 ) -> jax.Array:
@@ -118,7 +118,7 @@ def log_probabilities(logits: jax.Array, temperature: Any = 1.0, may_end: Any = 
 
 
 def truncate(log_p: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """log_p [b, v], -inf outside the most probable entries that `Choice` says; of equal ones those in front remain."""
+    """log_p [b, v], -inf outside the entries that top_k and top_p keep; of equal entries the first remain."""
     order = jnp.argsort(log_p, axis=-1, descending=True)
     p = jnp.exp(jnp.take_along_axis(log_p, order, axis=-1))
     before = jnp.pad(jnp.cumsum(p, axis=-1)[:, :-1], ((0, 0), (1, 0)))
@@ -129,7 +129,7 @@ def truncate(log_p: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     return jnp.where((log_p > least) | ((log_p == least) & (entries <= last)), log_p, -jnp.inf)
 
 
-def draw_entry(log_p: jax.Array, keys: jax.Array, how: Choice) -> jax.Array:
+def draw_entry(log_p: jax.Array, keys: jax.Array, how: SamplingParams) -> jax.Array:
     """One entry per example, int32 [b], with weights exp(log_p [b, v]) as `how` truncates them."""
     # Sorting costs more than the rest: it is skipped where nothing is truncated.
     truncates = (how.top_k > 0) | (how.top_p < 1)
@@ -185,7 +185,7 @@ def token_log_probabilities(logits: jax.Array, temperature: float | jax.Array = 
 
 
 def hidden_counts(length: int, steps: int) -> np.ndarray:
-    """How many tokens are to be hidden after each round: floor(length cos(pi r / 2)), r = (s + 1) / steps; int32."""
+    """The number of hidden tokens after each round: floor(length cos(pi r / 2)), r = (s + 1) / steps; int32."""
     r = np.arange(1, steps + 1) / steps
     return np.append(np.floor(length * np.cos(np.pi / 2 * r[:-1])), 0).astype(np.int32)
 

@@ -1,4 +1,4 @@
-"""The random numbers of faiss: the words of a 32-bit Mersenne Twister, and the choices that it makes with them.
+"""The random numbers of faiss: words of a 32-bit Mersenne Twister, and the draws made from them.
 
 Numpy's RandomState is the same generator, and its stream of words is fixed for ever.
 """

@@ -1,8 +1,8 @@
-"""Losses over tokens: the next one, and the hidden ones.
+"""Cross-entropy losses of token models: of the next token, and of hidden tokens.
 
     (1)  loss = (1 - s) nll - s mean_v log p_v,      nll = -log p_target           label smoothing s, over all v columns
 
-The mean runs over the whole dictionary, its special entries included (the criterion of fairseq); computed in float32,
+The mean runs over the whole vocabulary, its special entries included (the criterion of fairseq); computed in float32,
 in nats.
 """
 
@@ -49,7 +49,7 @@ def hidden_tokens(
 
 
 def smoothed(logits: jax.Array, target: jax.Array, smoothing: float) -> tuple[jax.Array, jax.Array]:
-    """Equation (1) and its nll at every place: logits [..., v], target int32 [...] -> float32 [...] each."""
+    """Equation (1) and its nll at every position: logits [..., v], target int32 [...] -> float32 [...] each."""
     logits = logits.astype(jnp.float32)
     total = jax.nn.logsumexp(logits, axis=-1)
     nll = total - jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]

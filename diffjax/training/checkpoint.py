@@ -22,7 +22,7 @@ POWER_EMAS = "tracks"  # the item of the power-function EMAs, as run folders of 
 
 
 def latest_step(workdir: Path) -> int | None:
-    """The latest complete checkpoint of a run folder, None when there is none yet."""
+    """The latest complete checkpoint of a run folder; None before the first."""
     if not (workdir / "checkpoints").is_dir():
         return None
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
@@ -119,11 +119,11 @@ class Checkpoints(Archive):
             raise Damaged(f"{error}; {self._advice(good)}") from error
 
     def restore_item(self, item: str, step: int, abstract: Any) -> Any:
-        """One item alone, for instance the average without the optimizer's state."""
+        """Restore one item, for instance the average without the optimizer's state."""
         return self.restore_items(step, {item: abstract})[item]
 
     def data_fingerprint(self, step: int) -> dict[str, Any]:
-        """What the run was trained on, and in which order: `fingerprint` of the data position (data/pipeline.py)."""
+        """Identity of the training data and their order: `fingerprint` of the data position (data/pipeline.py)."""
         return self.restore_json("data", step)["fingerprint"]
 
     def restore_params(self, step: int, abstract: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Moving averages of the parameters, in float32, sharded as they are; and averages of any length afterwards.
+"""Exponential moving averages of the parameters (float32, sharded alike), and post-hoc EMAs of any length.
 
 After update n (from 1) to parameters θ_n an average moves by its rate 1 - β_n:
 
@@ -51,7 +51,7 @@ Rate = Callable[[Any], Any]  # the number of an update, int32 and from 1 -> 1 - 
 
 
 class Rates(NamedTuple):
-    """How the state's averages move: `ema`, and the power-function EMAs by their names."""
+    """The rates of the state's averages: of `ema`, and of the power-function EMAs by name."""
 
     ema: Rate
     power_emas: Mapping[str, Rate] = {}

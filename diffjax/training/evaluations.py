@@ -1,4 +1,4 @@
-"""The evaluators of a run: when each is due, and where its results lie.
+"""Run the evaluators of a run when they are due, and write their results.
 
     evals/<name>_<step>.json     {"step": ..., "evaluator": ..., "values": {...}, "protocol": {...}}
     samples/step_<step>.png      the picture of the evaluator `samples`; of any other evals/<name>_<step>.png

@@ -1,4 +1,4 @@
-"""Where a run starts: fresh parameters, or those of another model (fine-tuning).
+"""The initial state of a run: fresh parameters, or those of another model (fine-tuning).
 
 Of the latter everything must fit but what `init.new` names, by a part of the model (PARTS) or by the start of paths.
 """
@@ -29,7 +29,7 @@ NULL_CLASS = "null_class"  # one more row of every table of labels; the others a
 
 
 class Start(NamedTuple):
-    """What a run starts from.
+    """The initial parameters of a run.
 
     Attributes:
         source: where the parameters come from.
@@ -58,7 +58,7 @@ def find_start(experiment: Experiment) -> Start | None:
 
 
 def _holds(folder: Path) -> str:
-    """Of which model the parameters in a folder are, where `convert` or `ema` wrote it down."""
+    """The model of the parameters in a folder, where `convert` or `ema` recorded it."""
     if not (folder / "model.json").is_file():
         return ""
     made = store.read_model(folder)

@@ -1,13 +1,13 @@
-"""A request to stop, made by SIGTERM or Ctrl-C and honoured between two steps."""
+"""Stop requests by SIGTERM or Ctrl-C, honoured between two steps."""
 
 import signal
 from types import FrameType
 
 
 class StopRequest:
-    """From its making on, the first SIGTERM or SIGINT only sets `asked`; a second one ends the program at once.
+    """Handles signals once created: the first SIGTERM or SIGINT only sets `asked`; a second one ends the program.
 
-    number: of the signal; without one it is preemption, of which jax was told by SIGTERM.
+    number: of the signal; None for a preemption, which jax detects by SIGTERM.
 
     With several processes (`alone` False) no signal is taken: jax listens to SIGTERM, so that all of them stop at the
     same step, and one that stopped by itself would leave the others waiting.

@@ -1,4 +1,4 @@
-"""The one training loop, which every backbone and every method goes through.
+"""The training loop of all backbones and methods.
 
 The order of a pass is a contract:
 
@@ -201,7 +201,7 @@ def _announce(experiment: Experiment, reporter: Reporter, start: int, changed: d
 
 @dataclass
 class Run:
-    """All that the loop works with."""
+    """The objects that the loop uses."""
 
     experiment: Experiment
     checkpoints: Checkpoints
@@ -218,7 +218,7 @@ class Run:
         self._meta = _meta(self.experiment)
 
     def loop(self, state: TrainState, start: int, missing: list[str], keep_start: bool) -> None:
-        """From step `start` to the last, or until the run is asked to stop.
+        """Train from step `start` to the last, or until the run is asked to stop.
 
         missing: evaluators to make up for at `start`. keep_start: whether the first state is saved, so that a run that
         started from other parameters does not depend on them any more.
@@ -257,7 +257,7 @@ class Run:
             self.reporter.say(caveat)
 
     def _between(self, state: TrainState, step: int) -> None:
-        """What is due before a step."""
+        """Snapshot, save and evaluate as due before a step."""
         schedule = self.experiment.schedule
         if is_due(step, schedule.snapshot_every):
             self._snapshot(state, step)
@@ -319,7 +319,7 @@ def is_due(step: int, every: int) -> bool:
 
 
 def _meta(experiment: Experiment) -> dict[str, Any]:
-    """What a checkpoint says of its maker."""
+    """The `meta` item of a checkpoint: versions, mesh and hashes."""
     return {
         "config_sha256": experiment.config_sha256(),
         "frozen_sha256": experiment.frozen_sha256(),

@@ -1,4 +1,4 @@
-"""What a run reports: averages over a window of steps, to the console, metrics.jsonl and TensorBoard."""
+"""Report metrics averaged over a window of steps to the console, metrics.jsonl and TensorBoard."""
 
 import json
 import math

@@ -177,9 +177,9 @@ def _decay(leaves: Sequence[Parameter], optim: "Optim") -> optax.GradientTransfo
 def is_matrix(leaf: Parameter) -> bool:
     """Is it the kernel of a matrix product or of a convolution across channels?
 
-    Such leaves have two dimensions or more besides stacked layers, and are named `kernel` or have axes of both sides,
-    the residual stream and another. Tables of embeddings start with `vocab`; a depthwise convolution [h, w, 1, c] has
-    no sum over channels.
+    Such leaves have two dimensions or more, not counting that of stacked layers, and are named `kernel` or have axes of
+    both sides, the residual stream and another. Tables of embeddings start with `vocab`; a depthwise convolution [h, w,
+    1, c] has no sum over channels.
     """
     sides = {name for name in leaf.axes if name}
     depthwise = leaf.axes[:2] == (None, None) and leaf.shape[-2] == 1
@@ -324,7 +324,7 @@ def reads(optim: Optim) -> tuple[str, ...]:
 
 
 def _schedule_options(optim: Optim) -> dict[str, Any]:
-    """Of the schedule's options those that the section has."""
+    """The options of the schedule that the section has."""
     names = options(SCHEDULES[optim.schedule])
     return {name: getattr(optim, name) for name in names if name in options(Optim)}
 

@@ -128,7 +128,7 @@ def _averages_without_weights(tree: Mapping[str, Any], path: tuple[str, ...]) ->
 
 
 def _parts(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What a checkpoint holds by name, without settings and the states of optimizers."""
+    """The entries of a checkpoint by name, without settings and optimizer states."""
     return ((str(key), value) for key, value in tree.items() if not NO_WEIGHTS.match(str(key)))
 
 

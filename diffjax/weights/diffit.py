@@ -67,8 +67,8 @@ def _sizes(module: Any) -> dict[str, int]:
 
 def _arguments(sizes: mapping.Sizes, config: dict[str, Any]) -> dict[str, Any]:
     window, heads = _window(sizes["m"]), sizes["h"]
-    told = {"input_size": sizes["p"] * window, "num_heads": heads}
-    return arguments("diffit", sizes, config, told) | {"heads": heads, "window": window}
+    inferred = {"input_size": sizes["p"] * window, "num_heads": heads}
+    return arguments("diffit", sizes, config, inferred) | {"heads": heads, "window": window}
 
 
 def _window(offsets: int) -> int:
@@ -82,7 +82,7 @@ def _window(offsets: int) -> int:
 
 
 def _check_computed(keys: Any, state_dict: Mapping[str, Any], module: Any) -> None:
-    """What we compute and the file stores must be the same."""
+    """Check that stored fixed tables equal the computed ones."""
     computed = _computed(module)
     for key in sorted(keys):
         if key not in computed:

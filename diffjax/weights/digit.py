@@ -88,7 +88,7 @@ OF_STAGE2 = ("V", "target_dict_len", "embed_rows")
 
 @dataclass(frozen=True)
 class Family:
-    """One of the uses of the decoder, whose weights alone do not say which.
+    """One use of the decoder, which the weights do not identify.
 
     Attributes:
         name: in `diffjax.weights.FAMILIES`.

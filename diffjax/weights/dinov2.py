@@ -101,7 +101,7 @@ def _sizes(module: Any) -> dict[str, int]:
 def _arguments(sizes: mapping.Sizes, gated: bool, config: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments of our module out of the sizes; what `config` gives must agree with them."""
     depth, width, hidden, rows = (sizes[axis] for axis in "ldfn")
-    told: dict[str, float] = {
+    inferred: dict[str, float] = {
         "patch_size": sizes["p"],
         "embed_dim": width,
         "depth": depth,
@@ -109,8 +109,8 @@ def _arguments(sizes: mapping.Sizes, gated: bool, config: dict[str, Any]) -> dic
         "pos_embed_tokens": rows,
     }
     if _hidden(width, config.get("mlp_ratio", 4), gated) != hidden:
-        told["mlp_ratio"] = hidden * (1.5 if gated else 1) / width
-    mapping.check_agreement("dinov2", told, config)
+        inferred["mlp_ratio"] = hidden * (1.5 if gated else 1) / width
+    mapping.check_agreement("dinov2", inferred, config)
     for name, value in FIXED.items():
         if config.get(name, value) != value:
             raise UserError(f"dinov2: {name} = {config[name]} is not supported; valid: {value}")

@@ -148,7 +148,7 @@ def _arguments(sizes: mapping.Sizes, present: set[str], config: dict[str, Any]) 
     """Constructor arguments of our module out of the sizes; what `config` gives must agree with them."""
     side = _side(sizes["m"], 1 + ("labels" in present))
     mixer = {"d_state": sizes["n"], "d_conv": sizes["w"], "expand": sizes["e"] // sizes["d"]}
-    told: dict[str, Any] = {
+    inferred: dict[str, Any] = {
         "img_size": sizes["p"] * side,
         "patch_size": sizes["p"],
         "channels": sizes["c"],
@@ -160,24 +160,24 @@ def _arguments(sizes: mapping.Sizes, present: set[str], config: dict[str, Any]) 
         "rms_norm": "layer_norm" not in present,
     }
     if "sides" in present:
-        told["skip"] = "skips" in present
+        inferred["skip"] = "skips" in present
     given = config | {"num_classes": max(config["num_classes"], -1) or -1} if "num_classes" in config else config
-    mapping.check_agreement("dis", told, given)
+    mapping.check_agreement("dis", inferred, given)
     given_mixer = {name: value for name, value in (config.get("ssm_cfg") or {}).items() if value != "auto"}
     mapping.check_agreement("dis: ssm_cfg", mixer | {"dt_rank": sizes["r"]}, given_mixer)
     if wrong := [name for name, value in FIXED.items() if config.get(name, value) != value]:
         raise UserError(f"dis: {wrong[0]} = {config[wrong[0]]} is not supported; valid: {FIXED[wrong[0]]}")
     return mixer | {
         "patch": sizes["p"],
-        "depth": told["depth"],
+        "depth": inferred["depth"],
         "width": sizes["d"],
         "channels": sizes["c"],
-        "num_classes": max(told["num_classes"], 0),
+        "num_classes": max(inferred["num_classes"], 0),
         "null_class": "labels" not in present or mapping.has_null(sizes["v"], config),
-        "learn_sigma": told["learn_sigma"],
-        "skip": "concat" if told.get("skip", config.get("skip", True)) else "none",
-        "norm": "rms" if told["rms_norm"] else "layer",
-        "time_mlp": told["mlp_time_embed"],
+        "learn_sigma": inferred["learn_sigma"],
+        "skip": "concat" if inferred.get("skip", config.get("skip", True)) else "none",
+        "norm": "rms" if inferred["rms_norm"] else "layer",
+        "time_mlp": inferred["mlp_time_embed"],
         "drop_path": config.get("drop_path_rate", 0.1),
     }
 

@@ -77,7 +77,7 @@ def from_reference(state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Mod
 
 
 def to_reference(module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The reference's state_dict, without `pos_embed`: that table depends on the image size alone."""
+    """The reference's state_dict, without `pos_embed`, which depends on the image size only."""
     return mapping.to_state_dict(TABLE, _sizes(module), params)
 
 
@@ -105,18 +105,18 @@ def _arguments(sizes: mapping.Sizes, config: dict[str, Any]) -> dict[str, Any]:
     return arguments("dit", sizes, config, {}) | {"heads": _heads(sizes["l"], sizes["d"], config)}
 
 
-def arguments(family: str, sizes: mapping.Sizes, config: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+def arguments(family: str, sizes: mapping.Sizes, config: dict[str, Any], inferred: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments of our module, all but the heads, out of the sizes; `config` must agree with them.
 
-    told: what the sizes tell of the reference's arguments besides.
+    inferred: further reference arguments, inferred from the sizes.
     """
     depth, width, hidden, rows = (sizes[axis] for axis in "ldfv")
     null = mapping.has_null(rows, config)
     shape = {"patch_size": sizes["p"], "in_channels": sizes["c"], "hidden_size": width, "depth": depth}
-    told = told | shape | {"learn_sigma": sizes["o"] == 2 * sizes["c"], "num_classes": rows - null}
+    inferred = inferred | shape | {"learn_sigma": sizes["o"] == 2 * sizes["c"], "num_classes": rows - null}
     if not (ratio := config.get("mlp_ratio")) or int(width * ratio) != hidden:
-        told["mlp_ratio"] = ratio = mapping.ratio(hidden, width)
-    mapping.check_agreement(family, told, config)
+        inferred["mlp_ratio"] = ratio = mapping.ratio(hidden, width)
+    mapping.check_agreement(family, inferred, config)
     if rows == null:
         raise UserError(f"{family}: a label table of {rows} rows has no class beside the null class")
     return {
@@ -127,7 +127,7 @@ def arguments(family: str, sizes: mapping.Sizes, config: dict[str, Any], told: d
         "channels": sizes["c"],
         "num_classes": rows - null,
         "null_class": null,
-        "learn_sigma": told["learn_sigma"],
+        "learn_sigma": inferred["learn_sigma"],
     }
 
 

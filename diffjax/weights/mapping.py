@@ -143,9 +143,9 @@ def check_names(family: str, config: Mapping[str, Any], valid: Sequence[str]) ->
         raise UserError(f"{family} has no argument {', '.join(unknown)}; valid: {', '.join(valid)}")
 
 
-def check_agreement(family: str, told: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def check_agreement(family: str, inferred: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Raise UserError for an argument in `config` that differs from what the weights tell of it."""
-    for name, value in told.items():
+    for name, value in inferred.items():
         if name in config and config[name] != value:
             raise UserError(f"{family}: {name} = {config[name]} contradicts the weights, whose shapes say {value}")
 
@@ -206,15 +206,15 @@ def _solve(groups: list[list[str]], shape: Sequence[int], sizes: Sizes) -> list[
     """The sizes that one array tells, of each dimension with one unknown factor; none if it contradicts `sizes`."""
     if len(groups) != len(shape):
         return []
-    told = []
+    inferred = []
     for group, size in zip(groups, shape):
         unknown = [_base(axis) for axis in group if _base(axis) not in sizes]
         rest = math.prod(sizes.get(_base(axis), 1) for axis in group)
         if size % rest or (not unknown and size != rest):
             return []
         if len(unknown) == 1:
-            told.append((unknown[0], size // rest))
-    return told
+            inferred.append((unknown[0], size // rest))
+    return inferred
 
 
 def _text(shape: Sequence[int | None]) -> str:

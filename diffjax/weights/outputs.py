@@ -1,4 +1,4 @@
-"""Output channels of a backbone: the prediction, and after it those of a variance, which not every process uses."""
+"""Drop the output channels of a variance where the process uses only those of the prediction."""
 
 import re
 from typing import Any
@@ -21,7 +21,7 @@ def unused(stored: Shapes, wanted: Shapes) -> set[str]:
 
 
 def first_half(array: Any, channels: int) -> Any:
-    """An array [..., places x 2 channels] -> [..., places x channels], the first half of the channels of each place."""
+    """[..., positions x 2 channels] -> [..., positions x channels]: the first half of the channels at each position."""
     lead = array.shape[:-1]
     return array.reshape(*lead, -1, 2 * channels)[..., :channels].reshape(*lead, -1)
 

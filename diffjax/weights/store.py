@@ -1,4 +1,4 @@
-"""Parameters on disk with the model they belong to: OUT/params (Orbax) and OUT/model.json."""
+"""Save and load parameters together with their model: OUT/params (Orbax) and OUT/model.json."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ def save(out: Path, module: nn.Module, params: Any, meta: Mapping[str, Any]) -> 
 
     Args:
         out: a folder that is new or empty (UserError otherwise).
-        meta: json-able, said of the parameters besides: where they come from.
+        meta: json-able, further entries of model.json: where the parameters come from.
     """
     out = Path(out)
     refuse_full(out)

@@ -1,4 +1,4 @@
-"""Reads weight files without torch: .safetensors, torch's zip archives (.pt, .pth) and its older single stream.
+"""Read weight files without torch: .safetensors, torch's zip archives (.pt, .pth) and its older single stream.
 
 A torch file is a pickle whose tensors are views of raw storages kept beside it. Pickles can call anything they can
 name, so this reader resolves names through one short table of inert stand-ins and refuses every other name.
@@ -45,7 +45,7 @@ Storage = Callable[[str, str, int], np.ndarray]  # key, element type, element co
 
 
 def read(path: str | Path) -> Any:
-    """What the file holds: nested dicts and lists of numpy arrays and plain Python values.
+    """The content of the file: nested dicts and lists of numpy arrays and plain Python values.
 
     Arrays of torch files are read-only views of the mapped file, bfloat16 as `ml_dtypes.bfloat16`; tensors that
     share a storage share memory. An `argparse.Namespace` becomes the dict of its attributes.
@@ -98,7 +98,7 @@ def _read_zip(path: Path, file: BinaryIO) -> Any:
 
 
 def _locate(path: Path, mapped: mmap.mmap, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where the bytes of an uncompressed member lie in the file: (start, size); its checksum must hold."""
+    """The location of an uncompressed member in the file: (start, size); checks its checksum."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise UserError(f"{path}: member {info.filename} is compressed, torch never does that; not a torch file")
     name_size, extra_size = struct.unpack_from("<HH", mapped, info.header_offset + 26)

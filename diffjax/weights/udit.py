@@ -1,4 +1,4 @@
-"""U-DiT checkpoints of YuchuanTian/U-DiT: those of the form that is trained, to be fused here and not there.
+"""U-DiT checkpoints of YuchuanTian/U-DiT, in the unfused form used for training.
 
 Its evaluation mode adds the 3 x 3 and 1 x 1 kernels and the identity into the stored 5 x 5 kernel, and again whenever
 it is entered: weights saved after that no longer hold the model. `check_unfused` refuses them where it can tell.
@@ -264,7 +264,7 @@ def _sizes(module: Any) -> dict[str, int]:
 
 def _arguments(sizes: mapping.Sizes, present: set[str], config: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments of our module out of the sizes; what `config` gives must agree with them."""
-    told: dict[str, Any] = {
+    inferred: dict[str, Any] = {
         "in_channels": sizes["c"],
         "hidden_size": sizes["d"],
         "depth": [sizes[blocks] for blocks in BLOCKS],
@@ -273,32 +273,32 @@ def _arguments(sizes: mapping.Sizes, present: set[str], config: dict[str, Any]) 
         "attn_type": "v2" if "cosine" in present else None,
     }
     null = "labels" not in present or mapping.has_null(sizes["v"], config)
-    told["num_classes"] = sizes["v"] - null if "labels" in present else 0
-    if "labels" in present and told["num_classes"] < 1:
+    inferred["num_classes"] = sizes["v"] - null if "labels" in present else 0
+    if "labels" in present and inferred["num_classes"] < 1:
         raise UserError(f"udit: a label table of {sizes['v']} rows has no class beside the null class")
     if "rep" in present:
-        told["rep"] = 1
+        inferred["rep"] = 1
     if "cosine" in present:
-        told["num_heads"] = sizes["h"]
+        inferred["num_heads"] = sizes["h"]
     if "downsampler" in present:
-        told["downsampler"] = f"dwconv{sizes['a']}"
+        inferred["downsampler"] = f"dwconv{sizes['a']}"
     ratio = _mlp_ratio(sizes, present, config)
-    mapping.check_agreement("udit", told | {"mlp_ratio": ratio}, config)
+    mapping.check_agreement("udit", inferred | {"mlp_ratio": ratio}, config)
     factor = config.get("down_factor", 2)
     return {
         "width": sizes["d"],
-        "heads": told.get("num_heads") or _heads(sizes["d"], config),
-        "depth": tuple(told["depth"]),
+        "heads": inferred.get("num_heads") or _heads(sizes["d"], config),
+        "depth": tuple(inferred["depth"]),
         "mlp_ratio": ratio,
         "channels": sizes["c"],
-        "num_classes": told["num_classes"],
+        "num_classes": inferred["num_classes"],
         "null_class": null,
-        "learn_sigma": told["learn_sigma"],
+        "learn_sigma": inferred["learn_sigma"],
         "similarity": "cosine" if "cosine" in present else "dot",
         "down_factor": tuple(factor) if isinstance(factor, list) else factor,
         "down_kernel": sizes["a"] if "downsampler" in present else 0,
         "down_shortcut": bool(config.get("down_shortcut", True)),
-        "ffn": told["ffn_type"],
+        "ffn": inferred["ffn_type"],
         "label_drop": config.get("class_dropout_prob", 0.1),
     }
 

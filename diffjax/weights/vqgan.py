@@ -52,10 +52,10 @@ def from_reference(state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Mod
     if any(width % sizes["w"] for width in widths):
         raise UserError(f"vqgan: levels are {widths} channels wide; valid: multiples of the first map's {sizes['w']}")
     multipliers = [width // sizes["w"] for width in widths]
-    told = {"z_channels": sizes["z"], "in_channels": 3, "out_ch": 3, "ch": sizes["w"], "ch_mult": multipliers}
-    told |= {"num_res_blocks": depth, "double_z": False}
+    inferred = {"z_channels": sizes["z"], "in_channels": 3, "out_ch": 3, "ch": sizes["w"], "ch_mult": multipliers}
+    inferred |= {"num_res_blocks": depth, "double_z": False}
     given = halves | ({"ch_mult": list(halves["ch_mult"])} if "ch_mult" in halves else {})
-    mapping.check_agreement("vqgan", told, given)
+    mapping.check_agreement("vqgan", inferred, given)
     mapping.check_agreement("vqgan", {"n_embed": sizes["v"], "embed_dim": sizes["z"]}, config)
     module = create(
         "VQGAN",
@@ -76,7 +76,7 @@ def to_reference(module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.n
 
 
 def _count(weights: Mapping[str, Any], pattern: str) -> int:
-    """How many numbers the keys have at a place; of none, one, whose keys are then missing."""
+    """How many indices the keys have at a position; 1 where there are no keys, which are then reported as missing."""
     return len({match[1] for key in weights if (match := re.match(pattern, key))}) or 1
 
 

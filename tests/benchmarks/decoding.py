@@ -23,7 +23,7 @@ from diffjax.ops.vocabulary import SPECIALS
 from diffjax.tokens import decoding
 
 
-def with_cache(model: Any, params: Any, keys: jax.Array, length: int, how: decoding.Choice) -> jax.Array:
+def with_cache(model: Any, params: Any, keys: jax.Array, length: int, how: decoding.SamplingParams) -> jax.Array:
     def step(cache: Any, tokens: jax.Array) -> Any:
         return model.apply({"params": params}, cache, tokens, method="step")
 
@@ -32,7 +32,7 @@ def with_cache(model: Any, params: Any, keys: jax.Array, length: int, how: decod
     return decoding.generate(step, logits, cache, keys, length, how)
 
 
-def again(model: Any, params: Any, keys: jax.Array, length: int, how: decoding.Choice) -> jax.Array:
+def again(model: Any, params: Any, keys: jax.Array, length: int, how: decoding.SamplingParams) -> jax.Array:
     """The same tokens without a cache: every step computes all places."""
 
     def body(i: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -72,7 +72,7 @@ def main() -> None:
     )
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     keys = jax.random.split(jax.random.key(1), options.batch)
-    how = decoding.choice(options.vocabulary, top_k=options.top_k)
+    how = decoding.sampling_params(options.vocabulary, top_k=options.top_k)
     runs = {("cache", length): jax.jit(functools.partial(with_cache, model, length=length)) for length in lengths}
     runs["again", options.again] = jax.jit(functools.partial(again, model, length=options.again))
     best = dict.fromkeys(runs, float("inf"))

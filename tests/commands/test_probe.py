@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffjax.__main__ import main
-from diffjax.commands import probe as probe_verb
+from diffjax.commands import probe as probe_command
 from diffjax.config import resolve
 from diffjax.data import sources
 from diffjax.data import tokens as records
@@ -93,9 +93,9 @@ def test_the_table_and_its_last_sentence(world, tmp_path, capsys):
 @pytest.mark.parametrize("value, word", [(0.9, "it beats raw pixels"), (0.5, "it equals"), (0.3, "it does not beat")])
 def test_the_last_sentence_is_honest(capsys, value, word):
     rows = {"block_0": 0.2, "block_1": value, "images": 0.5}
-    probe_verb.print_table({name: {"value": v, "train": 1.0} for name, v in rows.items()}, 10)
+    probe_command.print_table({name: {"value": v, "train": 1.0} for name, v in rows.items()}, 10)
     assert word in capsys.readouterr().out
-    probe_verb.print_table({"block_0": {"value": 0.2, "train": 1.0}}, 10)
+    probe_command.print_table({"block_0": {"value": 0.2, "train": 1.0}}, 10)
     assert "there are no raw pixels to compare with" in capsys.readouterr().out
 
 
@@ -103,8 +103,8 @@ def test_the_last_sentence_is_honest(capsys, value, word):
 def inputs(world):
     """What classifiers look at, and all that it is made of."""
     run = open_run(world / "run")
-    train, test = (probe_verb.read(world / name, run.experiment, run.origin["codes"]) for name in ("tokens", "test"))
-    return run, train, test, probe_verb.of_blocks(run, train, test)
+    train, test = (probe_command.read(world / name, run.experiment, run.origin["codes"]) for name in ("tokens", "test"))
+    return run, train, test, probe_command.of_blocks(run, train, test)
 
 
 def of_config(run, values):
@@ -132,13 +132,13 @@ def test_features_do_not_depend_on_devices(inputs):
     run, _, test, blocks = inputs
     few = test._replace(tokens=test.tokens[:9], labels=test.labels[:9])
     one = open_run(run.origin["workdir"], mesh=make_mesh({"data": 1}, jax.devices()[:1]))
-    alone = probe_verb.of_blocks(one, few, few)
+    alone = probe_command.of_blocks(one, few, few)
     np.testing.assert_allclose(alone.test, blocks.test[:9], atol=1e-5)
 
 
 def test_what_is_compared_with(inputs):
     run, train, test, _ = inputs
-    compared = probe_verb.of_pixels(run.experiment, train, test)
+    compared = probe_command.of_pixels(run.experiment, train, test)
     pictures = sources.arrays(run.experiment.images_of_tokens())[0] / 127.5 - 1
     np.testing.assert_allclose(compared["images"].train[:1500, 0], pictures.reshape(1500, -1), atol=1e-6)
     np.testing.assert_allclose(compared["images"].train[1500:, 0], pictures[:, :, ::-1].reshape(1500, -1), atol=1e-6)
@@ -153,22 +153,22 @@ def test_what_is_compared_with(inputs):
     assert counts.test[3, 0, test.tokens[3, 0, 5]] == np.sum(test.tokens[3, 0] == test.tokens[3, 0, 5])
     manifest = json.loads(json.dumps(train.manifest))
     manifest["streams"][0]["encoder"]["name"] = "other"
-    assert probe_verb.of_pixels(run.experiment, train._replace(manifest=manifest), test) == {}
+    assert probe_command.of_pixels(run.experiment, train._replace(manifest=manifest), test) == {}
 
 
 def test_a_model_that_only_knows_classes_is_refused(inputs):
     run, train, test, _ = inputs
     run = of_config(run, {"tokens.label_drop": 0.0, "sampling.guidance.scale": 1.0})
-    with pytest.raises(probe_verb.UserError, match="begins with the class, and it has no null class"):
-        probe_verb.of_blocks(run, train, test)
+    with pytest.raises(probe_command.UserError, match="begins with the class, and it has no null class"):
+        probe_command.of_blocks(run, train, test)
 
 
 def test_images_that_are_not_those_of_the_tokens(inputs):
     run, _, test, _ = inputs
     manifest = json.loads(json.dumps(test.manifest))
     manifest["images"]["sha256"] = "0"
-    with pytest.raises(probe_verb.UserError, match="and the run's config knows other images"):
-        probe_verb.images(run.experiment, test._replace(manifest=manifest))
+    with pytest.raises(probe_command.UserError, match="and the run's config knows other images"):
+        probe_command.images(run.experiment, test._replace(manifest=manifest))
 
 
 def test_tokens_are_not_swept(world, tmp_path, capsys):

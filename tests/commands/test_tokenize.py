@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from diffjax import experiment
-from diffjax.commands import tokenize as tokenize_verb
+from diffjax.commands import tokenize as tokenize_command
 from diffjax.data import sources
 from diffjax.data import tokens as records
 from diffjax.files import LOCK
@@ -53,7 +53,7 @@ def test_tokens_are_of_the_nearest_centroids_of_an_image_and_of_its_mirror_image
     for view, pictures in enumerate((images, images[:, :, ::-1])):
         assert np.mean(tokens[:, view] == nearest(pictures, codebook)) > 0.9999  # all but ties
     assert len(np.unique(tokens)) == VOCABULARY
-    assert not list(made.glob(f"{tokenize_verb.FIT}*"))
+    assert not list(made.glob(f"{tokenize_command.FIT}*"))
 
 
 def test_the_manifest_says_how(made):
@@ -76,7 +76,7 @@ def test_other_images_with_the_same_codebook(made, tmp_path):
 
 
 def test_one_device_and_eight_write_the_same_bytes(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize_verb, "make_mesh", lambda sizes: make_mesh({"data": 1}, jax.devices()[:1]))
+    monkeypatch.setattr(tokenize_command, "make_mesh", lambda sizes: make_mesh({"data": 1}, jax.devices()[:1]))
     alone = tokenize(tmp_path / "one", "tokens.mirrored=true")
     assert records.read_manifest(alone) == records.read_manifest(made)
     assert (alone / records.CODEBOOK).read_bytes() == (made / records.CODEBOOK).read_bytes()
@@ -104,7 +104,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_codebook(made, tmp_path, monkeyp
         patched.setattr(kmeans, "write_state", write_and_die)
         with pytest.raises(Killed):
             tokenize(out, "tokens.mirrored=true")
-    assert sorted(path.name for path in out.iterdir()) == [LOCK, tokenize_verb.FIT]
+    assert sorted(path.name for path in out.iterdir()) == [LOCK, tokenize_command.FIT]
     error = mistake(capsys, tokenize_arguments(out, "tokens.seed=5"))
     assert "is of a fit of other points or settings" in error
     assert "seed 1234 there, 5 here" in error
@@ -115,7 +115,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_codebook(made, tmp_path, monkeyp
     assert iterations == [3, 4]
     assert (out / records.CODEBOOK).read_bytes() == (made / records.CODEBOOK).read_bytes()
     assert records.read_manifest(out) == records.read_manifest(made)
-    assert not (out / tokenize_verb.FIT).exists()
+    assert not (out / tokenize_command.FIT).exists()
 
 
 def test_unlabelled_images(tmp_path, monkeypatch):

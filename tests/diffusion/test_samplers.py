@@ -18,7 +18,7 @@ from tests.diffusion import single_steps
 
 MEAN, STD = 0.7, 0.4
 SHAPE = (1, 1, 2)
-ABAR = gaussian_diffusion().alphas_cumprod  # of the original steps, which is what a network is told
+ABAR = gaussian_diffusion().alphas_cumprod  # of the original steps, which is what a network gets
 
 
 def keys(count: int, seed: int = 0) -> jax.Array:

@@ -164,7 +164,10 @@ def test_greedy_continuation(case):
 
         cache = module.init_cache(len(stored), length, 0 if source is None else source.shape[1])
         logits, cache = module.apply({"params": params}, cache, y, source, method="prefill")
-        how, keys = decoding.choice(module.vocabulary, temperature=0), jax.random.split(jax.random.key(0), len(stored))
+        how, keys = (
+            decoding.sampling_params(module.vocabulary, temperature=0),
+            jax.random.split(jax.random.key(0), len(stored)),
+        )
         return decoding.generate(step, logits, cache, keys, length, how, end_from=limits["min_len"])
 
     with jax.default_matmul_precision("highest"):

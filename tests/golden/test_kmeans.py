@@ -88,5 +88,5 @@ def test_assignment(case):
     for n, expected in stored(case, r"assign_first(\d+)").items():
         tokens = jax.jit(kmeans.assign)(case.arrays["x"][:n], longest[max(longest)])
         clear = case.arrays[f"assign_margin_first{n}"] > MARGIN
-        assert clear.mean() > 0.9, "hardly a token is told by its margin"
+        assert clear.mean() > 0.9, "hardly a token is decided by its margin"
         np.testing.assert_array_equal(np.asarray(tokens)[clear], expected[clear])

@@ -50,7 +50,7 @@ LABELS = jnp.array([0, 1, 2, 1])
 
 @pytest.mark.parametrize("weight", [None, 2.5])
 def test_greedy_tokens_are_the_most_probable_given_those_before(weight):
-    how = decoding.choice(VOCABULARY, temperature=0, guidance=1.0 if weight is None else weight)
+    how = decoding.sampling_params(VOCABULARY, temperature=0, guidance=1.0 if weight is None else weight)
     tokens = sample(LABELS, keys(), how, guided=weight is not None)
     assert (tokens.shape, tokens.dtype) == ((B, N), jnp.int32)
     logits = teacher_forced(tokens, LABELS)
@@ -77,12 +77,12 @@ def test_guided_logits_with_the_cache_are_those_of_the_whole():
 
 
 def test_guidance_of_weight_one_is_none():
-    how = decoding.choice(VOCABULARY, temperature=0)
+    how = decoding.sampling_params(VOCABULARY, temperature=0)
     np.testing.assert_array_equal(sample(LABELS, keys(), how, guided=True), sample(LABELS, keys(), how))
 
 
 def test_a_sample_depends_on_its_own_key_alone():
-    how = decoding.choice(VOCABULARY, top_k=8, top_p=0.95)
+    how = decoding.sampling_params(VOCABULARY, top_k=8, top_p=0.95)
     tokens = sample(LABELS, keys(), how)
     np.testing.assert_array_equal(sample(LABELS[2:3], keys()[2:3], how), tokens[2:3])
     np.testing.assert_array_equal(sample(LABELS[::-1], keys()[::-1], how), tokens[::-1])
@@ -93,7 +93,7 @@ def test_a_sample_depends_on_its_own_key_alone():
 def test_the_numbers_of_a_choice_are_no_part_of_the_program():
     before = None
     for options in ({}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.5}, {"guidance": 3.0}, {"temperature": 0}):
-        sample(LABELS, keys(), decoding.choice(VOCABULARY, **options), guided=True)
+        sample(LABELS, keys(), decoding.sampling_params(VOCABULARY, **options), guided=True)
         before = before or sample._cache_size()
     assert sample._cache_size() == before
 
@@ -115,7 +115,7 @@ def test_draws_follow_the_truncated_distribution():
         ({"temperature": 0.5}, 6, sharp),
         ({"temperature": 0}, 1, p),
     ):
-        frequency = np.bincount(draw(decoding.choice(6, **options)) - SPECIALS, minlength=6) / 4000
+        frequency = np.bincount(draw(decoding.sampling_params(6, **options)) - SPECIALS, minlength=6) / 4000
         expected = np.where(np.arange(6) < kept, weights, 0) / weights[:kept].sum()
         assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected * (1 - expected) / 4000)).all(), options
 
@@ -141,7 +141,7 @@ def test_sequences_end_where_they_may():
         return logits, cache
 
     logits = jnp.zeros((B, SPECIALS + VOCABULARY)).at[:, END].set(50.0)
-    run = functools.partial(decoding.generate, step, logits, None, keys(), N, decoding.choice(VOCABULARY))
+    run = functools.partial(decoding.generate, step, logits, None, keys(), N, decoding.sampling_params(VOCABULARY))
     assert (np.asarray(run()) >= 0).all()
     ended = np.asarray(run(end_from=4))
     assert (ended[:, :4] >= 0).all()
@@ -202,11 +202,11 @@ def test_refine_hides_the_least_sure_and_at_least_one_but_fewer_than_before():
 )
 def test_choices_that_cannot_be(options, message):
     with pytest.raises(UserError, match=message):
-        decoding.choice(VOCABULARY, **options)
+        decoding.sampling_params(VOCABULARY, **options)
 
 
 def test_other_errors():
     with pytest.raises(UserError, match="3 rows of logits for 4 keys"):
-        decoding.generate(None, jnp.zeros((3, 9)), None, keys(), N, decoding.choice(4))
+        decoding.generate(None, jnp.zeros((3, 9)), None, keys(), N, decoding.sampling_params(4))
     with pytest.raises(UserError, match="steps = 0; valid: 1 or more"):
         decoding.fill(None, keys(), 4, 0)

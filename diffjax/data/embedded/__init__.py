@@ -1,4 +1,4 @@
-"""Two small real image sets that travel with the package (licences: NOTICE.md; made by rebuild.py).
+"""Two small sets of real images included in the package (licences: NOTICE.md; made by rebuild.py).
 
 Each file holds `images` uint8 [n, h, w, c], `labels` uint8 [n] and `names`, the class names in label order. What is
 checked is the SHA-256 of the arrays, not of the file: the bytes of a zip archive depend on the compressor.

@@ -158,7 +158,7 @@ def _call(kernel: Callable, inputs: Inputs, in_places: Any, out_places: Any, sha
 
 
 class Fixed(NamedTuple):
-    """What does not change along the sequence."""
+    """Values that are constant along the sequence."""
 
     A: jax.Array  # [n, e] divided by log(2): exp(d A) = 2^(d A / log(2))
     D: jax.Array | None  # [e]
@@ -171,7 +171,7 @@ class Fixed(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What is loaded of a token, float32; zero beyond the length, the channels and the states of the arrays."""
+    """The values loaded for a token, float32; zero beyond the length, the channels and the states of the arrays."""
 
     channels: jax.Array  # [e] true where there is a token and a channel
     states: jax.Array  # [n]
