@@ -138,7 +138,7 @@ def test_several_runs_leave_out_what_is_not_defined(runs, capsys):
     assert len(written["left_out"]) == 2
     for line in written["left_out"]:
         assert f"left out: {line}\n" in printed
-    assert "an evaluation with guidance counts as two" in printed
+    assert "a guided network call counts as two" in printed
 
 
 def test_samplers_with_and_without_steps_of_their_own():
