@@ -175,6 +175,7 @@ def test_codes_are_not_swept(world, tmp_path, capsys):
     assert "is a run of codes" in mistake(capsys, [*sweep, f"--out={tmp_path / 'sweep.json'}"])
 
 
+@pytest.mark.slow
 def test_a_run_whose_codes_have_moved_goes_on(world, tmp_path, capsys):
     run, moved = shutil.copytree(world / "run", tmp_path / "run"), shutil.copytree(world / "codes", tmp_path / "moved")
     assert main([*run_arguments(run, moved, "data.flip=true", "total_steps=5"), "--accept=total_steps"]) == 0
