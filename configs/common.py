@@ -6,7 +6,6 @@ from diffjax.config.recipes import (
     UNET,
     backbone,
     base,
-    codes,
     digit_recipe,
     dis_recipe,
     dit_recipe,
@@ -16,6 +15,7 @@ from diffjax.config.recipes import (
     published,
     run_local,
     tfds_images,
+    token_data,
 )
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "UNET",
     "backbone",
     "base",
-    "codes",
     "digit_recipe",
     "dis_recipe",
     "dit_recipe",
@@ -34,4 +33,5 @@ __all__ = [
     "published",
     "run_local",
     "tfds_images",
+    "token_data",
 ]

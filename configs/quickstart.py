@@ -56,7 +56,7 @@ def get_config(arg: str | None = None):
     c.data.threads = 1
 
     if options.model == "digit":
-        common.codes(c, encoder="pixels", count=128, grid=4)
+        common.token_data(c, encoder="pixels", vocabulary=128, grid=4)
         c.data.dir = "runs/quickstart-digit/tokens"
         c.tokens.patch, c.tokens.label_drop = 2, 0.1
     else:

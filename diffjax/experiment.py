@@ -61,7 +61,8 @@ class Experiment:
         config: what it was built of; other modules hand it on and read the properties below.
         method: how the backbone is trained and sampled. apply: the backbone, (params, *inputs) -> output.
         schedule: when a run saves, reports and evaluates.
-        averages: how the averages of the parameters move. tracks: the relative lengths of the power-function averages.
+        averages: how the averages of the parameters move. sigma_rel: relative lengths of the power-function EMAs by
+            name.
         abstract: shapes, dtypes and shardings of the state.
         init: () -> state at step 0. fresh: () -> its parameters alone. start: parameters -> state at step 0.
         step: (state, frozen, batch, key) -> (state, metrics), jitted; donates the state.
@@ -73,7 +74,7 @@ class Experiment:
     apply: Apply
     schedule: Schedule
     averages: ema.Rates
-    tracks: Mapping[str, float]
+    sigma_rel: Mapping[str, float]
     abstract: TrainState
     init: Callable[[], TrainState]
     fresh: Callable[[], Tree]
@@ -335,7 +336,7 @@ def build(config: Config, mesh: Mesh | None = None, devices: Any = None, *, trai
     optim, rate = optimizer.make(config.optim, config.total_steps, known)
 
     def start(params: Tree) -> TrainState:
-        return initial_state(params, optim, averages.tracks)
+        return initial_state(params, optim, averages.power_emas)
 
     def init(key: jax.Array) -> TrainState:
         return start(fresh(key))
@@ -361,7 +362,7 @@ def build(config: Config, mesh: Mesh | None = None, devices: Any = None, *, trai
         apply=apply,
         schedule=schedule(config),
         averages=averages,
-        tracks=ema.track_lengths(config.ema.tracks),
+        sigma_rel=ema.by_name(config.ema.sigma_rel),
         abstract=with_shardings(shapes, sharding),
         init=lambda: jitted_init(params_key),
         fresh=lambda: jax.jit(on_mesh(fresh, mesh), out_shardings=sharding.params)(params_key),
@@ -442,7 +443,7 @@ class Tokenization:
     """What `tokenize` does: which images become tokens, by which encoder and which codebook.
 
     Attributes:
-        counts: how many tokens there are, by leaf: `codes` of the features and `decoder_codes` of a decoder.
+        counts: sizes of the vocabularies by leaf: `vocabulary` of the features and `decoder_vocabulary` of a decoder.
         fit_images, iterations, init, seed: of the k-means that fits the codebook; see section `tokens`.
     """
 
@@ -459,13 +460,13 @@ class Tokenization:
 def tokenization(config: Config) -> Tokenization:
     """What a config says of its tokens. UserError for one that is trained on something else."""
     if not METHODS[config.method].images:
-        raise UserError(f"tokenize: the config is that of {config.model.name}, which has no codes; give one of DiGIT")
+        raise UserError(f"tokenize: the config is that of {config.model.name}, which has no tokens; give one of DiGIT")
     rng.check_environment()
     tokens = config.settings
     return Tokenization(
         images=load_source(config.images),
         made=preparation(config),
-        counts={leaf: int(str(config.data.options[leaf])) for leaf in ("codes", "decoder_codes")},
+        counts={leaf: int(str(config.data.options[leaf])) for leaf in ("vocabulary", "decoder_vocabulary")},
         mirrored=tokens.mirrored,
         fit_images=tokens.fit_images,
         iterations=tokens.iterations,

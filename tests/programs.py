@@ -48,8 +48,8 @@ def _data(model: str) -> tuple[str, ...]:
 
 @functools.cache
 def codes_of_digits() -> Path:
-    """A folder of codes that lasts as long as this process."""
-    folder = Path(tempfile.mkdtemp(prefix="codes-of-digits-"))
+    """A folder of tokens that lasts as long as this process."""
+    folder = Path(tempfile.mkdtemp(prefix="tokens-of-digits-"))
     atexit.register(shutil.rmtree, folder)
     recipe = ROOT / TINY.replace("=dit", "=digit")
     tokenize(load(str(recipe), ["--config.tokens.iterations=1"]), folder)

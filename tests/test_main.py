@@ -38,7 +38,7 @@ def test_help_of_a_command(command, monkeypatch, capsys):
 
 
 def test_arguments_of_recipes_are_read_without_running_them(tmp_path):
-    assert usage.recipe_arguments(ROOT / "configs/digit_stage1.py") == "model=digit-b,codes=0,classes,runlocal"
+    assert usage.recipe_arguments(ROOT / "configs/digit_stage1.py") == "model=digit-b,vocabulary=0,classes,runlocal"
     for text in ("", "def get_config(", "parse(arg, **defaults)"):
         (tmp_path / "recipe.py").write_text(text)
         assert usage.recipe_arguments(tmp_path / "recipe.py") == ""

@@ -2,8 +2,8 @@
 
 python -m diffjax inspect --workdir=runs/a [--step=300]
 
-The sha256 of params, ema, opt_state and, where there are any, tracks goes over (path, dtype, shape, bytes) of every
-leaf in the order of the paths: equal runs give equal hashes on any machine and mesh.
+The sha256 of params, ema, opt_state and, where there are any, `tracks` (the power-function EMAs) goes over (path,
+dtype, shape, bytes) of every leaf in the order of the paths: equal runs give equal hashes on any machine and mesh.
 """
 
 import json
@@ -16,7 +16,7 @@ from absl import flags
 from diffjax.commands import define_path
 from diffjax.errors import UserError
 from diffjax.parallel import hosts
-from diffjax.training.checkpoint import Checkpoints, Snapshots
+from diffjax.training.checkpoint import POWER_EMAS, Checkpoints, Snapshots
 from diffjax.weights.store import tree_sha256
 
 
@@ -46,8 +46,8 @@ def inspect(workdir: Path, step: int | None = None) -> dict[str, Any]:
         raise UserError(f"--step={step}: no such checkpoint in {workdir}; complete: {steps}")
     state = checkpoints.restore_arrays("state", step)
     trees = {"params": state["params"], "ema": checkpoints.restore_arrays("ema", step), "opt_state": state["opt_state"]}
-    if checkpoints.has("tracks", step):
-        trees["tracks"] = checkpoints.restore_arrays("tracks", step)
+    if checkpoints.has(POWER_EMAS, step):
+        trees[POWER_EMAS] = checkpoints.restore_arrays(POWER_EMAS, step)
     report["step"] = step
     report["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(trees["params"]))
     report["bytes"] = {name: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for name, tree in trees.items()}

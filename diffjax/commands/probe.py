@@ -1,14 +1,14 @@
-"""How well linear classifiers tell the classes from what each block of a model of codes sees (a linear probe).
+"""Score linear classifiers of the input of each block of a token model (a linear probe).
 
 python -m diffjax tokenize --config=configs/quickstart.py:model=digit --config.images.split=test \\
     --codebook=runs/quickstart-digit/tokens/codebook.npy --out=runs/quickstart-digit/tokens-test
 python -m diffjax probe --workdir=runs/quickstart-digit --test=runs/quickstart-digit/tokens-test --out=probe.json
 
-Features of block n are its input, averaged over all places; a model with classes gets its null class. Without --train
-the classifiers learn from the run's own codes. Where codes stand for patches of pixels, classifiers of the images, of
-what the codes leave of them, and of how often each code occurs in an image learn in the same way, to compare with.
+The features of block n are its input, averaged over all positions; a model with classes gets its null class. Without
+--train the classifiers learn from the run's own tokens. For tokens of pixel patches, baseline classifiers are trained
+the same way on the images, on the images reconstructed from the tokens, and on the token histogram of each image.
 
-The published probe of DiGIT makes 100,000 steps of 4 x 256 examples, which it crops anew each time; here codes are
+The published probe of DiGIT makes 100,000 steps of 4 x 256 examples, which it crops anew each time; here tokens are
 fixed, and those of mirrored images are examples of their own. All features are kept in memory.
 """
 
@@ -24,7 +24,8 @@ from absl import flags
 from jax.sharding import Mesh
 
 from diffjax.commands import define_distributed, define_path, make_folder
-from diffjax.data import sources, tokens
+from diffjax.data import sources
+from diffjax.data import tokens as records
 from diffjax.errors import UserError
 from diffjax.evaluation import linear_probe, protocol
 from diffjax.experiment import Experiment
@@ -38,16 +39,16 @@ BATCH = 256  # examples whose features are computed at a time
 
 
 class Examples(NamedTuple):
-    """A folder of codes, int32 [n, views, places], with labels, int32 [n]."""
+    """A folder of tokens, int32 [n, views, positions], with labels, int32 [n]."""
 
     folder: Path
     manifest: dict[str, Any]
-    codes: np.ndarray
+    tokens: np.ndarray
     labels: np.ndarray
 
     @property
     def views(self) -> int:
-        return self.codes.shape[1]
+        return self.tokens.shape[1]
 
 
 class Inputs(NamedTuple):
@@ -60,8 +61,8 @@ class Inputs(NamedTuple):
 def define_flags(values: flags.FlagValues) -> None:
     number = flags.DEFINE_integer
     define_path("workdir", None, "run folder: its config and its checkpoint", values)
-    define_path("train", None, "folder of codes to learn from; the run's own by default", values)
-    define_path("test", None, "folder of codes to score on", values)
+    define_path("train", None, "folder of tokens to learn from; the run's own by default", values)
+    define_path("test", None, "folder of tokens to score on", values)
     define_path("out", None, "result file, .json", values)
     number("step", None, "which checkpoint; the latest by default", flag_values=values)
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "average or last parameters", flag_values=values)
@@ -82,7 +83,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     trained = open_run(workdir, learn, weights=values.weights, step=values.step)
     experiment = trained.experiment
     if not hasattr(experiment.model, "features") or experiment.method.takes_source:
-        raise UserError(f"probe is for models of the codes of image features, and {workdir} holds another")
+        raise UserError(f"probe is for token models of image features, and {workdir} holds another model")
     folders = Path(experiment.data_folder), values.test
     train, test = (read(folder, experiment, trained.origin["codes"]) for folder in folders)
     if train.manifest["num_classes"] != test.manifest["num_classes"]:
@@ -98,14 +99,14 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
 
 
 def read(folder: Path, experiment: Experiment, trained: Mapping[str, Any]) -> Examples:
-    """The codes of a folder. UserError unless they are of the kind that the model was trained on, and labelled."""
-    manifest = tokens.check_kinds(folder, trained)
+    """The tokens of a folder. UserError unless they are of the kind that the model was trained on, and labelled."""
+    manifest = records.check_kinds(folder, trained)
     if not manifest["num_classes"]:
-        raise UserError(f"the codes in {folder} have no labels, and a classifier needs them")
+        raise UserError(f"the tokens in {folder} have no labels, and a classifier needs them")
     examples = experiment.other_source(dir=str(folder), num_classes=manifest["num_classes"], flip=False).examples
     stored = [examples[i] for i in range(len(examples))]
-    codes = np.stack([example["image"][:, 0] for example in stored])
-    return Examples(folder, manifest, codes, np.array([example["label"] for example in stored], np.int32))
+    tokens = np.stack([example["image"][:, 0] for example in stored])
+    return Examples(folder, manifest, tokens, np.array([example["label"] for example in stored], np.int32))
 
 
 def of_blocks(trained: Run, train: Examples, test: Examples) -> Inputs:
@@ -120,42 +121,42 @@ def of_blocks(trained: Run, train: Examples, test: Examples) -> Inputs:
     y = np.full(rows, model.num_classes, np.int32) if model.num_classes else None
 
     @jax.jit
-    def features(codes: jax.Array, y: jax.Array | None) -> jax.Array:
-        return jnp.swapaxes(model.apply({"params": params}, codes, y, method="features"), 0, 1)
+    def features(tokens: jax.Array, y: jax.Array | None) -> jax.Array:
+        return jnp.swapaxes(model.apply({"params": params}, tokens, y, method="features"), 0, 1)
 
-    def all_of(codes: np.ndarray) -> np.ndarray:
+    def all_of(tokens: np.ndarray) -> np.ndarray:
         parts = []
-        for first in range(0, len(codes), rows):
-            part = codes[first : first + rows]
+        for first in range(0, len(tokens), rows):
+            part = tokens[first : first + rows]
             whole = np.concatenate([part, np.repeat(part[-1:], rows - len(part), axis=0)])
             with jax.set_mesh(mesh):
                 parts.append(np.asarray(features(*jax.device_put((whole, y), batch_sharding(mesh))))[: len(part)])
         return np.concatenate(parts)
 
-    return Inputs(*map(all_of, codes_of(train, test)))
+    return Inputs(*map(all_of, tokens_of(train, test)))
 
 
-def codes_of(train: Examples, test: Examples) -> tuple[np.ndarray, np.ndarray]:
-    """Codes int32 [n, places] to learn from, all views, and to score on, the first view."""
-    return train.codes.swapaxes(0, 1).reshape(-1, train.codes.shape[2]), test.codes[:, 0]
+def tokens_of(train: Examples, test: Examples) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [n, positions] to learn from, all views, and to score on, the first view."""
+    return train.tokens.swapaxes(0, 1).reshape(-1, train.tokens.shape[2]), test.tokens[:, 0]
 
 
 def of_pixels(experiment: Experiment, train: Examples, test: Examples) -> dict[str, Inputs]:
-    """What to compare with, where codes stand for patches of pixels: images, those of the codes, counts of the codes.
+    """Baseline inputs for tokens of pixel patches: images, images reconstructed from the tokens, token histograms.
 
-    The images are in the order of their codes.
+    The images are in the order of their tokens.
     """
     if train.manifest["streams"][0]["encoder"]["name"] != "pixels":
         return {}
     decode = experiment.decode
-    codes = codes_of(train, test)
-    count = lambda each: np.stack([np.bincount(row, minlength=experiment.model.codes) for row in each])  # noqa: E731
+    tokens = tokens_of(train, test)
+    count = lambda each: np.stack([np.bincount(row, minlength=experiment.model.vocabulary) for row in each])  # noqa: E731
     pictures = images(experiment, train)
     mirrored = [pictures, pictures[:, :, ::-1]][: train.views]
     arrays = {
         IMAGES: (np.concatenate(mirrored), images(experiment, test)),
-        DECODED: (np.asarray(decode(each)) for each in codes),
-        COUNTS: map(count, codes),
+        DECODED: (np.asarray(decode(each)) for each in tokens),
+        COUNTS: map(count, tokens),
     }
     return {
         name: Inputs(*(array.reshape(len(array), 1, -1).astype(np.float32) for array in pair))
@@ -164,11 +165,11 @@ def of_pixels(experiment: Experiment, train: Examples, test: Examples) -> dict[s
 
 
 def images(experiment: Experiment, examples: Examples) -> np.ndarray:
-    """The images that codes were made of, float32 [n, h, w, c] in [-1, 1]."""
+    """The images that tokens were made of, float32 [n, h, w, c] in [-1, 1]."""
     made_of = examples.manifest["images"]
     source = experiment.images_of_tokens(split=made_of["split"])
     if json.loads(json.dumps(source.fingerprint)) != made_of:
-        raise UserError(f"the codes in {examples.folder} are of {made_of}, and the run's config knows other images")
+        raise UserError(f"the tokens in {examples.folder} are of {made_of}, and the run's config knows other images")
     pixels, _ = sources.arrays(source)
     return sources.pixels(pixels, np.zeros(len(pixels), bool), np.arange(len(pixels)), seed=0)
 
@@ -207,7 +208,7 @@ def result(
         "code_version": protocol.code_version(),
     }
     model = trained.experiment.description()["model"]
-    about = {"model": model, "codes": tokens.kinds(train.manifest), "origin": dict(trained.origin)}
+    about = {"model": model, "codes": records.kinds(train.manifest), "origin": dict(trained.origin)}
     return {"values": dict(scores), "protocol": said, "subject": about}
 
 

@@ -3,8 +3,8 @@
 python -m diffjax sample --workdir=runs/a --num=50000 --out=runs/a/samples.npz
 python -m diffjax sample --workdir=runs/a --labels=2 --num=16 --out=twos.npz
 python -m diffjax sample --params=params/dit-xl --config=configs/imagenet256.py --num=8 --out=samples.npz
-python -m diffjax sample --workdir=runs/stage1 --num=500 --raw --out=codes.npz
-python -m diffjax sample --workdir=runs/stage2 --source=codes.npz --num=500 --out=samples.npz
+python -m diffjax sample --workdir=runs/stage1 --num=500 --raw --out=tokens.npz
+python -m diffjax sample --workdir=runs/stage2 --source=tokens.npz --num=500 --out=samples.npz
 python -m diffjax sample --workdir=runs/a --guide=runs/small --config.sampling.guidance.scale=2 --num=500 --out=a.npz
 
 Image i depends on (seed, i), its condition and the parameters alone: not on the batch size or the number of devices.
@@ -55,12 +55,12 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "raw",
         False,
-        "write what the model makes as it is (arr_0): float32 values, or codes",
+        "write what the model makes as it is (arr_0): float32 values, or tokens",
         flag_values=values,
     )
     flags.DEFINE_bool("fused", True, "sample the fused form of a backbone that has one (U-DiT)", flag_values=values)
     define_path("guide", None, "worse network: a run folder, or one written by `convert` or `ema`", values)
-    define_path("source", None, "codes to start from, .npz, of a second stage: what --raw wrote", values)
+    define_path("source", None, "stage-2 models: source tokens, .npz that --raw of stage 1 wrote", values)
     define_path("conditions", None, ".npz with an array `conditions`, of a model of vectors or tokens", values)
     define_path("out", None, "samples file, .npz", values)
     define_distributed(values)
@@ -182,7 +182,9 @@ def _conditions(values: flags.FlagValues, trained: Run) -> conditions.Conditions
     experiment = trained.experiment
     kind = experiment.method.condition.kind if experiment.method.condition else "labels"
     if values.source and not experiment.method.takes_source:
-        raise UserError(f"--source={values.source}: only for a second stage, which draws codes of codes")
+        raise UserError(
+            f"--source={values.source}: only for stage-2 models, which draw decoder tokens given feature tokens"
+        )
     if values.conditions and kind == "labels":
         raise UserError(f"--conditions={values.conditions}: this model has labels; valid: --labels")
     if kind != "labels" and values["labels"].present:
@@ -190,9 +192,7 @@ def _conditions(values: flags.FlagValues, trained: Run) -> conditions.Conditions
         raise UserError(f"sample: {given}; leave out --labels")
     if values.source or experiment.method.takes_source:
         if not values.source:
-            raise UserError(
-                "sample: this model draws codes of a decoder, given codes of features: give them as --source"
-            )
+            raise UserError("sample: this stage-2 model is conditioned on feature tokens: give them as --source")
         return conditions.of_source(values.source, values.first, values.num, trained)
     if kind != "labels":
         return conditions.of_file(values.conditions, values.first, values.num, experiment)

@@ -139,7 +139,7 @@ def check_pictures(runs: list[Run], name: str, train: pixels.Labelled) -> None:
     for each in runs:
         folder, experiment = each.origin["workdir"], each.experiment
         if not isinstance(experiment.sampling, diffusion.Sampling):
-            raise UserError(f"{folder} is a run of codes, which none of these samplers draws")
+            raise UserError(f"{folder} is a run of a token model, which these samplers do not apply to")
         if experiment.channels not in (1, 3):
             raise UserError(f"{folder} makes latents of {experiment.channels} channels, which pixel scores are not for")
         if experiment.size != side:

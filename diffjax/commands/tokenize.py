@@ -1,4 +1,4 @@
-"""Turn images into codes: OUT/tokens-*.array_record, OUT/codebook.npy and OUT/tokens.json, which says how.
+"""Turn images into tokens: OUT/tokens-*.array_record, OUT/codebook.npy and OUT/tokens.json, which says how.
 
 python -m diffjax tokenize --config=configs/quickstart.py:model=digit --out=runs/quickstart-digit/tokens
 python -m diffjax tokenize --config=configs/digit_stage1.py --codebook=km_8k.npy --out=data/imagenet256-dinov2-8192
@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from diffjax.commands import define_distributed, define_path
 from diffjax.config import Config, load
-from diffjax.data import draws, shards, sources, tokens
+from diffjax.data import draws, shards, sources
+from diffjax.data import tokens as records
 from diffjax.errors import UserError
 from diffjax.experiment import Tokenization, tokenization
 from diffjax.files import atomic, only_writer, write_npy
@@ -35,8 +36,8 @@ INTERRUPTED = "the fit of a codebook is kept, the same command goes on from it"
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("config", None, "recipe of a model of codes", flag_values=values)
-    define_path("out", None, "folder for the codes", values)
+    flags.DEFINE_string("config", None, "recipe of a token model", flag_values=values)
+    define_path("out", None, "folder for the tokens", values)
     define_path("codebook", None, "centroids, .npy float32 [k, d]; fitted when not given", values)
     flags.DEFINE_integer("batch_size", 128, "images at a time on all devices", lower_bound=1, flag_values=values)
     define_distributed(values)
@@ -49,7 +50,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
 
 
 def tokenize(config: Config, out: Path, given: Path | None = None, batch_size: int = 128) -> None:
-    """Codes of all images of a config, in the folder `out`, by the codebook `given`, the encoder's or a fitted one."""
+    """Tokens of all images of a config, in the folder `out`, by the codebook `given`, the encoder's or a fitted one."""
     if jax.process_count() > 1:
         raise UserError("tokenize runs as one process, on all its devices; start it on one host")
     asked = tokenization(config)
@@ -60,7 +61,7 @@ def tokenize(config: Config, out: Path, given: Path | None = None, batch_size: i
     if given:
         encoder = encoder._replace(codebook=codebooks.read_codebook(given))
     _check(asked, [encoder, decoder] if decoder else [encoder])
-    shards.make_folder(out, tokens.MANIFEST)
+    shards.make_folder(out, records.MANIFEST)
     with only_writer(out):
         _write(asked, source, encoder, decoder, out, batch_size)
 
@@ -81,22 +82,22 @@ def _write(
             codebook = _fit(asked, source, encoder.encode, batch_size, mesh, out / FIT)
             encoder = encoder._replace(codebook=codebook)
         encoders = [encoder, decoder] if decoder else [encoder]
-        origin = tokens.Origin(_streams(asked, encoders), source.fingerprint, source.num_classes)
-        with atomic(out / tokens.CODEBOOK) as file:
+        origin = records.Origin(_codebooks(asked, encoders), source.fingerprint, source.num_classes)
+        with atomic(out / records.CODEBOOK) as file:
             write_npy(file, np.asarray(encoder.codebook))
-        examples = _codes(source, encoders, asked.mirrored, batch_size, mesh)
-        manifest = tokens.write_tokens(out, tqdm(examples, "codes", len(source.examples), disable=None), origin)
+        examples = _tokens(source, encoders, asked.mirrored, batch_size, mesh)
+        manifest = records.write_tokens(out, tqdm(examples, "tokens", len(source.examples), disable=None), origin)
     (out / FIT).unlink(missing_ok=True)
-    kinds = " and ".join(f"{stream.codes} of {stream.encoder['name']}" for stream in origin.streams)
-    print(f"wrote {asked.made.grid} x {asked.made.grid} codes ({kinds}) of {manifest['count']} images to {out}")
+    kinds = " and ".join(f"{each.vocabulary} of {each.encoder['name']}" for each in origin.codebooks)
+    print(f"wrote {asked.made.grid} x {asked.made.grid} tokens ({kinds}) of {manifest['count']} images to {out}")
 
 
 def _check(asked: Tokenization, encoders: list[Encoder]) -> None:
     """What can be known before any feature is made."""
     kmeans.check_settings(asked.iterations, asked.seed, asked.init)
     for (leaf, count), encoder in zip(asked.counts.items(), encoders):
-        if not 1 <= count <= tokens.LARGEST:
-            raise UserError(f"data.{leaf} = {count}: valid: 1 to {tokens.LARGEST}")
+        if not 1 <= count <= records.LARGEST:
+            raise UserError(f"data.{leaf} = {count}: valid: 1 to {records.LARGEST}")
         found = count if encoder.codebook is None else len(encoder.codebook)
         if found != count:
             kind = f"the codebook of {encoder.identity['name']} has {found} centroids"
@@ -108,10 +109,10 @@ def _everywhere(encoder: Any, mesh: Mesh) -> Any:
     return encoder and encoder._replace(encode=jax.device_put(encoder.encode, replicated(mesh)))
 
 
-def _streams(asked: Tokenization, encoders: list[Encoder]) -> tuple[tokens.Stream, ...]:
+def _codebooks(asked: Tokenization, encoders: list[Encoder]) -> tuple[records.Codebook, ...]:
     books = [np.asarray(encoder.codebook) for encoder in encoders]
     return tuple(
-        tokens.Stream(encoder.identity, len(book), tokens.codebook_sha256(book), asked.made.grid)
+        records.Codebook(encoder.identity, len(book), records.codebook_sha256(book), asked.made.grid)
         for encoder, book in zip(encoders, books)
     )
 
@@ -120,7 +121,7 @@ def _fit(
     asked: Tokenization, source: sources.Source, encode: Partial, batch_size: int, mesh: Mesh, state: Path
 ) -> np.ndarray:
     """The codebook, by k-means on features of the images, float32 [k, d]."""
-    k = asked.counts["codes"]
+    k = asked.counts["vocabulary"]
     count = len(source.examples)
     chosen = np.arange(count)
     if 0 < asked.fit_images < count:
@@ -203,13 +204,13 @@ def _nearest(encode: Partial, images: jax.Array, centroids: jax.Array) -> jax.Ar
     return kmeans.assign(encode(images), centroids)
 
 
-def _codes(
+def _tokens(
     source: sources.Source, encoders: list[Encoder], mirrored: bool, batch_size: int, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Codes int32 [views, streams, n] and label of every image."""
+    """Tokens int32 [views, codebooks, n] and label of every image."""
     kinds = [(encoder.encode, jnp.asarray(encoder.codebook)) for encoder in encoders]
     for images, examples in _batches(source, np.arange(len(source.examples)), batch_size):
         views = [_put(view, batch_size, mesh) for view in ([images, images[:, :, ::-1]] if mirrored else [images])]
-        codes = np.array([[_nearest(encode, view, centroids) for encode, centroids in kinds] for view in views])
+        tokens = np.array([[_nearest(encode, view, centroids) for encode, centroids in kinds] for view in views])
         for i, example in enumerate(examples):
-            yield codes[:, :, i], example["label"]
+            yield tokens[:, :, i], example["label"]

@@ -8,13 +8,16 @@ from diffjax import models
 from diffjax.errors import UserError
 from diffjax.options import Value
 
-VERSION = 2  # of config.json; files of version 1 do not say it
+VERSION = 3  # of config.json; files of version 1 do not say it
 # By version: what a leaf that its files lack meant then, where today's default is another and the leaf is read.
 DECODE: dict[str, Value] = {"data.decode": "stored", "images.decode": "stored"}
 DEFAULTS: dict[int, dict[str, Value]] = {1: DECODE, 2: DECODE}
 
 # Leaves that moved as they are. {process}, {sampler}: the names that the config has for them.
 MOVED = {
+    "ema.tracks": "ema.sigma_rel",
+    "data.codes": "data.vocabulary",
+    "data.decoder_codes": "data.decoder_vocabulary",
     "diffusion.prediction": "diffusion.{process}.prediction",
     "diffusion.weighting": "diffusion.{process}.weighting",
     "diffusion.times": "diffusion.{process}.times",
@@ -52,11 +55,11 @@ def modern(given: Mapping[str, Any], context: Mapping[str, Value], whole: bool =
             kind, _, rest = str(value).partition(",")
             found["sampling.guidance.schedule"] = kind or "constant"
             found |= {f"sampling.guidance.{kind}.{name}": each for name, each in limited(leaf, rest).items()}
+        elif leaf == "ema.tracks" and whole and isinstance(value, str):
+            found["ema.sigma_rel"] = tuple(float(text) for text in value.split(",") if text)
         elif leaf in MOVED:
             if not (leaf.startswith("diffusion.") and value in ("", 0, "0")):  # what belonged to the process
                 found[MOVED[leaf].format(**names)] = value
-        elif leaf == "ema.tracks" and whole and isinstance(value, str):
-            found[leaf] = tuple(float(text) for text in value.split(",") if text)
         else:
             found[leaf] = value
     if not whole:

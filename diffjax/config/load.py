@@ -222,17 +222,15 @@ def stored_values(stored: Mapping[str, Any]) -> Config:
         raise UserError(f"written by a later version of diffjax (config version {version}, this one reads {VERSION})")
     values = flat(tree)
     if version < VERSION:
-        values = modern(values, values, whole=True)
-    return resolve({**_earlier_defaults(version, values), **values}, forget=values if version < VERSION else ())
+        values = modern(values, values, whole=version == 1)
+    return resolve({**_earlier_defaults(version, values), **values}, forget=values if version == 1 else ())
 
 
 def _earlier_defaults(version: int, values: Mapping[str, Value]) -> dict[str, Value]:
     """What the leaves that a stored config lacks meant in its version, of those that it reads."""
     specs = leaves(str(values.get("model.name", "")))
-    given = {**_defaults(specs), **values}
-    return {
-        leaf: value for leaf, value in DEFAULTS[version].items() if leaf not in values and is_read(specs[leaf], given)
-    }
+    given, defaults = {**_defaults(specs), **values}, DEFAULTS.get(version, {})
+    return {leaf: value for leaf, value in defaults.items() if leaf not in values and is_read(specs[leaf], given)}
 
 
 def check_same_run(

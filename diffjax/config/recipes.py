@@ -150,7 +150,7 @@ def edm_recipe(c: ConfigDict, batch_size: int, lr: float, augment: float) -> Non
     c.evals.samples.every_steps, c.evals.samples.num = 10_000, 64
 
 
-def codes(c: ConfigDict, encoder: str, count: int, grid: int) -> None:
+def token_data(c: ConfigDict, encoder: str, vocabulary: int, grid: int) -> None:
     """A token model instead of a diffusion backbone: `data` becomes tokens, made by `tokenize` of `images`."""
     c.method = "tokens"
     for leaf in c.images:
@@ -158,7 +158,7 @@ def codes(c: ConfigDict, encoder: str, count: int, grid: int) -> None:
     for leaf in ("dataset", "crop"):
         c.data[leaf] = base().data[leaf]
     c.data.name, c.data.split = "tokens", "train"
-    c.data.encoder, c.data.codes = encoder, count
+    c.data.encoder, c.data.vocabulary = encoder, vocabulary
     c.data.size, c.data.channels = grid, 1  # tokens along a side; 2 codebooks with those of a decoder besides
 
 

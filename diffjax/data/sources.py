@@ -38,7 +38,8 @@ Decode = Annotated[
         fixed=True,
     ),
 ]
-Count = Annotated[int, Leaf("how many different tokens there are", valid=at_least(0), fixed=True)]
+Vocabulary = Annotated[int, Leaf("size of the vocabulary of the tokens", valid=at_least(0), fixed=True)]
+DecoderVocabulary = Annotated[int, Leaf("size of the decoder's vocabulary", valid=at_least(0), fixed=True)]
 
 
 LISTED = 10  # classes, in a line
@@ -78,7 +79,7 @@ class Source:
         num_classes: 0: unlabelled, every label is 0.
         fingerprint: json-able identity: another data set, split or file list has another one.
         draw: (stored [b, ...], mirrored bool [b], stream positions int64 [b], seed) -> what training sees: float32
-            [b, h, w, c], or tokens int32 [b, streams, n].
+            [b, h, w, c], or tokens int32 [b, codebooks, n].
         given: what the examples are conditioned on, where that is not their label.
         aux: auxiliary arrays of the examples by name, each with its (stored [b, ...], mirrored bool [b]) -> [b, ...].
         separate: (drawn, conditions) -> (x, conditions), where a part of what is drawn conditions the rest.
@@ -385,28 +386,28 @@ def tokens(
     flip: bool,
     dir: Dir = "",
     encoder: Annotated[str, Leaf("what made the features of the tokens: pixels, dinov2, vqgan", fixed=True)] = "",
-    codes: Count = 0,
-    decoder_codes: Count = 0,
+    vocabulary: Vocabulary = 0,
+    decoder_vocabulary: DecoderVocabulary = 0,
 ) -> Source:
-    """Codes of images in `dir`, made by `tokenize`.
+    """Tokens of images in `dir`, made by `tokenize`.
 
-    `encoder` and `codes` must be those of the first stream in the manifest, `size` its grid; with
-    `channels` 2 the codes of a decoder, `decoder_codes`, are read besides. `flip` needs codes of the
+    `encoder` and `vocabulary` must be those of the first codebook in the manifest, `size` its grid; with
+    `channels` 2 the tokens of the decoder, out of `decoder_vocabulary`, are read too. `flip` needs tokens of the
     mirrored images. With `num_classes` 0 the labels are not read.
     """
     root = Path(dir)
     manifest = read_token_manifest(root)
     streams = manifest["streams"]
     if channels > len(streams):
-        raise UserError(f"data.channels={channels}, but the codes in {root} are of {len(streams)} kind(s) alone")
-    given = {"encoder": encoder, "codes": codes, "decoder_codes": decoder_codes}
-    found = {"encoder": streams[0]["encoder"]["name"], "codes": streams[0]["codes"]}
+        raise UserError(f"data.channels={channels}, but the tokens in {root} have {len(streams)} codebook(s)")
+    given = {"encoder": encoder, "vocabulary": vocabulary, "decoder_vocabulary": decoder_vocabulary}
+    found = {"encoder": streams[0]["encoder"]["name"], "vocabulary": streams[0]["codes"]}
     if channels == 2:
-        found["decoder_codes"] = streams[1]["codes"]
+        found["decoder_vocabulary"] = streams[1]["codes"]
     if wrong := [f"data.{leaf}={given[leaf]}, not {value}" for leaf, value in found.items() if given[leaf] != value]:
-        raise UserError(f"the codes in {root} are others than the config says: {'; '.join(wrong)}")
+        raise UserError(f"the tokens in {root} are not those of the config: {'; '.join(wrong)}")
     if flip and manifest["views"] == 1:
-        raise UserError(f"data.flip=True, but {root} holds no codes of mirrored images; set data.flip=False")
+        raise UserError(f"data.flip=True, but {root} holds no tokens of mirrored images; set data.flip=False")
     grid, views = streams[0]["grid"], manifest["views"]
     num_classes = manifest["num_classes"] if num_classes else 0
     records = shards.open_records(root, manifest)
@@ -422,12 +423,12 @@ def tokens(
 
 
 def target(drawn: np.ndarray, conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [b, streams, n] -> those of the last stream [b, n], and the conditions as they are."""
+    """Tokens int32 [b, codebooks, n] -> those of the last codebook [b, n], and the conditions as they are."""
     return drawn[:, -1], conditions
 
 
 def source_and_target(drawn: np.ndarray, conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [b, 2, n] -> those of the second stream [b, n], conditioned on those of the first [b, n]."""
+    """Tokens int32 [b, 2, n] -> those of the second codebook [b, n], conditioned on those of the first [b, n]."""
     return drawn[:, 1], drawn[:, 0]
 
 

@@ -1,6 +1,6 @@
-"""The VQGAN of MaskGIT (arXiv 2202.04200) in MAGE's conversion, between images and 16 x 16 codes of DiGIT's stage 2.
+"""The VQGAN of MaskGIT (arXiv 2202.04200) in MAGE's conversion, between images and 16 x 16 tokens of DiGIT's stage 2.
 
-    z = encoder(image),  code = argmin_k |z - c_k|^2 at each of h/16 x w/16 places,  image = decoder(c_code)
+    z = encoder(image),  token = argmin_k |z - c_k|^2 at each of h/16 x w/16 places,  image = decoder(c_code)
 
 Both halves are residual blocks at five resolutions, without attention, and images lie in [0, 1] on either side:
 
@@ -24,7 +24,7 @@ GROUPS = 32
 
 
 def encode(module: "VQGAN", params: Mapping[str, Any], images: jax.Array) -> jax.Array:
-    """The codes of images, row by row: int32 [b, h/f * w/f], f = 16.
+    """The tokens of images, row by row: int32 [b, h/f * w/f], f = 16.
 
     Args:
         images: float [b, h, w, 3], RGB in [0, 1], sides divisible by f.
@@ -34,22 +34,22 @@ def encode(module: "VQGAN", params: Mapping[str, Any], images: jax.Array) -> jax
             f"VQGAN: images are {images.dtype} {images.shape}; valid: floats in [0, 1] of shape [b, h, w, 3]"
         )
 
-    def codes(module: VQGAN, images: jax.Array) -> jax.Array:
+    def tokens(module: VQGAN, images: jax.Array) -> jax.Array:
         return module.quantise(module.encode(images))
 
-    return rearrange(nn.apply(codes, module)({"params": params}, images), "b h w -> b (h w)")
+    return rearrange(nn.apply(tokens, module)({"params": params}, images), "b h w -> b (h w)")
 
 
-def decode(module: "VQGAN", params: Mapping[str, Any], codes: jax.Array) -> jax.Array:
-    """Images in [0, 1], float32 [b, f * g, f * g, 3], of codes [b, g * g], row by row.
+def decode(module: "VQGAN", params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+    """Images in [0, 1], float32 [b, f * g, f * g, 3], of tokens [b, g * g], row by row.
 
-    What lies outside [0, 1] is cut off; the published images are 255 times this, *truncated* to uint8. A code that is
+    What lies outside [0, 1] is cut off; the published images are 255 times this, *truncated* to uint8. A token that is
     none makes its image NaN.
     """
-    side = math.isqrt(codes.shape[1]) if codes.ndim == 2 else 0
-    if not side or side**2 != codes.shape[1] or not jnp.issubdtype(codes.dtype, jnp.integer):
-        raise UserError(f"VQGAN: codes are {codes.dtype} {codes.shape}; valid: integers [b, n], n a square")
-    grid = rearrange(codes, "b (h w) -> b h w", h=side)
+    side = math.isqrt(tokens.shape[1]) if tokens.ndim == 2 else 0
+    if not side or side**2 != tokens.shape[1] or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise UserError(f"VQGAN: tokens are {tokens.dtype} {tokens.shape}; valid: integers [b, n], n a square")
+    grid = rearrange(tokens, "b (h w) -> b h w", h=side)
     images: Any = module.apply({"params": params}, grid, method="decode")
     return jnp.clip(images, 0, 1)
 
@@ -126,13 +126,13 @@ class VQGAN(nn.Module):
     """The network; see the module docstring. The defaults are the published sizes.
 
     Attributes:
-        codes: entries of the codebook. features: width of an entry.
+        vocabulary: entries of the codebook. features: width of an entry.
         width: channels after the first convolution. multipliers: those of the levels, as multiples of that.
         depth: residual blocks of a level, in either half.
         dtype: compute dtype, "float32" or "bfloat16"; norm statistics and distances stay float32.
     """
 
-    codes: int = 1024
+    vocabulary: int = 1024
     features: int = 256
     width: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -143,7 +143,7 @@ class VQGAN(nn.Module):
         """Raise UserError for sizes that exclude each other, before anything is traced."""
         if self.dtype not in DTYPES:
             raise UserError(f"VQGAN: dtype = {self.dtype!r} is unknown; valid: {', '.join(DTYPES)}")
-        for option in ("codes", "features", "width", "depth"):
+        for option in ("vocabulary", "features", "width", "depth"):
             value = getattr(self, option)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"VQGAN: {option} = {value!r}; valid: a positive integer")
@@ -162,10 +162,10 @@ class VQGAN(nn.Module):
         dtype = DTYPES[self.dtype]
         self.encoder = Encoder(self.width, self.widths, self.depth, self.features, dtype)
         self.decoder = Decoder(self.widths, self.depth, dtype)
-        self.codebook = self.param("codebook", nn.initializers.normal(1.0), (self.codes, self.features))
+        self.codebook = self.param("codebook", nn.initializers.normal(1.0), (self.vocabulary, self.features))
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Images [b, h, w, 3] as the codes tell them, of the same shape, not cut to [0, 1]."""
+        """Images [b, h, w, 3] reconstructed from their tokens, of the same shape, not cut to [0, 1]."""
         return self.decode(self.quantise(self.encode(images)))
 
     def encode(self, images: jax.Array) -> jax.Array:
@@ -182,10 +182,10 @@ class VQGAN(nn.Module):
         products = jnp.einsum("bhwd,kd->bhwk", z, self.codebook, precision=jax.lax.Precision.HIGHEST)
         return jnp.argmin(jnp.sum(jnp.square(self.codebook), axis=1) - 2 * products, axis=-1).astype(jnp.int32)
 
-    def lookup(self, codes: jax.Array) -> jax.Array:
-        """The entries of the codebook, float32 [b, h, w, features], of codes [b, h, w]; NaN for one that is none."""
-        return jnp.asarray(self.codebook).at[codes].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    def lookup(self, tokens: jax.Array) -> jax.Array:
+        """The entries of the codebook, float32 [b, h, w, features], of tokens [b, h, w]; NaN for one that is none."""
+        return jnp.asarray(self.codebook).at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """Codes [b, h, w] -> images float32 [b, f h, f w, 3], not cut to [0, 1]."""
-        return self.decoder(self.lookup(codes)).astype(jnp.float32)
+    def decode(self, tokens: jax.Array) -> jax.Array:
+        """Tokens [b, h, w] -> images float32 [b, f h, f w, 3], not cut to [0, 1]."""
+        return self.decoder(self.lookup(tokens)).astype(jnp.float32)

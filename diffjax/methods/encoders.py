@@ -1,4 +1,4 @@
-"""What makes features of images, and images of codes: patches of pixels, or frozen networks with their weights.
+"""What makes features of images, and images of tokens: patches of pixels, or frozen networks with their weights.
 
 Images are float32 [b, h, w, c] in [-1, 1] throughout.
 """
@@ -66,7 +66,7 @@ def check_made_as_stated(folder: Path, made: Preparation) -> None:
     found = records.read_manifest(folder)["streams"][0]["encoder"]
     differing = {name: value for name, value in made.stated().items() if found.get(name) != value}
     if wrong := [f"{name} = {found.get(name)}, not {value}" for name, value in differing.items()]:
-        raise UserError(f"the codes in {folder} were made with {'; '.join(wrong)}, as the config says")
+        raise UserError(f"the tokens in {folder} were made with {'; '.join(wrong)}, as the config says")
 
 
 def _pixels(made: Preparation) -> Encoder:
@@ -90,7 +90,7 @@ def _dinov2(made: Preparation) -> Encoder:
 
 
 def _dinov2_features(module: Any, params: Any, images: jax.Array) -> jax.Array:
-    with jax.default_matmul_precision("highest"):  # else an accelerator makes other codes
+    with jax.default_matmul_precision("highest"):  # else an accelerator makes other tokens
         return dinov2.features(module, params, (images + 1) / 2, layer=1)
 
 
@@ -114,13 +114,13 @@ def _vqgan_features(module: Any, params: Any, images: jax.Array) -> jax.Array:
 
 
 def load_vqgan_decoder(folder: str, leaf: str) -> tuple[Partial, str]:
-    """(codes int32 [b, n] -> images, the sha256 of the weights) of VQGAN."""
+    """(tokens int32 [b, n] -> images, the sha256 of the weights) of VQGAN."""
     module, params, sha256 = _weights(folder, leaf, vqgan.VQGAN, "vqgan")
     return Partial(partial(_vqgan_images, module), params), sha256
 
 
-def _vqgan_images(module: Any, params: Any, codes: jax.Array) -> jax.Array:
-    return 2 * vqgan.decode(module, params, codes) - 1
+def _vqgan_images(module: Any, params: Any, tokens: jax.Array) -> jax.Array:
+    return 2 * vqgan.decode(module, params, tokens) - 1
 
 
 ENCODERS: dict[str, Callable[[Preparation], Encoder]] = {"pixels": _pixels, "dinov2": _dinov2, "vqgan": _vqgan}

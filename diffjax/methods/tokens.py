@@ -34,7 +34,7 @@ from diffjax.data import tokens as records
 from diffjax.errors import UserError
 from diffjax.methods.diffusion import dropped, mean_of
 from diffjax.methods.encoders import load_vqgan_decoder
-from diffjax.ops.dictionary import NO_CODE
+from diffjax.ops.vocabulary import NO_TOKEN
 from diffjax.options import Leaf, at_least, between, fraction, one_of
 from diffjax.tokens import decoding, losses, pixels
 from diffjax.tokens.codebooks import read_codebook
@@ -93,12 +93,13 @@ def build(make_model: MakeModel, data: DataSpec, options: Tokens) -> Method:
     if data.channels not in (1, 2):
         raise UserError(f"data.channels = {data.channels} codebooks; valid: 1, or 2 for a second stage")
     second = data.channels == 2
-    codes, decoder_codes = (int(str(data.options[leaf])) for leaf in ("codes", "decoder_codes"))
-    source_codes = codes if second else 0
-    codes = decoder_codes if second else codes
+    features, decoder_tokens = (int(str(data.options[leaf])) for leaf in ("vocabulary", "decoder_vocabulary"))
+    vocabulary, source_vocabulary = (decoder_tokens, features) if second else (features, 0)
     num_classes = data.condition.count if data.condition and data.condition.kind == "labels" else 0
     null = options.label_drop > 0
-    model: Any = make_model(codes=codes, source_codes=source_codes, num_classes=num_classes, null_class=null)
+    model: Any = make_model(
+        vocabulary=vocabulary, source_vocabulary=source_vocabulary, num_classes=num_classes, null_class=null
+    )
     model.check_input(data.size, data.size)
     terms = training_terms(data, second, options, model.causal)
     blank = jnp.zeros((1, data.size**2), jnp.int32)
@@ -106,11 +107,11 @@ def build(make_model: MakeModel, data: DataSpec, options: Tokens) -> Method:
     return Method(
         model=model,
         inputs=(blank, jnp.zeros((1,), jnp.int32) if num_classes else None, blank if second else None),
-        condition=Condition("tokens", source_codes, (data.size**2,)) if second else data.condition,
+        condition=Condition("tokens", source_vocabulary, (data.size**2,)) if second else data.condition,
         loss=mean_of(terms),
         terms=terms,
         sampler=partial(make_sampler, data, second, null, model),
-        makes="pictures" if decoder else f"codes of {'a decoder' if second else data.options['encoder']}",
+        makes="pictures" if decoder else f"tokens of {'a decoder' if second else data.options['encoder']}",
         decoder=decoder,
         takes_source=second,
     )
@@ -133,12 +134,12 @@ def training_terms(data: DataSpec, second: bool, options: Tokens, causal: bool) 
             y = dropped(y, null, rng.uniform(keys("label_drop")) < drop)
         if causal:
             logits = apply(params, tokens, y, source, train=train, keys=keys("dropout"))
-            smoothed, nll = losses.next_code(logits, tokens, smoothing)
+            smoothed, nll = losses.next_token(logits, tokens, smoothing)
             return {"loss": smoothed, "nll": nll}, jnp.zeros(len(tokens))
         hidden = losses.hide(rng.uniform(keys("hidden")), rng.uniform(keys("place"), tokens.shape[1:]))
-        seen = jnp.where(hidden, NO_CODE, tokens)
+        seen = jnp.where(hidden, NO_TOKEN, tokens)
         logits = apply(params, seen, y, source, train=train, keys=keys("dropout"))
-        smoothed, nll = losses.hidden_codes(logits, tokens, hidden, smoothing)
+        smoothed, nll = losses.hidden_tokens(logits, tokens, hidden, smoothing)
         return {"loss": smoothed, "nll": nll}, jnp.mean(hidden, axis=1)
 
     return terms
@@ -160,7 +161,7 @@ def make_sampler(
     given, scale = sampling.tokens, sampling.guidance.scale
     check_decoding(given, scale, null, model.causal)
     choice = decoding.choice(
-        model.codes, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, guidance=scale
+        model.vocabulary, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, guidance=scale
     )
     return Sampler(sample_function(data, second, model, given, scale), choice)
 
@@ -174,7 +175,7 @@ def check_decoding(given: Decoding, scale: float, null: bool, causal: bool) -> N
         raise UserError("sampling.tokens.choice_temperature is for masked models (causal = false)")
     if not causal and (given.rounds < 1 or (given.top_k, given.top_p) != (0, 1.0)):
         raise UserError(
-            "a masked model (causal = false) draws from all codes in sampling.tokens.rounds of 1 or more; valid with "
+            "a masked model (causal = false) draws from all tokens in sampling.tokens.rounds of 1 or more; valid with "
             "sampling.tokens.top_k = 0 and sampling.tokens.top_p = 1"
         )
     if not causal and given.temperature == 0:
@@ -195,7 +196,7 @@ def sample_function(data: DataSpec, second: bool, model: Any, given: Decoding, s
         return decoding.generate(step, logits, cache, keys, length, how)
 
     def in_rounds(apply: Apply, params: Tree, y: Any, source: Any, keys: jax.Array, how: decoding.Choice) -> jax.Array:
-        predict = lambda codes: apply(params, codes, y, source)  # noqa: E731
+        predict = lambda tokens: apply(params, tokens, y, source)  # noqa: E731
         return decoding.fill(
             predict, keys, length, given.rounds, how.temperature, choice_temperature=given.choice_temperature
         )
@@ -223,7 +224,7 @@ def load_vqgan(data: DataSpec, folder: str, leaf: str) -> Partial:
     decode, sha256 = load_vqgan_decoder(folder, leaf)
     stream = records.read_manifest(Path(str(data.options["dir"])))["streams"][-1]
     if stream["encoder"].get("weights_sha256") != sha256:
-        raise UserError(f"the codes in {data.options['dir']} were not made with the weights in {folder}")
+        raise UserError(f"the tokens in {data.options['dir']} were not made with the weights in {folder}")
     return decode
 
 
@@ -233,7 +234,7 @@ def load_centroids(data: DataSpec) -> Partial:
     stream = records.read_manifest(folder)["streams"][0]
     codebook = read_codebook(folder / records.CODEBOOK)
     if records.codebook_sha256(codebook) != stream["codebook_sha256"]:
-        raise UserError(f"{folder / records.CODEBOOK} is not the codebook that the codes beside it were made with")
+        raise UserError(f"{folder / records.CODEBOOK} is not the codebook that the tokens beside it were made with")
     return Partial(pixels.Decode(stream["encoder"]["patch"], data.size), codebook)
 
 

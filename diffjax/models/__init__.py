@@ -25,7 +25,7 @@ class PublishedModel:
     """A published size: constructor arguments and what is known of it, for 32 x 32 x 4 latents and 1000 classes.
 
     DiffiT-XL/2-512 is for latents of 64 x 64 x 4, DiffiT-CIFAR10 and -FFHQ64 for images of 32 x 32 x 3 and 64 x 64 x 3
-    without classes. DiGIT is for sequences of 256 codes (256 more of the source in stage 2), without classes.
+    without classes. DiGIT is for sequences of 256 tokens (256 more of the source in stage 2), without classes.
 
     Attributes:
         params: trainable parameters (DiT's frozen position table not counted).
@@ -76,13 +76,13 @@ def _diffit_unet(size: str, params: int, gmacs: float) -> PublishedModel:
 
 
 def _digit(size: str, params: int, gmacs: float, **kwargs: Any) -> PublishedModel:
-    depth, width, heads, codes = digit.SIZES[size]
-    sizes = {"codes": codes, "depth": depth, "width": width, "heads": heads, "norm": "post"}
+    depth, width, heads, vocabulary = digit.SIZES[size]
+    sizes = {"vocabulary": vocabulary, "depth": depth, "width": width, "heads": heads, "norm": "post"}
     return PublishedModel("DiGIT", params, gmacs, "arXiv 2410.12490", sizes | kwargs)
 
 
 def _digit_stage2(size: str, causal: bool, params: int, gmacs: float) -> PublishedModel:
-    source = {"codes": digit.VQGAN_CODES, "source_codes": digit.SIZES[size][-1]}
+    source = {"vocabulary": digit.VQGAN_VOCABULARY, "source_vocabulary": digit.SIZES[size][-1]}
     return _digit(size, params, gmacs, **source, norm="pre", causal=causal)
 
 
@@ -131,7 +131,7 @@ MODELS: dict[str, PublishedModel] = {
     "DiGIT-B-stage2-NAR": _digit_stage2("B", False, 214_144_000, 112.17),
     "DiGIT-L-stage2-AR": _digit_stage2("L", True, 711_446_016, 368.38),
     "DiGIT-L-stage2-NAR": _digit_stage2("L", False, 711_446_016, 368.38),
-    "DiGIT-B-VQ": _digit("B", 204_699_648, 54.18, codes=digit.VQGAN_CODES, norm="pre"),
+    "DiGIT-B-VQ": _digit("B", 204_699_648, 54.18, vocabulary=digit.VQGAN_VOCABULARY, norm="pre"),
 }
 
 

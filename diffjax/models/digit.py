@@ -1,4 +1,4 @@
-"""DiGIT: a transformer over the codes of an image, one code after the other (arXiv 2410.12490).
+"""DiGIT: a transformer over the tokens of an image, one token after the other (arXiv 2410.12490).
 
     x = sqrt(d) E[token] + P[position]
     x = LN(x + Attention(x)),   x = LN(x + Mlp(x))                                       (norm "post": stage 1)
@@ -11,8 +11,9 @@ Three uses of one module:
     stage 2            [r_1 .. r_m | </s>, v_1 .. v_n]     causal; the source r has tables of its own
     stage 2, masked    [r_1 .. r_m | </s>, v_1 .. v_n]     every position sees every other; some v are hidden
 
-Codes of stage 1 are clusters of image features; stage 2 turns them (r) into codes of a decoder to pixels (v). A causal
-model's output at a position predicts the next one and at the last </s>; a masked model's predicts the code at its own.
+Tokens of stage 1 are clusters of image features; stage 2 turns them (r) into tokens of a decoder to pixels (v). A
+causal model's output at a position predicts the next one and at the last </s>; a masked model's predicts the token at
+its own.
 """
 
 import functools
@@ -49,13 +50,13 @@ from diffjax.models.layers import (
     uniform,
 )
 from diffjax.ops.attention import attention, cached_attention
-from diffjax.ops.dictionary import END, MASK, NO_CODE, PAD, SPECIALS
+from diffjax.ops.vocabulary import END, MASK, NO_TOKEN, PAD, SPECIALS
 from diffjax.options import Leaf, at_least, fraction, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain
 
-# Depth, width, heads, codes of stage 1. The heads of L are not published; they change no parameter count.
+# Depth, width, heads, vocabulary of stage 1. The heads of L are not published; they change no parameter count.
 SIZES = {"B": (16, 1024, 16, 8192), "L": (24, 1536, 16, 16384)}
-VQGAN_CODES = 1024  # of stage 2
+VQGAN_VOCABULARY = 1024  # of stage 2
 
 FIRST_POSITION = PAD + 1  # the tables of positions begin with rows that no position has, as fairseq's do
 
@@ -184,14 +185,14 @@ class DiGITBlock(nn.Module):
 
 
 class DiGIT(nn.Module):
-    """The backbone; see the module docstring. Codes are 0 .. codes - 1, in and out; a code out of range gives NaN."""
+    """The backbone; see the module docstring. Tokens are 0 .. vocabulary - 1, in and out; others give NaN."""
 
-    codes: int  # to predict; logits have a column for each, after those of the `SPECIALS`
+    vocabulary: int  # tokens to predict; logits have a column for each, after those of the `SPECIALS`
     depth: Depth
     width: Width
     heads: Heads
     mlp_ratio: MlpRatio = 4.0
-    source_codes: int = 0  # codes of the source of a second stage; 0: a first stage
+    source_vocabulary: int = 0  # size of the vocabulary of a second stage's source; 0: a first stage
     num_classes: int = 0  # of a first stage; 0: an unconditional model
     null_class: bool = False  # one more label, index `num_classes`, for classifier-free guidance: not in the paper
     length: Annotated[
@@ -226,27 +227,27 @@ class DiGIT(nn.Module):
     def validate(self) -> None:
         """Raise UserError for options that exclude each other, before anything is traced."""
         check_options("DiGIT", self)
-        check_counts("DiGIT", self, codes=1, source_codes=0, num_classes=0)
+        check_counts("DiGIT", self, vocabulary=1, source_vocabulary=0, num_classes=0)
         check_heads("DiGIT", self.width, self.heads)
-        if self.source_codes and self.num_classes:
+        if self.source_vocabulary and self.num_classes:
             raise UserError(f"DiGIT: a model with a source takes no labels; num_classes = {self.num_classes}, valid: 0")
         if self.null_class and not self.num_classes:
             raise UserError("DiGIT: null_class = True needs num_classes above 0")
 
     def check_input(self, height: int, width: int) -> None:
-        """Raise UserError unless there are positions for an image of so many codes, its start and its source."""
+        """Raise UserError unless there are positions for an image of so many tokens, its start and its source."""
         if height * width >= self.length:
             raise UserError(
-                f"DiGIT: {height} x {width} codes and their start need {height * width + 1} positions; length = "
+                f"DiGIT: {height} x {width} tokens and their start need {height * width + 1} positions; length = "
                 f"{self.length}"
             )
 
     def setup(self) -> None:
-        d, vocabulary = self.width, SPECIALS + self.codes
-        more = SPECIALS + self.source_codes if self.source_codes else self.num_classes + self.null_class
-        self.token_embed = self.param("token_embed", table, (vocabulary + more, d))
+        d, entries = self.width, SPECIALS + self.vocabulary
+        more = SPECIALS + self.source_vocabulary if self.source_vocabulary else self.num_classes + self.null_class
+        self.token_embed = self.param("token_embed", table, (entries + more, d))
         self.positions = self.param("positions", table, (FIRST_POSITION + self.length, d))
-        if self.source_codes:
+        if self.source_vocabulary:
             self.source_positions = self.param("source_positions", table, (FIRST_POSITION + self.length, d))
         stack = stacked(DiGITBlock, self.depth, REMAT_POLICIES[self.remat])
         fields = (int(d * self.mlp_ratio), DTYPES[self.dtype], self.attention, self.norm, self.causal, self.dropout)
@@ -255,7 +256,7 @@ class DiGIT(nn.Module):
             self.final_norm = norm(DTYPES[self.dtype], epsilon=1e-5)
         # A float32 sum of products in the compute dtype.
         self.output = nn.Dense(
-            vocabulary,
+            entries,
             use_bias=False,
             kernel_init=normal(d**-0.5),
             dtype=DTYPES[self.dtype],
@@ -264,7 +265,7 @@ class DiGIT(nn.Module):
 
     def __call__(
         self,
-        codes: jax.Array,
+        tokens: jax.Array,
         y: jax.Array | None = None,
         source: jax.Array | None = None,
         train: bool = False,
@@ -274,47 +275,47 @@ class DiGIT(nn.Module):
         """Logits of all predictions.
 
         Args:
-            codes: int32 [b, n]; of a masked model those that are hidden are `NO_CODE`.
+            tokens: int32 [b, n]; of a masked model those that are hidden are `NO_TOKEN`.
             y: int32 [b], for a model with classes. source: int32 [b, m], for a second stage.
             keys: typed keys [b], one per example, which say what each drops; with `train` and dropout.
             see: a block, 0 the first.
 
         Returns:
-            float32 [b, n + 1, SPECIALS + codes], row i for code i and the last for the end; of a masked model
-            [b, n, SPECIALS + codes], row i for code i. With `see` also the output of that block at all positions,
+            float32 [b, n + 1, SPECIALS + vocabulary], row i for token i and the last for the end; of a masked model
+            [b, n, SPECIALS + vocabulary], row i for token i. With `see` also the output of that block at all positions,
             source first: [b, m + 1 + n, d] in the compute dtype, before the last norm of "pre".
         """
         check_see("DiGIT", self, see)
-        x, _, seen = self._hidden(codes, y, source, train, keys, see)
-        logits = self.logits(x[:, -codes.shape[1] - self.causal :])
+        x, _, seen = self._hidden(tokens, y, source, train, keys, see)
+        logits = self.logits(x[:, -tokens.shape[1] - self.causal :])
         return logits if seen is None else (logits, seen)
 
-    def features(self, codes: jax.Array, y: jax.Array | None = None, source: jax.Array | None = None) -> jax.Array:
+    def features(self, tokens: jax.Array, y: jax.Array | None = None, source: jax.Array | None = None) -> jax.Array:
         """What a linear probe sees: the input of each block, averaged over all positions; float32 [layers, b, d]."""
-        return self.hidden(codes, y, source)[1]
+        return self.hidden(tokens, y, source)[1]
 
     def hidden(
         self,
-        codes: jax.Array,
+        tokens: jax.Array,
         y: jax.Array | None = None,
         source: jax.Array | None = None,
         train: bool = False,
         keys: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """What logits are made of, at all positions, source first: [b, m + 1 + n, d]; and the `features`."""
-        x, means, _ = self._hidden(codes, y, source, train, keys, None)
+        x, means, _ = self._hidden(tokens, y, source, train, keys, None)
         return x, means
 
     def _hidden(
         self,
-        codes: jax.Array,
+        tokens: jax.Array,
         y: jax.Array | None,
         source: jax.Array | None,
         train: bool,
         keys: jax.Array | None,
         see: int | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        x = self.embed(codes, y, source)
+        x = self.embed(tokens, y, source)
         if not (train and self.dropout):
             keys = None
         elif keys is None:
@@ -326,28 +327,28 @@ class DiGIT(nn.Module):
         return x, means, seen
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """[..., d] -> float32 [..., SPECIALS + codes]."""
+        """[..., d] -> float32 [..., SPECIALS + vocabulary]."""
         return self.output(x)
 
-    def embed(self, codes: jax.Array, y: jax.Array | None = None, source: jax.Array | None = None) -> jax.Array:
+    def embed(self, tokens: jax.Array, y: jax.Array | None = None, source: jax.Array | None = None) -> jax.Array:
         """The sequence of the module docstring, embedded: float32 [b, m + 1 + n, d]."""
-        self._check_length("target", codes.shape[1] + 1)
-        tokens = jnp.concatenate([self._start(codes.shape[0], y), self._tokens(codes)], axis=1)
-        x = self._embed(tokens, jnp.arange(tokens.shape[1]), self.positions)
-        if not self.source_codes:
+        self._check_length("target", tokens.shape[1] + 1)
+        entries = jnp.concatenate([self._start(tokens.shape[0], y), self._target_entries(tokens)], axis=1)
+        x = self._embed(entries, jnp.arange(entries.shape[1]), self.positions)
+        if not self.source_vocabulary:
             return x
         if source is None:
-            raise UserError(f"this DiGIT has a source of {self.source_codes} codes: it needs them, not None")
+            raise UserError(f"this DiGIT has a source of {self.source_vocabulary} tokens: give them, not None")
         self._check_length("source", source.shape[1])
-        check_codes(source, self.source_codes, "source code")
-        first = 2 * SPECIALS + self.codes
+        check_tokens(source, self.source_vocabulary, "source token")
+        first = 2 * SPECIALS + self.vocabulary
         before = self._embed(
-            _entries(source, self.source_codes, first), jnp.arange(source.shape[1]), self.source_positions
+            _entries(source, self.source_vocabulary, first), jnp.arange(source.shape[1]), self.source_positions
         )
         return jnp.concatenate([before, x], axis=1)
 
     def init_cache(self, batch: int, length: int, source_length: int = 0) -> Cache:
-        """An empty cache with room for a source and for the decoding of `length` codes; needs no parameters."""
+        """An empty cache with room for a source and for the decoding of `length` tokens; needs no parameters."""
         if not self.causal:
             raise UserError("DiGIT: a masked model (causal = False) has no order to decode in, and no cache")
         self._check_length("target", length)
@@ -359,21 +360,21 @@ class DiGIT(nn.Module):
     def prefill(
         self, cache: Cache, y: jax.Array | None = None, source: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
-        """Start a sequence: y [b] or source [b, m] -> float32 logits [b, SPECIALS + codes] of the first code."""
+        """Start a sequence: y [b] or source [b, m] -> float32 logits [b, SPECIALS + vocabulary] of the first token."""
         none = jnp.zeros((cache.keys.shape[1], 0), jnp.int32)
         return self._next(self.embed(none, y, source), cache)
 
-    def step(self, cache: Cache, codes: jax.Array) -> tuple[jax.Array, Cache]:
-        """Go on by one code each: int32 [b] -> float32 logits [b, SPECIALS + codes] of the next code.
+    def step(self, cache: Cache, tokens: jax.Array) -> tuple[jax.Array, Cache]:
+        """Go on by one token each: int32 [b] -> float32 logits [b, SPECIALS + vocabulary] of the next token.
 
-        The cache must have room, which `init_cache` gave to as many codes as its `length`, the last not being fed back.
+        The cache must have room, which `init_cache` gave for `length` tokens, the last not being fed back.
         """
-        return self._next(self._embed(self._tokens(codes[:, None]), cache.target[None], self.positions), cache)
+        return self._next(self._embed(self._target_entries(tokens[:, None]), cache.target[None], self.positions), cache)
 
     def _next(self, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         n = x.shape[1]
         x, full, _, _ = self._run(x, cache, None, None)
-        # All that is embedded at once ends with the start of the target, or is one code of it.
+        # All that is embedded at once ends with the start of the target, or is one token of it.
         return self.logits(x[:, -1]), full._replace(filled=full.filled + n, target=full.target + 1)
 
     def _run(
@@ -402,19 +403,19 @@ class DiGIT(nn.Module):
         if y is None:
             raise UserError(f"this DiGIT has {self.num_classes} classes: it needs labels y, not None")
         rows = self.num_classes + self.null_class
-        check_codes(y, rows, "label")
-        return _entries(y[:, None], rows, SPECIALS + self.codes)
+        check_tokens(y, rows, "label")
+        return _entries(y[:, None], rows, SPECIALS + self.vocabulary)
 
-    def _tokens(self, codes: jax.Array) -> jax.Array:
-        check_codes(codes, self.codes, "code", hidden=not self.causal)
-        tokens = _entries(codes, self.codes, SPECIALS)
-        return tokens if self.causal else jnp.where(codes == NO_CODE, MASK, tokens)
+    def _target_entries(self, tokens: jax.Array) -> jax.Array:
+        check_tokens(tokens, self.vocabulary, "token", hidden=not self.causal)
+        entries = _entries(tokens, self.vocabulary, SPECIALS)
+        return entries if self.causal else jnp.where(tokens == NO_TOKEN, MASK, entries)
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array, position_table: jax.Array) -> jax.Array:
-        """tokens [b, n] at positions [n], whose rows are in the table [m, d] -> float32 [b, n, d]."""
+    def _embed(self, entries: jax.Array, positions: jax.Array, position_table: jax.Array) -> jax.Array:
+        """Entries [b, n] at positions [n], whose rows are in the table [m, d] -> float32 [b, n, d]."""
         # Whole on every device for the look-up, as FSDP gathers any weight: rows of a split table would be exchanged.
         embedding, encoding = (constrain(rows, None, None) for rows in (self.token_embed, position_table))
-        scaled = math.sqrt(self.width) * jnp.take(embedding, tokens, axis=0)
+        scaled = math.sqrt(self.width) * jnp.take(embedding, entries, axis=0)
         return scaled + jnp.take(encoding, FIRST_POSITION + positions, axis=0)
 
     def _check_length(self, part: str, length: int) -> None:
@@ -422,18 +423,18 @@ class DiGIT(nn.Module):
             raise UserError(f"DiGIT: a {part} of {length} positions (the start included); valid: up to {self.length}")
 
 
-def _entries(codes: jax.Array, count: int, first: int) -> jax.Array:
-    """Entries of the table for codes 0 .. count - 1; for others a row that no table has, whose look-up gives NaN."""
-    codes = jnp.asarray(codes, jnp.int32)
-    return jnp.where((codes >= 0) & (codes < count), first + codes, np.iinfo(np.int32).max)
+def _entries(tokens: jax.Array, count: int, first: int) -> jax.Array:
+    """Entries of the table for tokens 0 .. count - 1; for others a row that no table has, whose look-up gives NaN."""
+    tokens = jnp.asarray(tokens, jnp.int32)
+    return jnp.where((tokens >= 0) & (tokens < count), first + tokens, np.iinfo(np.int32).max)
 
 
-def check_codes(codes: Any, count: int, what: str, hidden: bool = False) -> None:
-    """Raise UserError for codes outside 0 .. count - 1 (or `NO_CODE`), where their values are known: not in a trace."""
-    if isinstance(codes, jax.core.Tracer):
+def check_tokens(tokens: Any, count: int, what: str, hidden: bool = False) -> None:
+    """Raise UserError for tokens outside 0 .. count - 1 (or `NO_TOKEN`), unless they are traced."""
+    if isinstance(tokens, jax.core.Tracer):
         return
-    values = np.asarray(codes)
-    wrong = values[((values < 0) | (values >= count)) & ~(hidden & (values == NO_CODE))]
+    values = np.asarray(tokens)
+    wrong = values[((values < 0) | (values >= count)) & ~(hidden & (values == NO_TOKEN))]
     if wrong.size:
-        allowed = f"0 to {count - 1}" + (f", or {NO_CODE} where hidden" if hidden else "")
+        allowed = f"0 to {count - 1}" + (f", or {NO_TOKEN} where hidden" if hidden else "")
         raise UserError(f"DiGIT: {what} {wrong[0]}; valid: {allowed}")

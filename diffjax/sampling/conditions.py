@@ -106,7 +106,7 @@ def check_range(path: Path, stored: np.ndarray, count: int) -> None:
     if not np.isfinite(stored).all():
         raise UserError(f"{path}: conditions are not all finite")
     if count and (stored.min() < 0 or stored.max() >= count):
-        raise UserError(f"{path} holds codes from {stored.min()} to {stored.max()}; valid: 0 to {count - 1}")
+        raise UserError(f"{path} holds tokens from {stored.min()} to {stored.max()}; valid: 0 to {count - 1}")
 
 
 def of_source(path: Path, first: int, num: int, trained: Run) -> Conditions:
@@ -118,7 +118,7 @@ def of_source(path: Path, first: int, num: int, trained: Run) -> Conditions:
 
 
 def _made_of(path: Path, origin: dict[str, Any]) -> dict[str, Any]:
-    """The origin of a file of codes, by the json beside it. UserError unless they are what this run was trained on."""
+    """The origin of a file of tokens, by the json beside it. UserError unless they are what this run was trained on."""
     beside = path.with_suffix(".json")
     if not path.is_file() or not beside.is_file():
         raise UserError(f"--source={path}: it or {beside.name} is missing; `sample --raw` of a first stage writes both")
@@ -127,21 +127,21 @@ def _made_of(path: Path, origin: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{beside}: not what `sample --raw` writes, it says nothing of an origin")
     wanted, found = (each.get("codes", {}).get("features") for each in (origin, made))
     if wanted and wanted != found:
-        raise UserError(f"--source={path} holds codes of {found}, and this run was trained on codes of {wanted}")
+        raise UserError(f"--source={path} holds tokens of {found}, and this run was trained on tokens of {wanted}")
     return made
 
 
 def read_source(path: Path, first: int, num: int, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
-    """Labels [num] and codes int32 [num, m] number `first` and following, of a file that `sample --raw` wrote."""
+    """Labels [num] and tokens int32 [num, m] number `first` and following, of a file that `sample --raw` wrote."""
     stored = read_npz(path, ("arr_0", "arr_1"))
-    codes, labels = stored["arr_0"], stored["arr_1"]
+    tokens, labels = stored["arr_0"], stored["arr_1"]
     condition = experiment.method.condition
     assert condition
     length = condition.shape[0]
-    if codes.ndim != 2 or codes.shape[1] != length or not np.issubdtype(codes.dtype, np.integer):
-        raise UserError(f"--source={path} holds {codes.dtype} {codes.shape}; expected integers [n, {length}]")
-    if len(codes) < first + num:
-        raise UserError(f"--source={path} has {len(codes)} rows; --first={first} and --num={num} need {first + num}")
-    check_range(path, codes, condition.count)
+    if tokens.ndim != 2 or tokens.shape[1] != length or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"--source={path} holds {tokens.dtype} {tokens.shape}; expected integers [n, {length}]")
+    if len(tokens) < first + num:
+        raise UserError(f"--source={path} has {len(tokens)} rows; --first={first} and --num={num} need {first + num}")
+    check_range(path, tokens, condition.count)
     chosen = slice(first, first + num)
-    return labels[chosen].astype(np.int32), codes[chosen].astype(np.int32)
+    return labels[chosen].astype(np.int32), tokens[chosen].astype(np.int32)

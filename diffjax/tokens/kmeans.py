@@ -1,7 +1,7 @@
 """k-means as the published codebooks were made: Lloyd's algorithm with faiss's choices, on any number of devices.
 
-    code(x) = argmin_k |x - c_k|^2 = argmin_k (|c_k|^2 - 2 x . c_k)                                   (1)
-    c_k     = mean of the points with code k                                                           (2)
+    token(x) = argmin_k |x - c_k|^2 = argmin_k (|c_k|^2 - 2 x . c_k)                                   (1)
+    c_k      = mean of the points with token k                                                         (2)
 
 A *fit* keeps 256 points per centroid, drawn without replacement, starts at K of them and makes 20 iterations of (1)
 and (2); after each, an empty cluster takes half of another one (`split_empty`). Draws are those of faiss (32-bit
@@ -75,8 +75,8 @@ def assign(features: jax.Array, centroids: jax.Array) -> jax.Array:
         rows = -(-n // block) * block
         blocks = jnp.pad(points, ((0, rows - n), (0, 0))).reshape(-1, block, points.shape[1])
         codebook = _codebook(centroids)
-        codes = jax.lax.map(lambda x: _nearest(x.astype(jnp.float32), codebook)[1], blocks)
-        return codes.reshape(-1)[:n].reshape(features.shape[:-1])
+        nearest = jax.lax.map(lambda x: _nearest(x.astype(jnp.float32), codebook)[1], blocks)
+        return nearest.reshape(-1)[:n].reshape(features.shape[:-1])
 
     names = PartitionSpec("batch"), PartitionSpec()
     axes = mesh_axes(batch=features.shape[0])
@@ -258,11 +258,11 @@ def _accumulate(mesh: Mesh | None) -> Callable:
         def step(totals: tuple, xs: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
             sums, counts, objective = totals
             points, valid = xs
-            score, code = _nearest(points, codebook)
-            code = jnp.where(valid, code, k)  # past the end, where nothing is added
+            score, token = _nearest(points, codebook)
+            token = jnp.where(valid, token, k)  # past the end, where nothing is added
             distance = jnp.maximum(jnp.sum(jnp.square(points), axis=1) + score, 0)
-            sums = sums.at[code].add(_digits(points * scale), mode="drop")
-            counts = counts.at[code].add(1, mode="drop")
+            sums = sums.at[token].add(_digits(points * scale), mode="drop")
+            counts = counts.at[token].add(1, mode="drop")
             return (sums, counts, objective + jnp.sum(jnp.where(valid, distance, 0))), None
 
         zeros = jnp.zeros((k, DIGITS * blocks.shape[-1]), jnp.int32), jnp.zeros(k, jnp.int32), jnp.float32(0)

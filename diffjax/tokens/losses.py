@@ -1,4 +1,4 @@
-"""Losses over codes: the next one, and the hidden ones.
+"""Losses over tokens: the next one, and the hidden ones.
 
     (1)  loss = (1 - s) nll - s mean_v log p_v,      nll = -log p_target           label smoothing s, over all v columns
 
@@ -9,37 +9,37 @@ in nats.
 import jax
 import jax.numpy as jnp
 
-from diffjax.ops.dictionary import END, SPECIALS
+from diffjax.ops.vocabulary import END, SPECIALS
 
 
-def next_code(logits: jax.Array, codes: jax.Array, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """Equation (1) of the codes and the end that follows them, for a causal model.
+def next_token(logits: jax.Array, tokens: jax.Array, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """Equation (1) of the tokens and the end that follows them, for a causal model.
 
     Args:
-        logits: [b, n + 1, SPECIALS + codes], row i for code i and the last for the end.
-        codes: int32 [b, n].
+        logits: [b, n + 1, SPECIALS + vocabulary], row i for token i and the last for the end.
+        tokens: int32 [b, n].
 
     Returns:
         loss and nll, float32 [b]: means over the n + 1 predictions of each example.
     """
-    end = jnp.full((codes.shape[0], 1), END)
-    loss, nll = smoothed(logits, jnp.concatenate([SPECIALS + codes, end], axis=1), smoothing)
+    end = jnp.full((tokens.shape[0], 1), END)
+    loss, nll = smoothed(logits, jnp.concatenate([SPECIALS + tokens, end], axis=1), smoothing)
     return jnp.mean(loss, axis=1), jnp.mean(nll, axis=1)
 
 
-def hidden_codes(
-    logits: jax.Array, codes: jax.Array, hidden: jax.Array, smoothing: float = 0.0
+def hidden_tokens(
+    logits: jax.Array, tokens: jax.Array, hidden: jax.Array, smoothing: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Equation (1) of the hidden codes, for a masked model.
+    """Equation (1) of the hidden tokens, for a masked model.
 
     Args:
-        logits: [b, n, SPECIALS + codes], row i for code i. codes: int32 [b, n]. hidden: bool [b, n].
+        logits: [b, n, SPECIALS + vocabulary], row i for token i. tokens: int32 [b, n]. hidden: bool [b, n].
 
     Returns:
-        loss and nll, float32 [b]: of each example the sum over its hidden codes, divided by how many an example of this
-        batch has on average; so the mean over the batch is the mean over all hidden codes in it.
+        loss and nll, float32 [b]: of each example the sum over its hidden tokens, divided by the
+        batch mean of their number; so the mean over the batch is the mean over all its hidden tokens.
     """
-    loss, nll = smoothed(logits, SPECIALS + codes, smoothing)
+    loss, nll = smoothed(logits, SPECIALS + tokens, smoothing)
     average = jnp.mean(jnp.sum(hidden, axis=1, dtype=jnp.float32))
 
     def per_example(term: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ def smoothed(logits: jax.Array, target: jax.Array, smoothing: float) -> tuple[ja
 
 
 def hide(u: jax.Array, scores: jax.Array) -> jax.Array:
-    """Which codes to hide in training: the floor(n cos(pi u / 2) + 1) of smallest score (the schedule of MaskGIT).
+    """Which tokens to hide in training: the floor(n cos(pi u / 2) + 1) of smallest score (the schedule of MaskGIT).
 
     u [b] and scores [b, n] are uniform in [0, 1); returns bool [b, n], at least one per example.
     """

@@ -13,11 +13,11 @@ def encode(images: jax.Array, patch: int) -> jax.Array:
 
 @dataclass(frozen=True)
 class Decode:
-    """Codes int32 [b, grid * grid] -> images [b, grid * patch, grid * patch, c] of the patches in a codebook [k, d]."""
+    """Tokens int32 [b, grid * grid] -> images [b, grid * patch, grid * patch, c] of a codebook's patches [k, d]."""
 
     patch: int
     grid: int
 
-    def __call__(self, codebook: jax.Array, codes: jax.Array) -> jax.Array:
+    def __call__(self, codebook: jax.Array, tokens: jax.Array) -> jax.Array:
         sizes = {"h": self.grid, "ph": self.patch, "pw": self.patch}
-        return rearrange(codebook[codes], "b (h w) (ph pw c) -> b (h ph) (w pw) c", **sizes)
+        return rearrange(codebook[tokens], "b (h w) (ph pw c) -> b (h ph) (w pw) c", **sizes)

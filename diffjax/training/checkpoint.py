@@ -1,7 +1,7 @@
 """Checkpoints and snapshots of a run folder.
 
     checkpoints/<step>/   items state, ema, tracks (where the run has them), data and meta: what the run goes on from
-    snapshots/<step>/     items tracks and meta: the power-function averages alone, from which others are made
+    snapshots/<step>/     items tracks and meta: the power-function EMAs only, from which others are made
 
 Saving is asynchronous and atomic: a step is written under a temporary name and renamed when complete, so a killed
 process leaves the earlier steps as they were. A checkpoint is begun only when the snapshots before it are complete, so
@@ -18,6 +18,8 @@ from diffjax.archive import Archive, Damaged
 from diffjax.errors import UserError
 from diffjax.training.state import TrainState
 
+POWER_EMAS = "tracks"  # the item of the power-function EMAs, as run folders of all versions name it
+
 
 def latest_step(workdir: Path) -> int | None:
     """The latest complete checkpoint of a run folder, None when there is none yet."""
@@ -31,12 +33,12 @@ class Snapshots(Archive):
     """The snapshots of one run folder."""
 
     def __init__(self, workdir: Path, *, read_only: bool = False):
-        super().__init__(workdir / "snapshots", "snapshot", ("tracks", "meta"), read_only=read_only)
+        super().__init__(workdir / "snapshots", "snapshot", (POWER_EMAS, "meta"), read_only=read_only)
 
-    def save(self, tracks: Mapping[str, Any], step: int, meta: Mapping[str, Any]) -> None:
+    def save(self, power_emas: Mapping[str, Any], step: int, meta: Mapping[str, Any]) -> None:
         """Start writing `step`; one that is there already is the same, from before the run was interrupted."""
         if step not in self.steps():
-            self.save_items(step, {"tracks": tracks}, {"meta": meta})
+            self.save_items(step, {POWER_EMAS: power_emas}, {"meta": meta})
 
     def refuse_after(self, step: int) -> None:
         """Raise UserError for snapshots of a future that will not be: the run goes on from `step` another way."""
@@ -71,7 +73,7 @@ class Checkpoints(Archive):
         super().__init__(
             workdir / "checkpoints",
             "checkpoint",
-            ("state", "ema", "tracks", "data", "meta"),
+            ("state", "ema", POWER_EMAS, "data", "meta"),
             keep=keep,
             keep_every_steps=keep_every_steps,
             read_only=read_only,
@@ -103,7 +105,7 @@ class Checkpoints(Archive):
         """State and data position at `step`, laid out as `abstract` says, whatever mesh they were saved from."""
         data = self.restore_json("data", step)
         restored = self.restore_items(step, _items(abstract))
-        state = TrainState(ema=restored["ema"], tracks=restored.get("tracks") or {}, **restored["state"])
+        state = TrainState(ema=restored["ema"], power_emas=restored.get(POWER_EMAS) or {}, **restored["state"])
         return state, data
 
     def restore_or_advise(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -157,5 +159,5 @@ class Checkpoints(Archive):
 def _items(state: TrainState) -> dict[str, Any]:
     """The trees of a state, or of its shapes, by the item that keeps them."""
     arrays = {"params": state.params, "opt_state": state.opt_state, "step": state.step}
-    tracks = {"tracks": state.tracks} if state.tracks else {}
-    return {"state": arrays, "ema": state.ema, **tracks}
+    power_emas = {POWER_EMAS: state.power_emas} if state.power_emas else {}
+    return {"state": arrays, "ema": state.ema, **power_emas}

@@ -25,8 +25,8 @@ what the average started from. The profile's standard deviation relative to t na
 
 a cubic in γ, γ³ + 7 γ² + (16 - q) γ + (12 - q) = 0 with q = σ_rel^-2, whose largest root is meant.
 
-A run keeps tracks of different γ, usually two, and snapshots of them. Their profiles p_i, each up to its own t_i, can
-be combined to nearly that of any other average: the coefficients x that minimise |Σ x_i p_i - p|² solve
+A run keeps power-function EMAs of different γ, usually two, and snapshots of them. Their profiles p_i, each up to its
+own t_i, can be combined to nearly that of any other average: the coefficients x that minimise |Σ x_i p_i - p|² solve
 
     (5)  Σ_j <p_i, p_j> x_j = <p_i, p>,
     (6)  <p_a, p_b> = (γ_a + 1) (γ_b + 1) / (γ_a + γ_b + 1) (t_a / t_b)^γ_b / t_b   for t_a <= t_b,
@@ -51,10 +51,10 @@ Rate = Callable[[Any], Any]  # the number of an update, int32 and from 1 -> 1 - 
 
 
 class Rates(NamedTuple):
-    """How the state's averages move: `ema`, and the tracks by their names."""
+    """How the state's averages move: `ema`, and the power-function EMAs by their names."""
 
     ema: Rate
-    tracks: Mapping[str, Rate] = {}
+    power_emas: Mapping[str, Rate] = {}
 
 
 class Profile(NamedTuple):
@@ -174,9 +174,9 @@ AVERAGES: dict[str, Average] = {
 LONGEST = float(sigma_rel_of(0.0))  # the relative length of the mean over all updates
 
 
-def _different_lengths(tracks: tuple[float, ...]) -> bool:
-    exact = all(0 < length <= LONGEST and float(_track(length)) == length for length in tracks)
-    return exact and len(set(tracks)) == len(tracks)
+def _different_lengths(lengths: tuple[float, ...]) -> bool:
+    exact = all(0 < length <= LONGEST and float(_name(length)) == length for length in lengths)
+    return exact and len(set(lengths)) == len(lengths)
 
 
 LENGTHS = Valid(lambda: f"different lengths above 0 to {LONGEST:.4f}, of up to three decimals", _different_lengths)
@@ -198,11 +198,12 @@ class Ema:
     rampup: Annotated[float, Leaf("halflife: at most this part of the images seen", valid=at_least(0, zero="none"))] = (
         0.05
     )
-    tracks: Annotated[
-        tuple[float, ...], Leaf("relative lengths of power-function averages to keep besides", valid=LENGTHS)
+    sigma_rel: Annotated[
+        tuple[float, ...], Leaf("relative lengths of power-function EMAs to keep as well", valid=LENGTHS)
     ] = ()
     snapshot_every_steps: Annotated[
-        int, Leaf("permanent snapshots of the tracks, for averages of any length", valid=at_least(0, zero="never"))
+        int,
+        Leaf("permanent snapshots of the power-function EMAs, for EMAs of any length", valid=at_least(0, zero="never")),
     ] = 0
 
     def unread(self) -> dict[str, str]:
@@ -215,21 +216,21 @@ def rates(ema: Ema, batch_size: int) -> Rates:
     """The averages that a config asks for. UserError for what is not valid or contradicts itself."""
     for name, value in vars(ema).items():
         check(f"ema.{name}", options(Ema)[name], value)
-    if bool(ema.tracks) != bool(ema.snapshot_every_steps):
+    if bool(ema.sigma_rel) != bool(ema.snapshot_every_steps):
         raise UserError(
-            f"ema.tracks = {ema.tracks}, ema.snapshot_every_steps = {ema.snapshot_every_steps}: tracks need snapshots, "
-            "every 1 or more steps, and snapshots need tracks, such as (0.05, 0.1)"
+            f"ema.sigma_rel = {ema.sigma_rel}, ema.snapshot_every_steps = {ema.snapshot_every_steps}: power-function "
+            "EMAs need snapshots, every 1 or more steps, and snapshots need power-function EMAs, such as (0.05, 0.1)"
         )
-    tracks = {name: power(length) for name, length in track_lengths(ema.tracks).items()}
-    return Rates(AVERAGES[ema.kind].build(ema, batch_size), tracks)
+    power_emas = {name: power(length) for name, length in by_name(ema.sigma_rel).items()}
+    return Rates(AVERAGES[ema.kind].build(ema, batch_size), power_emas)
 
 
-def track_lengths(tracks: Iterable[float]) -> dict[str, float]:
-    """{"0.050": 0.05, ...}: names of the tracks, as checkpoints have them, and their relative lengths."""
-    return {_track(length): length for length in tracks}
+def by_name(sigma_rel: Iterable[float]) -> dict[str, float]:
+    """{"0.050": 0.05, ...}: names of the power-function EMAs in checkpoints, and their relative lengths."""
+    return {_name(length): length for length in sigma_rel}
 
 
-def _track(length: float) -> str:
+def _name(length: float) -> str:
     return f"{length:.3f}"
 
 

@@ -112,7 +112,7 @@ def _open_checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
         workdir,
         keep=experiment.schedule.keep,
         keep_every_steps=experiment.schedule.keep_every,
-        snapshots=Snapshots(workdir) if experiment.tracks else None,
+        snapshots=Snapshots(workdir) if experiment.sigma_rel else None,
     )
 
 
@@ -269,8 +269,8 @@ class Run:
         if self.checkpoints.snapshots:
             self._pending.flush(self.reporter)
             self.reporter.pause()
-            meta = {"sigma_rel": dict(self.experiment.tracks), **self._progress(step)}
-            self.checkpoints.snapshots.save(state.tracks, step, meta)
+            meta = {"sigma_rel": dict(self.experiment.sigma_rel), **self._progress(step)}
+            self.checkpoints.snapshots.save(state.power_emas, step, meta)
 
     def _save(self, state: TrainState, step: int) -> None:
         self._pending.flush(self.reporter)

@@ -14,20 +14,19 @@ from diffjax.parallel.rules import LogicalAxes, StateAxes, parameters, shardings
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 scalar, the number of updates made. params, ema: float32, same tree; so is each of `tracks`, the
-    power-function averages by name."""
+    """The training state, a pytree."""
 
-    step: jax.Array
-    params: Any
+    step: jax.Array  # int32 scalar: the number of updates made
+    params: Any  # float32
     opt_state: Any
-    ema: Any
-    tracks: dict[str, Any] = flax.struct.field(default_factory=dict)
+    ema: Any  # float32, the tree of `params`
+    power_emas: dict[str, Any] = flax.struct.field(default_factory=dict)  # power-function EMAs by name, likewise
 
 
-def initial_state(params: Any, optimizer: optax.GradientTransformation, tracks: Iterable[str] = ()) -> TrainState:
+def initial_state(params: Any, optimizer: optax.GradientTransformation, power_emas: Iterable[str] = ()) -> TrainState:
     """Step 0; the averages start as copies of the parameters."""
-    ema, *copies = (jax.tree.map(jnp.copy, params) for _ in ("ema", *tracks))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, dict(zip(tracks, copies)))
+    ema, *copies = (jax.tree.map(jnp.copy, params) for _ in ("ema", *power_emas))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, dict(zip(power_emas, copies)))
 
 
 def state_shardings(

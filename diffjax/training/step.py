@@ -37,17 +37,19 @@ def train_step(
         key: root of the training streams; the step number is folded in here.
         loss: (params, frozen, batch, key) -> (scalar, metrics), a mean over the batch.
         learning_rate: that of an update, by the number of updates before it; to report.
-        rates: how the averages move; `rates.tracks` has the names of `state.tracks`.
+        rates: how the averages move; `rates.power_emas` has the names of `state.power_emas`.
     """
     gradients, metrics = accumulate(loss, state.params, frozen, batch, rng.fold(key, state.step), microbatches)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     number = state.step + 1
     average = ema.update(state.ema, params, rates.ema(number))
-    tracks = {name: ema.update(track, params, rates.tracks[name](number)) for name, track in state.tracks.items()}
+    power_emas = {
+        name: ema.update(each, params, rates.power_emas[name](number)) for name, each in state.power_emas.items()
+    }
     metrics["grad_norm"], metrics["param_norm"] = optax.tree.norm(gradients), optax.tree.norm(params)
     metrics["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
-    return TrainState(number, params, opt_state, average, tracks), metrics
+    return TrainState(number, params, opt_state, average, power_emas), metrics
 
 
 def accumulate(

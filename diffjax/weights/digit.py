@@ -14,7 +14,7 @@ import numpy as np
 from diffjax.errors import UserError
 from diffjax.models import create
 from diffjax.models.digit import FIRST_POSITION, SIZES
-from diffjax.ops.dictionary import END, MASK, PAD, SPECIALS
+from diffjax.ops.vocabulary import END, MASK, PAD, SPECIALS
 from diffjax.weights import mapping
 
 # d width, h heads, k per-head width, f mlp width, e rows of the embedding, v columns of the logits, p rows of positions
@@ -102,8 +102,8 @@ class Family:
     def from_reference(self, state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Module, dict[str, Any]]:
         """The module and its parameters; `config` as in `diffjax.weights.from_reference`.
 
-        The norms' place is told by the presence of a last one. The heads of a width cannot be read off the shapes:
-        they are those of the published size of that depth and width, or must be given as `decoder_attention_heads`.
+        The position of the norms is inferred from the presence of a final one. The shapes do not tell the heads of a
+        width: they are those of the published size of that depth and width, or given as `decoder_attention_heads`.
         With `num_classes` one row of labels more than that is the null class.
         """
         own = OF_STAGE2 if self.source else OF_STAGE1
@@ -118,18 +118,18 @@ class Family:
     def to_reference(self, module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The decoder's part of the reference's state_dict."""
         model: Any = module
-        return mapping.to_state_dict(_table(model.source_codes > 0, model.norm == "pre"), _sizes(model), params)
+        return mapping.to_state_dict(_table(model.source_vocabulary > 0, model.norm == "pre"), _sizes(model), params)
 
     def _arguments(self, sizes: mapping.Sizes, pre_norm: bool, config: dict[str, Any]) -> dict[str, Any]:
         """Constructor arguments of our module out of the sizes; what `config` gives must agree with them."""
         depth, width, hidden, rows, columns = (sizes[axis] for axis in "ldfev")
-        codes, more = columns - SPECIALS, rows - columns
+        vocabulary, more = columns - SPECIALS, rows - columns
         source = more - SPECIALS if self.source else 0
-        if codes < 1 or more < 0 or (self.source and source < 1):
+        if vocabulary < 1 or more < 0 or (self.source and source < 1):
             raise UserError(f"{self.name}: embed_tokens has {rows} rows, output_projection {columns}: these do not fit")
         null = not self.source and config.get("num_classes", more) == more - 1 > 0
-        told = {
-            "K": source if self.source else codes,
+        inferred = {
+            "K": source if self.source else vocabulary,
             "max_target_positions": sizes["p"] - FIRST_POSITION,
             "normalize_before": pre_norm,
             "decoder_layers": depth,
@@ -137,20 +137,20 @@ class Family:
             "decoder_ffn_embed_dim": hidden,
         }
         if self.source:
-            told |= {"V": codes, "target_dict_len": columns, "embed_rows": rows}
+            inferred |= {"V": vocabulary, "target_dict_len": columns, "embed_rows": rows}
         else:
-            told |= {"class_conditional": more > 0, "num_classes": more - null}
-        mapping.check_agreement(self.name, told, config)
+            inferred |= {"class_conditional": more > 0, "num_classes": more - null}
+        mapping.check_agreement(self.name, inferred, config)
         for name, value in FIXED.items():
             if config.get(name, value) != value:
                 raise UserError(f"{self.name}: {name} = {config[name]} is not supported; valid: {value}")
         return {
-            "codes": codes,
+            "vocabulary": vocabulary,
             "depth": depth,
             "width": width,
             "heads": self._heads(depth, width, config),
             "mlp_ratio": mapping.ratio(hidden, width),
-            "source_codes": source,
+            "source_vocabulary": source,
             "num_classes": 0 if self.source else more - null,
             "null_class": null,
             "length": sizes["p"] - FIRST_POSITION,
@@ -179,14 +179,14 @@ def _table(source: bool, pre_norm: bool) -> mapping.Table:
 
 def _sizes(module: Any) -> dict[str, int]:
     """The sizes of the table's axes for a module of ours."""
-    more = SPECIALS + module.source_codes if module.source_codes else module.num_classes + module.null_class
+    more = SPECIALS + module.source_vocabulary if module.source_vocabulary else module.num_classes + module.null_class
     return {
         "l": module.depth,
         "d": module.width,
         "h": module.heads,
         "k": module.width // module.heads,
         "f": int(module.width * module.mlp_ratio),
-        "e": SPECIALS + module.codes + more,
-        "v": SPECIALS + module.codes,
+        "e": SPECIALS + module.vocabulary + more,
+        "v": SPECIALS + module.vocabulary,
         "p": FIRST_POSITION + module.length,
     }

@@ -21,6 +21,9 @@ from diffjax.parallel.hosts import fetch_whole
 from diffjax.parallel.rules import key_path
 from diffjax.weights import outputs
 
+# Options of a model that were called otherwise in model.json of earlier versions.
+RENAMED = {"codes": "vocabulary", "source_codes": "source_vocabulary"}
+
 
 def save(out: Path, module: nn.Module, params: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
     """Write `params` and model.json; returns what model.json holds.
@@ -140,7 +143,10 @@ def read_model(out: Path) -> dict[str, Any]:
         )
     try:
         model = json.loads(path.read_text())
-        kwargs = {name: tuple(value) if isinstance(value, list) else value for name, value in model["kwargs"].items()}
+        kwargs = {
+            RENAMED.get(name, name): tuple(value) if isinstance(value, list) else value
+            for name, value in model["kwargs"].items()
+        }
         return {**model, "name": model["name"], "kwargs": kwargs}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error

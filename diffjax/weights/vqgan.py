@@ -59,7 +59,7 @@ def from_reference(state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Mod
     mapping.check_agreement("vqgan", {"n_embed": sizes["v"], "embed_dim": sizes["z"]}, config)
     module = create(
         "VQGAN",
-        codes=sizes["v"],
+        vocabulary=sizes["v"],
         features=sizes["z"],
         width=sizes["w"],
         multipliers=tuple(multipliers),
@@ -88,7 +88,7 @@ def _axis(level: int) -> str:
 def _sizes(module: Any) -> dict[str, int]:
     """The sizes of the table's axes for a module of ours."""
     widths = {_axis(level): width for level, width in enumerate(module.widths)}
-    return CONSTANTS | widths | {"w": module.width, "z": module.features, "v": module.codes}
+    return CONSTANTS | widths | {"w": module.width, "z": module.features, "v": module.vocabulary}
 
 
 def _table(levels: int, depth: int, sizes: mapping.Sizes) -> mapping.Table:

@@ -1,13 +1,13 @@
-"""A small model of codes of the digits, through the command line: its codes and its run."""
+"""A small model of tokens of the digits, through the command line: its tokens and its run."""
 
 from pathlib import Path
 
 from diffjax.__main__ import main
 from tests.programs import ROOT, train_arguments
 
-CODES = 16
+VOCABULARY = 16
 RECIPE = f"--config={ROOT}/configs/quickstart.py:model=digit,runlocal"
-SMALL = (f"data.codes={CODES}", "tokens.iterations=4")
+SMALL = (f"data.vocabulary={VOCABULARY}", "tokens.iterations=4")
 
 
 def tokenize_arguments(out: Path, *leaves: str, codebook: Path | None = None) -> list[str]:

@@ -15,7 +15,7 @@ from diffjax.methods import diffusion
 from tests.programs import train_arguments
 
 RUN = ("evals.samples.every_steps=2", "evals.samples.num=4", "evals.loss.every_steps=2", "evals.loss.num=16")
-RUN += ("ema.tracks=0.05,0.1", "ema.snapshot_every_steps=1", "total_steps=2")
+RUN += ("ema.sigma_rel=0.05,0.1", "ema.snapshot_every_steps=1", "total_steps=2")
 COMMANDS = {
     "train": [],
     "sample": ["--num=4", "--out={0}/samples.npz"],

@@ -162,7 +162,7 @@ MISTAKES = {
         ("sweep", "--workdir=run,gs://b/a", "--sampler=ddim:2", "--reference=digits", "--out=new.json"),
         "gs://b/a: only local",
     ),
-    "codes-into-a-bucket": (("tokenize", f"--config={QUICKSTART}", "--out=gs://b/t"), "--out=gs://b/t: only local"),
+    "tokens-into-a-bucket": (("tokenize", f"--config={QUICKSTART}", "--out=gs://b/t"), "--out=gs://b/t: only local"),
     "convert-into-a-bucket": (
         ("convert", "--family=dit", "--out=gs://b/p", "--checkpoint=good.pt"),
         "--out=gs://b/p: only local",
@@ -215,8 +215,14 @@ MISTAKES = {
     "negative-rate": (changed("optim.lr=-1.0"), "optim.lr = -1.0: valid: 0 or more"),
     "ema": (changed("ema.decay=2.0"), "ema.decay = 2.0: valid: 0 to 1"),
     "ema-kind": (changed("ema.kind=edm"), "ema.kind = 'edm': valid: constant, halflife"),
-    "tracks": (changed("ema.tracks=0.05,0.1"), "ema.snapshot_every_steps = 0: tracks need snapshots"),
-    "track-text": (changed("ema.tracks=long", "ema.snapshot_every_steps=5"), "ema.tracks=long: valid: numbers"),
+    "power-emas": (
+        changed("ema.sigma_rel=0.05,0.1"),
+        "ema.snapshot_every_steps = 0: power-function EMAs need snapshots",
+    ),
+    "power-ema-text": (
+        changed("ema.sigma_rel=long", "ema.snapshot_every_steps=5"),
+        "ema.sigma_rel=long: valid: numbers",
+    ),
     "decay-of-rate": (changed("optim.schedule=inverse_sqrt"), "optim.decay_after_steps = 0: valid: 1 or more"),
     "decay-of-cosine": (
         changed("optim.decay_after_steps=5"),
@@ -457,11 +463,14 @@ def test_a_config_json_of_another_version(world, tmp_path, capsys):
     """What an earlier one did not have is at its default; what this one does not know is refused."""
     path = world / "run" / "config.json"
     stored = json.loads(path.read_text())
-    for section, leaf in (("diffusion", "label_drop"), ("data", "augment"), ("ema", "tracks")):
+    for section, leaf in (("diffusion", "label_drop"), ("data", "augment"), ("ema", "sigma_rel")):
         less = {**stored, section: {name: value for name, value in stored[section].items() if name != leaf}}
         (tmp_path / "config.json").write_text(json.dumps(less))
         assert read(tmp_path / "config.json") == read(path)
-    more = {"version": {**stored, "version": 3}, "leaf": {**stored, "data": {**stored["data"], "sise": 3}}}
+    more = {
+        "version": {**stored, "version": stored["version"] + 1},
+        "leaf": {**stored, "data": {**stored["data"], "sise": 3}},
+    }
     reasons = {
         "version": "written by a later version of diffjax",
         "leaf": "no leaf 'data.sise'; did you mean data.size",

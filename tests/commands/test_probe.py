@@ -1,4 +1,4 @@
-"""A model of codes from its images to its scores: tokenize, train, sample, probe; and codes that are not the run's."""
+"""A token model from images to scores: tokenize, train, sample, probe; and tokens that are not the run's."""
 
 import dataclasses
 import json
@@ -11,13 +11,14 @@ import pytest
 from diffjax.__main__ import main
 from diffjax.commands import probe as probe_verb
 from diffjax.config import resolve
-from diffjax.data import sources, tokens
+from diffjax.data import sources
+from diffjax.data import tokens as records
 from diffjax.evaluation import linear_probe, protocol
 from diffjax.experiment import build
 from diffjax.parallel.mesh import make_mesh
 from diffjax.runs import open_run
 from diffjax.sampling.samples import read_samples
-from tests.commands.digit import CODES, mistake, run_arguments, tokenize, train
+from tests.commands.digit import VOCABULARY, mistake, run_arguments, tokenize, train
 from tests.programs import complete_steps, train_arguments
 
 BLOCKS, BASELINES = ("block_0", "block_1"), ("images", "images_of_codes", "counts_of_codes")
@@ -25,11 +26,11 @@ BLOCKS, BASELINES = ("block_0", "block_1"), ("images", "images_of_codes", "count
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A run of four steps, its codes, and codes of the test images: `run`, `codes`, `test`."""
+    """A run of four steps, its tokens, and tokens of the test images: `run`, `tokens`, `test`."""
     folder = tmp_path_factory.mktemp("world")
-    codes = tokenize(folder / "codes", "tokens.mirrored=true")
-    tokenize(folder / "test", "images.split=test", codebook=codes / tokens.CODEBOOK)
-    train(folder / "run", codes, "data.flip=true")
+    tokens = tokenize(folder / "tokens", "tokens.mirrored=true")
+    tokenize(folder / "test", "images.split=test", codebook=tokens / records.CODEBOOK)
+    train(folder / "run", tokens, "data.flip=true")
     return folder
 
 
@@ -50,7 +51,7 @@ def test_the_pictures_are_made_of_the_codebook(world):
     assert (images.shape, images.dtype) == ((20, 8, 8, 3), np.uint8)
     np.testing.assert_array_equal(labels, np.arange(20) % 10)
     assert made["origin"]["step"] == 4
-    codebook = np.load(world / "codes" / tokens.CODEBOOK)
+    codebook = np.load(world / "tokens" / records.CODEBOOK)
     patches = images[..., 0].reshape(20, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 4) / 127.5 - 1
     nearest = np.abs(patches[:, None] - np.clip(codebook, -1, 1)).max(axis=2).min(axis=1)
     assert nearest.max() < 1.01 / 127.5
@@ -102,7 +103,7 @@ def test_the_last_sentence_is_honest(capsys, value, word):
 def inputs(world):
     """What classifiers look at, and all that it is made of."""
     run = open_run(world / "run")
-    train, test = (probe_verb.read(world / name, run.experiment, run.origin["codes"]) for name in ("codes", "test"))
+    train, test = (probe_verb.read(world / name, run.experiment, run.origin["codes"]) for name in ("tokens", "test"))
     return run, train, test, probe_verb.of_blocks(run, train, test)
 
 
@@ -118,18 +119,18 @@ def test_features_are_the_models_own_under_the_null_class(inputs):
     assert blocks.test.shape == (297, 2, 48)
     model, params, rows = run.experiment.model, jax.device_get(run.params), np.arange(0, 1500, 150)
 
-    def expected(codes):
-        null = np.full(len(codes), 10)
-        return np.asarray(model.apply({"params": params}, codes, null, method="features")).swapaxes(0, 1)
+    def expected(tokens):
+        null = np.full(len(tokens), 10)
+        return np.asarray(model.apply({"params": params}, tokens, null, method="features")).swapaxes(0, 1)
 
-    np.testing.assert_allclose(blocks.train[rows], expected(train.codes[rows, 0]), atol=1e-5)
-    np.testing.assert_allclose(blocks.train[1500 + rows], expected(train.codes[rows, 1]), atol=1e-5)
-    np.testing.assert_allclose(blocks.test[-10:], expected(test.codes[-10:, 0]), atol=1e-5)
+    np.testing.assert_allclose(blocks.train[rows], expected(train.tokens[rows, 0]), atol=1e-5)
+    np.testing.assert_allclose(blocks.train[1500 + rows], expected(train.tokens[rows, 1]), atol=1e-5)
+    np.testing.assert_allclose(blocks.test[-10:], expected(test.tokens[-10:, 0]), atol=1e-5)
 
 
 def test_features_do_not_depend_on_devices(inputs):
     run, _, test, blocks = inputs
-    few = test._replace(codes=test.codes[:9], labels=test.labels[:9])
+    few = test._replace(tokens=test.tokens[:9], labels=test.labels[:9])
     one = open_run(run.origin["workdir"], mesh=make_mesh({"data": 1}, jax.devices()[:1]))
     alone = probe_verb.of_blocks(one, few, few)
     np.testing.assert_allclose(alone.test, blocks.test[:9], atol=1e-5)
@@ -141,15 +142,15 @@ def test_what_is_compared_with(inputs):
     pictures = sources.arrays(run.experiment.images_of_tokens())[0] / 127.5 - 1
     np.testing.assert_allclose(compared["images"].train[:1500, 0], pictures.reshape(1500, -1), atol=1e-6)
     np.testing.assert_allclose(compared["images"].train[1500:, 0], pictures[:, :, ::-1].reshape(1500, -1), atol=1e-6)
-    patches = np.load(train.folder / tokens.CODEBOOK)[test.codes[0, 0]]
+    patches = np.load(train.folder / records.CODEBOOK)[test.tokens[0, 0]]
     decoded = patches.reshape(4, 4, 2, 2).transpose(0, 2, 1, 3).reshape(-1)
     np.testing.assert_array_equal(compared["images_of_codes"].test[0, 0], decoded)
-    # Images of the codes resemble the images; counts are of the codes.
+    # Images of the tokens resemble the images; counts are of the tokens.
     distance = np.square(compared["images"].train - compared["images_of_codes"].train).mean()
     assert distance < 0.5 * compared["images"].train.var()
     counts = compared["counts_of_codes"]
-    assert counts.train.shape == (3000, 1, CODES)
-    assert counts.test[3, 0, test.codes[3, 0, 5]] == np.sum(test.codes[3, 0] == test.codes[3, 0, 5])
+    assert counts.train.shape == (3000, 1, VOCABULARY)
+    assert counts.test[3, 0, test.tokens[3, 0, 5]] == np.sum(test.tokens[3, 0] == test.tokens[3, 0, 5])
     manifest = json.loads(json.dumps(train.manifest))
     manifest["streams"][0]["encoder"]["name"] = "other"
     assert probe_verb.of_pixels(run.experiment, train._replace(manifest=manifest), test) == {}
@@ -162,7 +163,7 @@ def test_a_model_that_only_knows_classes_is_refused(inputs):
         probe_verb.of_blocks(run, train, test)
 
 
-def test_images_that_are_not_those_of_the_codes(inputs):
+def test_images_that_are_not_those_of_the_tokens(inputs):
     run, _, test, _ = inputs
     manifest = json.loads(json.dumps(test.manifest))
     manifest["images"]["sha256"] = "0"
@@ -170,25 +171,25 @@ def test_images_that_are_not_those_of_the_codes(inputs):
         probe_verb.images(run.experiment, test._replace(manifest=manifest))
 
 
-def test_codes_are_not_swept(world, tmp_path, capsys):
+def test_tokens_are_not_swept(world, tmp_path, capsys):
     sweep = ["sweep", f"--workdir={world / 'run'}", "--sampler=ddim", "--steps=4", "--reference=digits"]
-    assert "is a run of codes" in mistake(capsys, [*sweep, f"--out={tmp_path / 'sweep.json'}"])
+    assert "is a run of a token model" in mistake(capsys, [*sweep, f"--out={tmp_path / 'sweep.json'}"])
 
 
 @pytest.mark.slow
-def test_a_run_whose_codes_have_moved_goes_on(world, tmp_path, capsys):
-    run, moved = shutil.copytree(world / "run", tmp_path / "run"), shutil.copytree(world / "codes", tmp_path / "moved")
+def test_a_run_whose_tokens_have_moved_goes_on(world, tmp_path, capsys):
+    run, moved = shutil.copytree(world / "run", tmp_path / "run"), shutil.copytree(world / "tokens", tmp_path / "moved")
     assert main([*run_arguments(run, moved, "data.flip=true", "total_steps=5"), "--accept=total_steps"]) == 0
     printed = capsys.readouterr().out
-    assert f"going on with data.dir: '{world / 'codes'}' -> '{moved}'; total_steps: 4 -> 5" in printed
+    assert f"going on with data.dir: '{world / 'tokens'}' -> '{moved}'; total_steps: 4 -> 5" in printed
     assert complete_steps(run)[-1] == 5
 
 
 # What is not the run's own
 
-OTHERS = {  # how other codes are made, and what the refusal names
+OTHERS = {  # how other tokens are made, and what the refusal names
     "codebook": (("tokens.seed=7",), "features.codebook_sha256 was"),
-    "codes": (("data.codes=20",), "features.codes was 16 and is 20"),
+    "codes": (("data.vocabulary=20",), "features.codes was 16 and is 20"),
     "grid": (("tokens.patch=4", "data.size=2"), "features.grid was 4 and is 2"),
     "preparation": ((), "features.encoder.image_crop was none and is adm"),
 }
@@ -196,51 +197,51 @@ OTHERS = {  # how other codes are made, and what the refusal names
 
 @pytest.fixture(scope="module", params=OTHERS)
 def moved(request, world):
-    """(a copy of the run whose folder of codes was made anew in another way, what is wrong)."""
+    """(a copy of the run whose folder of tokens was made anew in another way, what is wrong)."""
     folder = world / request.param
     leaves, wrong = OTHERS[request.param]
-    tokenize(folder / "codes", "tokens.mirrored=true", *leaves)
+    tokenize(folder / "tokens", "tokens.mirrored=true", *leaves)
     if not leaves:  # of another source, images that were cropped
-        path = folder / "codes" / tokens.MANIFEST
+        path = folder / "tokens" / records.MANIFEST
         manifest = json.loads(path.read_text())
         manifest["streams"][0]["encoder"]["image_crop"] = "adm"
         path.write_text(json.dumps(manifest))
     shutil.copytree(world / "run", folder / "run")
     path = folder / "run" / "config.json"
-    path.write_text(path.read_text().replace(str(world / "codes"), str(folder / "codes")))
+    path.write_text(path.read_text().replace(str(world / "tokens"), str(folder / "tokens")))
     return folder, wrong
 
 
-def test_a_run_whose_codes_were_made_anew_is_not_sampled(moved, capsys):
+def test_a_run_whose_tokens_were_made_anew_is_not_sampled(moved, capsys):
     folder, wrong = moved
     error = mistake(capsys, ["sample", f"--workdir={folder / 'run'}", "--num=2", f"--out={folder / 's.npz'}"])
-    assert "are not made as those that the run was trained on" in error
+    assert "were not made like those that the run was trained on" in error
     assert wrong in error
     assert "tokenize" in error
     assert not (folder / "s.npz").exists()
 
 
-def test_a_run_whose_codes_were_made_anew_does_not_go_on(moved, capsys):
+def test_a_run_whose_tokens_were_made_anew_does_not_go_on(moved, capsys):
     folder, _ = moved
     before = (folder / "run" / "config.json").read_bytes()
-    more = run_arguments(folder / "run", folder / "codes", "data.flip=true", "total_steps=6")
+    more = run_arguments(folder / "run", folder / "tokens", "data.flip=true", "total_steps=6")
     error = mistake(capsys, [*more, "--accept=total_steps"])
-    reasons = ("features.codebook_sha256 was", "data.codes=16, not 20", "patch = 4, not 2", "crop = adm, not none")
+    reasons = ("features.codebook_sha256 was", "data.vocabulary=16, not 20", "patch = 4, not 2", "crop = adm, not none")
     assert sum(reason in error for reason in reasons) == 1
     assert (folder / "run" / "config.json").read_bytes() == before
     assert complete_steps(folder / "run") == [2, 4]
 
 
-def test_other_codes_are_not_probed(world, moved, tmp_path, capsys):
+def test_other_tokens_are_not_probed(world, moved, tmp_path, capsys):
     folder, wrong = moved
-    for flags in ({"test": f"{folder.name}/codes"}, {}):
-        extra = [] if flags else [f"--train={folder / 'codes'}"]
+    for flags in ({"test": f"{folder.name}/tokens"}, {}):
+        extra = [] if flags else [f"--train={folder / 'tokens'}"]
         error = mistake(capsys, probe_arguments(world, tmp_path / "p.json", *extra, **flags))
         assert wrong in error
     assert not list(tmp_path.iterdir())
 
 
-def test_codes_of_another_encoder_or_without_labels_are_not_probed(world, tmp_path, capsys):
+def test_tokens_of_another_encoder_or_without_labels_are_not_probed(world, tmp_path, capsys):
     changes = (
         (lambda manifest: manifest["streams"][0]["encoder"].update(name="dinov2"), "features.encoder.name was pixels"),
         (lambda manifest: manifest.update(num_classes=0), "have no labels, and a classifier needs them"),
@@ -248,25 +249,25 @@ def test_codes_of_another_encoder_or_without_labels_are_not_probed(world, tmp_pa
     )
     for number, (change, reason) in enumerate(changes):
         copy = shutil.copytree(world / "test", tmp_path / str(number))
-        manifest = json.loads((copy / tokens.MANIFEST).read_text())
+        manifest = json.loads((copy / records.MANIFEST).read_text())
         change(manifest)
-        (copy / tokens.MANIFEST).write_text(json.dumps(manifest))
+        (copy / records.MANIFEST).write_text(json.dumps(manifest))
         assert reason in mistake(capsys, probe_arguments(world, tmp_path / "p.json", test=copy))
 
 
 def test_a_codebook_that_is_not_the_one_of_its_manifest(world, tmp_path, capsys):
-    copy = shutil.copytree(world / "codes", tmp_path / "codes")
-    np.save(copy / tokens.CODEBOOK, 1 + np.load(copy / tokens.CODEBOOK))
+    copy = shutil.copytree(world / "tokens", tmp_path / "tokens")
+    np.save(copy / records.CODEBOOK, 1 + np.load(copy / records.CODEBOOK))
     error = mistake(capsys, probe_arguments(world, tmp_path / "p.json", f"--train={copy}"))
-    assert "is not the codebook that the codes beside it were made with" in error
+    assert "is not the codebook that the tokens beside it were made with" in error
 
 
-def test_codes_that_are_not_there(world, tmp_path, capsys):
+def test_tokens_that_are_not_there(world, tmp_path, capsys):
     error = mistake(capsys, probe_arguments(world, tmp_path / "p.json", test="nothing"))
     assert "tokens.json is missing; make them with: python -m diffjax tokenize" in error
     run = shutil.copytree(world / "run", tmp_path / "run")
     path = run / "config.json"
-    path.write_text(path.read_text().replace(str(world / "codes"), str(tmp_path / "gone")))
+    path.write_text(path.read_text().replace(str(world / "tokens"), str(tmp_path / "gone")))
     sample = ["sample", f"--workdir={run}", "--num=2", f"--out={tmp_path / 's.npz'}"]
     assert "tokens.json is missing; make them with: python -m diffjax tokenize" in mistake(capsys, sample)
 
@@ -275,7 +276,7 @@ def test_a_run_of_another_kind_is_not_probed(world, tmp_path, capsys):
     assert main(train_arguments(tmp_path / "dit", "total_steps=1")) == 0
     arguments = probe_arguments(world, tmp_path / "p.json")
     error = mistake(capsys, [arguments[0], f"--workdir={tmp_path / 'dit'}", *arguments[2:]])
-    assert "probe is for models of the codes of image features" in error
+    assert "probe is for token models of image features" in error
 
 
 def test_a_learning_rate_that_diverges_writes_nothing(world, tmp_path, capsys):

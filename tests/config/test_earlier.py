@@ -1,4 +1,4 @@
-"""Earlier spellings of leaves, on the command line and in config.json of version 1."""
+"""Earlier spellings of leaves, on the command line and in config.json of versions 1 and 2."""
 
 import pytest
 
@@ -42,7 +42,31 @@ def test_no_limit_in_a_config_of_version_1():
 @pytest.mark.parametrize("name, decode", [("folder", "stored"), ("digits", "shown")])
 def test_files_of_a_config_without_the_leaf_are_decoded_as_they_were(name, decode):
     """Folders of images were read without orientation and transparency; other sources do not read the leaf."""
-    tree = stored(load(RECIPE))
+    tree = {**stored(load(RECIPE)), "version": 2}
     tree["data"] |= {"name": name}
     del tree["data"]["decode"]
     assert stored_values(tree).values["data.decode"] == decode
+
+
+DIGIT = f"{ROOT}/configs/quickstart.py:model=digit"
+RENAMED = [
+    (DIGIT, "data.codes", "data.vocabulary", 16),
+    (DIGIT, "data.decoder_codes", "data.decoder_vocabulary", 7),
+    (RECIPE, "ema.tracks", "ema.sigma_rel", (0.05, 0.1)),
+]
+
+
+@pytest.mark.parametrize("recipe, old, new, value", RENAMED)
+def test_a_renamed_leaf_on_the_command_line(recipe, old, new, value):
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    assert load(recipe, [f"--config.{old}={text}"]).values[new] == value
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("recipe, old, new, value", RENAMED)
+def test_a_renamed_leaf_of_a_stored_config(recipe, old, new, value, version):
+    tree = {**stored(load(recipe)), "version": version}
+    section, leaf = old.split(".")
+    tree[section] = {**tree[section], leaf: value}
+    del tree[section][new.split(".")[1]]
+    assert stored_values(tree).values[new] == value

@@ -1,4 +1,4 @@
-"""The VQGAN: its published size, codes, what it takes, its switches."""
+"""The VQGAN: its published size, tokens, what it takes, its switches."""
 
 import functools
 
@@ -13,7 +13,9 @@ from diffjax.parallel.mesh import batch_sharding, make_mesh
 
 
 def tiny(**kwargs):
-    return create("VQGAN", **{"codes": 40, "features": 8, "width": 32, "multipliers": (1, 2), "depth": 1, **kwargs})
+    return create(
+        "VQGAN", **{"vocabulary": 40, "features": 8, "width": 32, "multipliers": (1, 2), "depth": 1, **kwargs}
+    )
 
 
 def shapes(module, side=16):
@@ -46,19 +48,19 @@ def test_parameter_counts_are_those_of_the_published_file():
 def test_published_shapes():
     module = create("VQGAN")
     params = shapes(module, 256)
-    codes = jax.eval_shape(compiled(vqgan.encode, module), params, jnp.zeros((2, 256, 256, 3)))
-    assert (codes.shape, codes.dtype) == ((2, 256), jnp.int32)
-    image = jax.eval_shape(compiled(vqgan.decode, module), params, codes)
+    tokens = jax.eval_shape(compiled(vqgan.encode, module), params, jnp.zeros((2, 256, 256, 3)))
+    assert (tokens.shape, tokens.dtype) == ((2, 256), jnp.int32)
+    image = jax.eval_shape(compiled(vqgan.decode, module), params, tokens)
     assert (image.shape, image.dtype) == ((2, 256, 256, 3), jnp.float32)
 
 
 def test_encode_and_decode():
     module = tiny()
     params = some_params(module)
-    codes = compiled(vqgan.encode, module)(params, images())
-    assert codes.shape == (2, 64)
-    assert len(np.unique(codes)) > 1
-    decoded = compiled(vqgan.decode, module)(params, codes)
+    tokens = compiled(vqgan.encode, module)(params, images())
+    assert tokens.shape == (2, 64)
+    assert len(np.unique(tokens)) > 1
+    decoded = compiled(vqgan.decode, module)(params, tokens)
     assert decoded.shape == (2, 16, 16, 3)
     assert 0 <= decoded.min() < decoded.max() <= 1
 
@@ -73,7 +75,7 @@ def test_nearest_entry():
 
 
 def test_no_array_of_differences():
-    """The largest array of the search has a number for every place and code, not for every feature of them too."""
+    """The largest array of the search has a number for every place and token, not for every feature of them too."""
     module = create("VQGAN")
     z = jax.ShapeDtypeStruct((2, 16, 16, 256), jnp.float32)
     search = jax.make_jaxpr(lambda p, z: module.apply({"params": p}, z, method="quantise"))(shapes(module, 256), z)
@@ -81,12 +83,12 @@ def test_no_array_of_differences():
     assert max(sizes) == 2 * 16 * 16 * 1024
 
 
-@pytest.mark.parametrize("code", [-1, 40])
-def test_a_code_that_is_none_spoils_its_image_alone(code):
+@pytest.mark.parametrize("token", [-1, 40])
+def test_a_token_that_is_none_spoils_its_image_alone(token):
     module = tiny()
-    codes = np.zeros((2, 64), np.int32)
-    codes[1, 5] = code
-    decoded = compiled(vqgan.decode, module)(some_params(module), codes)
+    tokens = np.zeros((2, 64), np.int32)
+    tokens[1, 5] = token
+    decoded = compiled(vqgan.decode, module)(some_params(module), tokens)
     assert jnp.isfinite(decoded[0]).all()
     assert jnp.isnan(decoded[1]).any()
 
@@ -94,8 +96,8 @@ def test_a_code_that_is_none_spoils_its_image_alone(code):
 def test_bfloat16_is_near():
     module = tiny()
     params = some_params(module)
-    codes = np.arange(64, dtype=np.int32).reshape(1, 64) % 40
-    exact, near = (compiled(vqgan.decode, m)(params, codes) for m in (module, module.clone(dtype="bfloat16")))
+    tokens = np.arange(64, dtype=np.int32).reshape(1, 64) % 40
+    exact, near = (compiled(vqgan.decode, m)(params, tokens) for m in (module, module.clone(dtype="bfloat16")))
     assert near.dtype == jnp.float32
     assert 0 < jnp.abs(near - exact).max() < 0.05
 
@@ -105,14 +107,14 @@ def test_the_same_on_eight_devices():
     params, x = some_params(module), images(batch=8)
 
     def reconstruct(params, x):
-        codes = vqgan.encode(module, params, x)
-        return codes, vqgan.decode(module, params, codes)
+        tokens = vqgan.encode(module, params, x)
+        return tokens, vqgan.decode(module, params, tokens)
 
-    codes, decoded = jax.jit(reconstruct)(params, x)
+    tokens, decoded = jax.jit(reconstruct)(params, x)
     with jax.set_mesh(mesh):
         split, decoded_split = jax.jit(reconstruct)(params, jax.device_put(x, batch_sharding(mesh)))
     assert decoded_split.sharding.shard_shape(decoded_split.shape)[0] == 1
-    np.testing.assert_array_equal(split, codes)
+    np.testing.assert_array_equal(split, tokens)
     np.testing.assert_allclose(decoded_split, decoded, atol=1e-5)
 
 
@@ -125,10 +127,10 @@ def test_the_same_on_eight_devices():
         (
             vqgan.decode,
             jnp.zeros((1, 15), jnp.int32),
-            r"codes are int32 \(1, 15\); valid: integers \[b, n\], n a square",
+            r"tokens are int32 \(1, 15\); valid: integers \[b, n\], n a square",
         ),
-        (vqgan.decode, jnp.zeros((1, 16)), r"codes are float32 \(1, 16\)"),
-        (vqgan.decode, jnp.zeros((1, 4, 4), jnp.int32), r"codes are int32 \(1, 4, 4\)"),
+        (vqgan.decode, jnp.zeros((1, 16)), r"tokens are float32 \(1, 16\)"),
+        (vqgan.decode, jnp.zeros((1, 4, 4), jnp.int32), r"tokens are int32 \(1, 4, 4\)"),
     ],
 )
 def test_mistakes_in_the_input(function, x, message):

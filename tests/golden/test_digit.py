@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from diffjax.models.digit import DiGIT
-from diffjax.ops.dictionary import END, MASK, NO_CODE, SPECIALS
+from diffjax.ops.vocabulary import END, MASK, NO_TOKEN, SPECIALS
 from diffjax.tokens import decoding, losses
 from diffjax.training.optimizer import Optim, make, schedule
 from diffjax.weights import from_reference, to_reference
@@ -56,11 +56,11 @@ def conditions(case, tokens_or_ids):
     if not module.num_classes:
         return None
     values = np.asarray(tokens_or_ids, np.int32)
-    return values[:, 0] - SPECIALS - module.codes if values.ndim == 2 else values
+    return values[:, 0] - SPECIALS - module.vocabulary if values.ndim == 2 else values
 
 
 def sequences(case):
-    """The short stored sequences as our causal models take them: codes, labels, source."""
+    """The short stored sequences as our causal models take them: tokens, labels, source."""
     arrays = case.arrays
     if "tokens" in arrays:
         return arrays["tokens"][:, 1:] - SPECIALS, conditions(case, arrays["tokens"]), None
@@ -79,14 +79,14 @@ def test_logits_and_losses(case):
     """Logits are stored for some of the places."""
     assert case is not None, "no stored cases"
     arrays, (module, _, _) = case.arrays, load(case)
-    codes = arrays["sem_tokens"] - SPECIALS
-    logits = run(case, codes, conditions(case, arrays["cls_ids"]))
-    assert logits.shape == (*arrays["tgt"].shape, module.codes + SPECIALS)
+    tokens = arrays["sem_tokens"] - SPECIALS
+    logits = run(case, tokens, conditions(case, arrays["cls_ids"]))
+    assert logits.shape == (*arrays["tgt"].shape, module.vocabulary + SPECIALS)
     every = -(-logits.shape[1] // arrays["logits_image"].shape[1])
     close(logits[:, ::every], arrays["logits_image"])
-    np.testing.assert_array_equal(arrays["tgt"][:, :-1] - SPECIALS, codes)
+    np.testing.assert_array_equal(arrays["tgt"][:, :-1] - SPECIALS, tokens)
     smoothing, stored = smoothed(case)
-    loss, nll = losses.next_code(logits, codes, smoothing)
+    loss, nll = losses.next_token(logits, tokens, smoothing)
     close(jnp.mean(loss), stored)
     close(jnp.mean(nll), arrays["nll"])
 
@@ -96,14 +96,14 @@ def test_gradients(case):
     """Of the smoothed loss: the norm for every parameter of the decoder, and two of them whole."""
     assert case is not None, "no stored cases"
     arrays, (module, params, family) = case.arrays, load(case)
-    codes, y = arrays["sem_tokens"] - SPECIALS, conditions(case, arrays["cls_ids"])
+    tokens, y = arrays["sem_tokens"] - SPECIALS, conditions(case, arrays["cls_ids"])
 
     smoothing, _ = smoothed(case)
 
     @jax.jit
     def gradient(params):
         def loss(params):
-            return jnp.mean(losses.next_code(module.apply({"params": params}, codes, y), codes, smoothing)[0])
+            return jnp.mean(losses.next_token(module.apply({"params": params}, tokens, y), tokens, smoothing)[0])
 
         return jax.grad(loss)(params)
 
@@ -124,12 +124,12 @@ def test_gradients(case):
 def test_short_logits_inner_states_and_features(case):
     assert case is not None, "no stored cases"
     arrays, (module, params, _) = case.arrays, load(case)
-    codes, y, _ = sequences(case)
-    close(run(case, codes, y), arrays["logits"])
-    close(run(case, codes, y, method="features"), arrays["linear_probe_features"])
+    tokens, y, _ = sequences(case)
+    close(run(case, tokens, y), arrays["logits"])
+    close(run(case, tokens, y, method="features"), arrays["linear_probe_features"])
     with jax.default_matmul_precision("highest"):
-        _, captured = module.apply({"params": params}, codes, y, capture_intermediates=True)
-        embedded = module.apply({"params": params}, codes, y, method="embed")
+        _, captured = module.apply({"params": params}, tokens, y, capture_intermediates=True)
+        embedded = module.apply({"params": params}, tokens, y, method="embed")
     (outputs, _), _ = captured["intermediates"]["blocks"]["__call__"][0]
     close(np.concatenate([embedded[None], outputs]), arrays["inner_states"])
 
@@ -138,12 +138,12 @@ def test_short_logits_inner_states_and_features(case):
 def test_logits_step_by_step(case):
     assert case is not None, "no stored cases"
     module, _, _ = load(case)
-    codes, y, source = sequences(case)
-    cache = module.init_cache(len(codes), codes.shape[1] + 1, 0 if source is None else source.shape[1])
+    tokens, y, source = sequences(case)
+    cache = module.init_cache(len(tokens), tokens.shape[1] + 1, 0 if source is None else source.shape[1])
     logits, cache = run(case, cache, y, source, method="prefill")
     found = [logits]
-    for code in codes.T:
-        logits, cache = run(case, cache, code, method="step")
+    for token in tokens.T:
+        logits, cache = run(case, cache, token, method="step")
         found.append(logits)
     close(np.stack(found, axis=1), case.arrays["logits_incremental"])
 
@@ -159,33 +159,33 @@ def test_greedy_continuation(case):
 
     @jax.jit
     def generate(params):
-        def step(cache, codes):
-            return module.apply({"params": params}, cache, codes, method="step")
+        def step(cache, tokens):
+            return module.apply({"params": params}, cache, tokens, method="step")
 
         cache = module.init_cache(len(stored), length, 0 if source is None else source.shape[1])
         logits, cache = module.apply({"params": params}, cache, y, source, method="prefill")
-        how, keys = decoding.choice(module.codes, temperature=0), jax.random.split(jax.random.key(0), len(stored))
+        how, keys = decoding.choice(module.vocabulary, temperature=0), jax.random.split(jax.random.key(0), len(stored))
         return decoding.generate(step, logits, cache, keys, length, how, end_from=limits["min_len"])
 
     with jax.default_matmul_precision("highest"):
-        codes = np.asarray(generate(params))
-    expected = np.where(stored >= SPECIALS, stored - SPECIALS, NO_CODE)
-    np.testing.assert_array_equal(codes, expected[:, :length])
-    np.testing.assert_array_equal((stored == END).argmax(1), (codes != NO_CODE).sum(1))
+        tokens = np.asarray(generate(params))
+    expected = np.where(stored >= SPECIALS, stored - SPECIALS, NO_TOKEN)
+    np.testing.assert_array_equal(tokens, expected[:, :length])
+    np.testing.assert_array_equal((stored == END).argmax(1), (tokens != NO_TOKEN).sum(1))
 
 
 @AUTOREGRESSIVE
 def test_second_stage(case):
     assert case is not None, "no stored cases"
     arrays = case.arrays
-    codes, _, source = sequences(case)
-    logits = run(case, codes, None, source)
+    tokens, _, source = sequences(case)
+    logits = run(case, tokens, None, source)
     close(logits, arrays["logits_target"])
-    x, _ = run(case, codes, None, source, method="hidden")
+    x, _ = run(case, tokens, None, source, method="hidden")
     close(run(case, x, method="logits"), arrays["logits_all"])
-    np.testing.assert_array_equal(arrays["tgt"][:, :-1] - SPECIALS, codes)
+    np.testing.assert_array_equal(arrays["tgt"][:, :-1] - SPECIALS, tokens)
     smoothing, stored = smoothed(case)
-    loss, nll = losses.next_code(logits, codes, smoothing)
+    loss, nll = losses.next_token(logits, tokens, smoothing)
     close(jnp.mean(loss), stored)
     close(jnp.mean(nll), arrays["nll"])
 
@@ -197,15 +197,15 @@ def test_masked_second_stage(case):
     arrays = case.arrays
     hidden = losses.hide(arrays["mask_len_u"], arrays["mask_score_u"])
     np.testing.assert_array_equal(hidden, arrays["train_src"][:, 1:] == MASK)
-    codes, visible = arrays["vq"], np.where(hidden, NO_CODE, arrays["vq"])
-    np.testing.assert_array_equal(np.where(visible == NO_CODE, MASK, visible + SPECIALS), arrays["train_src"][:, 1:])
+    tokens, visible = arrays["vq"], np.where(hidden, NO_TOKEN, arrays["vq"])
+    np.testing.assert_array_equal(np.where(visible == NO_TOKEN, MASK, visible + SPECIALS), arrays["train_src"][:, 1:])
     logits = run(case, visible, None, arrays["sem"])
     close(logits, arrays["train_logits_target"][:, 1:])
     x, _ = run(case, visible, None, arrays["sem"], method="hidden")
     start = arrays["sem"].shape[1]
     close(run(case, x, method="logits")[:, start], arrays["train_logits_target"][:, 0])
     smoothing, stored = smoothed(case, "train_")
-    loss, nll = losses.hidden_codes(logits, codes, hidden, smoothing)
+    loss, nll = losses.hidden_tokens(logits, tokens, hidden, smoothing)
     close(jnp.mean(loss), stored)
     close(jnp.mean(nll), arrays["train_nll"])
 
@@ -218,22 +218,22 @@ def test_masked_decoding(case):
     arrays, config = case.arrays, case.info["config"]
     steps, b, n = arrays["decode_sampled"].shape
     counts = decoding.hidden_counts(n, steps)
-    codes = np.full((b, n), NO_CODE)
-    np.testing.assert_array_equal(np.where(codes == NO_CODE, MASK, codes), arrays["decode_init"][:, -n:])
+    tokens = np.full((b, n), NO_TOKEN)
+    np.testing.assert_array_equal(np.where(tokens == NO_TOKEN, MASK, tokens), arrays["decode_init"][:, -n:])
     for s in range(steps):
-        logits = run(case, codes, None, arrays["sem"])
+        logits = run(case, tokens, None, arrays["sem"])
         if f"decode_logits_step{s}" in arrays:
             close(logits, arrays[f"decode_logits_step{s}"])
         scale = config["choice_temperature"] * (1 - (s + 1) / steps)
         noise = scale * arrays["decode_gumbel"][s] if s < steps - 1 else np.zeros((b, n))
-        log_p = decoding.code_log_probabilities(logits, config["temp"])
-        codes = decoding.refine(codes, log_p, entry_to_code(arrays["decode_sampled"][s]), noise, counts[s])
-        np.testing.assert_array_equal(codes, entry_to_code(arrays["decode_tokens_after_step"][s, :, 1:]), str(s))
-        assert (np.asarray(codes) == NO_CODE).sum(1).tolist() == config["masked_after_step"][s]
+        log_p = decoding.token_log_probabilities(logits, config["temp"])
+        tokens = decoding.refine(tokens, log_p, entry_to_token(arrays["decode_sampled"][s]), noise, counts[s])
+        np.testing.assert_array_equal(tokens, entry_to_token(arrays["decode_tokens_after_step"][s, :, 1:]), str(s))
+        assert (np.asarray(tokens) == NO_TOKEN).sum(1).tolist() == config["masked_after_step"][s]
 
 
-def entry_to_code(entries):
-    return np.where(entries == MASK, NO_CODE, entries - SPECIALS)
+def entry_to_token(entries):
+    return np.where(entries == MASK, NO_TOKEN, entries - SPECIALS)
 
 
 @OPTIMIZER

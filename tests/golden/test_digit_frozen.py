@@ -129,7 +129,7 @@ def test_tokens(case):
 
 @functools.cache
 def encoded(case):
-    """z, its codes, and the entries of the stored codes."""
+    """z, its tokens, and the entries of the stored tokens."""
     module, params = load(case)
 
     @jax.jit
@@ -145,16 +145,16 @@ def encoded(case):
 @VQGAN
 def test_vqgan_encoder(case):
     """With the training loss, which is no part of ours, as a sum over both."""
-    z, codes, entries = encoded(case)
+    z, tokens, entries = encoded(case)
     arrays = case.arrays
     close(to_nchw(z), arrays["encoder_out"])
     close(to_nchw(entries), arrays["quant"])
-    equal_where_clear(codes, arrays["indices"], arrays["index_margin"])
+    equal_where_clear(tokens, arrays["indices"], arrays["index_margin"])
     close((1 + COMMITMENT) * jnp.mean(jnp.square(entries - z)), arrays["vq_loss"])
 
 
 @VQGAN
-def test_vqgan_codes_of_images(case):
+def test_vqgan_tokens_of_images(case):
     module, params = load(case)
     arrays = case.arrays
     with jax.default_matmul_precision("highest"):
@@ -166,11 +166,11 @@ def test_vqgan_codes_of_images(case):
 def test_vqgan_decoder(case):
     """Stored images are not cut to [0, 1], those of the door are, which takes square ones."""
     module, params = load(case)
-    for codes, image in (("indices", "recon"), ("rand_indices", "rand_decoded")):
-        codes, stored = case.arrays[codes], case.arrays[image]
+    for tokens, image in (("indices", "recon"), ("rand_indices", "rand_decoded")):
+        tokens, stored = case.arrays[tokens], case.arrays[image]
         with jax.default_matmul_precision("highest"):
-            raw = jax.jit(lambda p, codes: module.apply({"params": p}, codes, method="decode"))(params, codes)
+            raw = jax.jit(lambda p, tokens: module.apply({"params": p}, tokens, method="decode"))(params, tokens)
         close(to_nchw(raw), stored, image)
-        if codes.shape[1] == codes.shape[2]:
-            cut = jax.jit(functools.partial(vqgan.decode, module))(params, codes.reshape(len(codes), -1))
+        if tokens.shape[1] == tokens.shape[2]:
+            cut = jax.jit(functools.partial(vqgan.decode, module))(params, tokens.reshape(len(tokens), -1))
             np.testing.assert_array_equal(cut, np.clip(raw, 0, 1), err_msg=image)

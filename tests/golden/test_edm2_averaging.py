@@ -21,7 +21,7 @@ def case(request):
         yield request.param
 
 
-def tracks(case: Case, rates: list[ema.Rate]) -> np.ndarray:
+def power_emas(case: Case, rates: list[ema.Rate]) -> np.ndarray:
     """[updates, rates, parameters]: the averages after every update of the stored parameters' path."""
     start = np.broadcast_to(case.arrays["theta_init"], (len(rates), *case.arrays["theta_init"].shape))
 
@@ -44,9 +44,9 @@ def posthoc(case: Case) -> tuple[list[ema.Profile], list[ema.Profile]]:
 
 
 def reconstructed(case: Case, stored: list[ema.Profile], coefficients: np.ndarray) -> np.ndarray:
-    """[wanted, parameters] out of our own tracks at the stored times."""
+    """[wanted, parameters] out of our own power-function EMAs at the stored times."""
     lengths, batch = case.info["phema"]["stds"], case.info["phema"]["batch"]
-    path = tracks(case, [ema.power(length) for length in lengths])
+    path = power_emas(case, [ema.power(length) for length in lengths])
     trees = [{"w": path[round(t / batch) - 1, lengths.index(length)]} for t, length in stored]
     return np.stack([ema.combine(trees, column)["w"] for column in coefficients.T])
 
@@ -62,16 +62,16 @@ def test_lengths_and_exponents(case):
     np.testing.assert_allclose(ema.sigma_rel_of(arrays["gamma"]), arrays["std_of_gamma"], **EXACT)
 
 
-def test_rates_and_tracks(case):
+def test_rates_and_averages(case):
     arrays, info = case.arrays, case.info["phema"]
     powers = [ema.power(length) for length in info["stds"]]
     numbers = arrays["beta_nimg"] // info["batch"]
     np.testing.assert_allclose([1 - np.asarray(rate(numbers)) for rate in powers], arrays["beta"], **EXACT)
-    np.testing.assert_allclose(tracks(case, powers), arrays["power_ema_track"], **EXACT)
+    np.testing.assert_allclose(power_emas(case, powers), arrays["power_ema_track"], **EXACT)
 
     old = info["traditional"]
     halflife = ema.halflife(old["halflife_Mimg"] * 1e6, old["rampup_ratio"], info["batch"])
-    np.testing.assert_allclose(tracks(case, [halflife])[:, 0], arrays["traditional_ema_track"], **EXACT)
+    np.testing.assert_allclose(power_emas(case, [halflife])[:, 0], arrays["traditional_ema_track"], **EXACT)
 
 
 def test_reconstruction(case):
@@ -83,7 +83,7 @@ def test_reconstruction(case):
 
 def test_reconstruction_is_as_near_to_the_average_itself(case):
     """From the same snapshots as near as the reference's, and nearer from twice as many."""
-    direct = tracks(case, [ema.power(length) for length in case.arrays["posthoc_out_std"]])[-1]
+    direct = power_emas(case, [ema.power(length) for length in case.arrays["posthoc_out_std"]])[-1]
     np.testing.assert_allclose(direct, case.arrays["posthoc_direct"], **EXACT)
     stored, wanted = posthoc(case)
     half = case.info["phema"]["snapshot_every_steps"] * case.info["phema"]["batch"] / 2

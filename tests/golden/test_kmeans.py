@@ -86,7 +86,7 @@ def test_assignment(case):
     """To the stored centroids of the longest run."""
     longest = stored(case, r"centroids_iter(\d+)")
     for n, expected in stored(case, r"assign_first(\d+)").items():
-        codes = jax.jit(kmeans.assign)(case.arrays["x"][:n], longest[max(longest)])
+        tokens = jax.jit(kmeans.assign)(case.arrays["x"][:n], longest[max(longest)])
         clear = case.arrays[f"assign_margin_first{n}"] > MARGIN
-        assert clear.mean() > 0.9, "hardly a code is told by its margin"
-        np.testing.assert_array_equal(np.asarray(codes)[clear], expected[clear])
+        assert clear.mean() > 0.9, "hardly a token is told by its margin"
+        np.testing.assert_array_equal(np.asarray(tokens)[clear], expected[clear])

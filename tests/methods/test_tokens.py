@@ -1,4 +1,4 @@
-"""What a config's sections `tokens` and `sampling` become: losses, draws of codes, pictures, and what is refused."""
+"""What a config's sections `tokens` and `sampling` become: losses, draws of tokens, pictures, and what is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -7,22 +7,22 @@ import pytest
 
 from diffjax import rng
 from diffjax.contracts import Batch, bind
-from diffjax.data.tokens import CODEBOOK, Origin, Stream, codebook_sha256, write_tokens
+from diffjax.data.tokens import CODEBOOK, Codebook, Origin, codebook_sha256, write_tokens
 from diffjax.errors import UserError
-from diffjax.ops.dictionary import END, NO_CODE, SPECIALS
+from diffjax.ops.vocabulary import END, NO_TOKEN, SPECIALS
 from diffjax.tokens import losses
 from tests.programs import method_of, tiny_config
 
-CODES, DECODER_CODES, GRID, CLASSES = 12, 20, 3, 5
+VOCABULARY, DECODER_VOCABULARY, GRID, CLASSES = 12, 20, 3, 5
 PLACES = GRID**2
 STAGES = ("features", "decoder", "rounds")  # stage 1; stage 2, one after the other; stage 2, in rounds
 
 
 def config(stage: str, *leaves: str, **model):
-    """Two blocks of width 16, without dropout, of an encoder whose codes have no pixels."""
-    data = ("data.encoder=other", f"data.codes={CODES}", f"data.size={GRID}", f"data.num_classes={CLASSES}")
+    """Two blocks of width 16, without dropout, of an encoder whose tokens have no pixels."""
+    data = ("data.encoder=other", f"data.vocabulary={VOCABULARY}", f"data.size={GRID}", f"data.num_classes={CLASSES}")
     if stage != "features":
-        second = ("data.channels=2", f"data.decoder_codes={DECODER_CODES}", "tokens.label_drop=0.0")
+        second = ("data.channels=2", f"data.decoder_vocabulary={DECODER_VOCABULARY}", "tokens.label_drop=0.0")
         data = (*data, *second, "data.num_classes=0")
     if stage == "rounds":
         data = (*data, "sampling.tokens.rounds=4")
@@ -35,11 +35,11 @@ def config(stage: str, *leaves: str, **model):
 def batch(stage: str, n: int = 6) -> Batch:
     """Tokens to learn, and what they are conditioned on: labels, or the tokens of the first stage."""
     generator = np.random.default_rng(0)
-    counts = (CODES,) if stage == "features" else (CODES, DECODER_CODES)
-    codes = np.stack([generator.integers(count, size=(n, PLACES)) for count in counts], axis=1)
+    counts = (VOCABULARY,) if stage == "features" else (VOCABULARY, DECODER_VOCABULARY)
+    tokens = np.stack([generator.integers(count, size=(n, PLACES)) for count in counts], axis=1)
     labels = generator.integers(CLASSES, size=n)
-    condition = labels if stage == "features" else codes[:, 0]
-    return Batch(codes[:, -1].astype(np.int32), condition.astype(np.int32), np.arange(n, dtype=np.int32))
+    condition = labels if stage == "features" else tokens[:, 0]
+    return Batch(tokens[:, -1].astype(np.int32), condition.astype(np.int32), np.arange(n, dtype=np.int32))
 
 
 def drawn_params(c):
@@ -55,8 +55,8 @@ def stage(request):
     return request.param, c, drawn_params(c)
 
 
-def vocabulary(stage: str) -> int:
-    return SPECIALS + (CODES if stage == "features" else DECODER_CODES)
+def size(stage: str) -> int:
+    return SPECIALS + (VOCABULARY if stage == "features" else DECODER_VOCABULARY)
 
 
 # Losses
@@ -69,31 +69,31 @@ def test_the_loss_of_each_kind(stage):
     value, terms = loss(given)
     assert set(terms) == {"nll"}
     assert value == terms["nll"]  # nothing is smoothed
-    assert 0.5 * np.log(vocabulary(name)) < value < 3 * np.log(vocabulary(name))
+    assert 0.5 * np.log(size(name)) < value < 3 * np.log(size(name))
     order = np.random.default_rng(1).permutation(6)
     shuffled, _ = loss(jax.tree.map(lambda array: array[order], given))
     np.testing.assert_allclose(shuffled, value, rtol=1e-5)
 
 
 def seen_by_the_model(c, given, logits):
-    """The arguments of the one call of the model that a loss makes, and the loss for its `logits`(codes)."""
+    """The arguments of the one call of the model that a loss makes, and the loss for its `logits`(tokens)."""
     seen = {}
 
-    def apply(params, codes, y, source, train=False, keys=None):
-        seen.update(codes=codes, y=y, source=source, train=train, keys=keys)
-        return logits(codes)
+    def apply(params, tokens, y, source, train=False, keys=None):
+        seen.update(tokens=tokens, y=y, source=source, train=train, keys=keys)
+        return logits(tokens)
 
     loss, terms = method_of(c).loss(apply, None, {}, given, jax.random.key(3))
     return seen, loss, terms
 
 
 @pytest.mark.parametrize("name", ["features", "decoder"])
-def test_the_next_code_is_predicted(name):
+def test_the_next_token_is_predicted(name):
     """The last stream is what is predicted; the first is the source of a second stage."""
     c, given = config(name, "tokens.smoothing=0.1", "tokens.label_drop=0.0"), batch(name)
-    logits = jax.random.normal(jax.random.key(4), (6, PLACES + 1, vocabulary(name)))
-    seen, loss, terms = seen_by_the_model(c, given, lambda codes: logits)
-    np.testing.assert_array_equal(seen["codes"], given.x)
+    logits = jax.random.normal(jax.random.key(4), (6, PLACES + 1, size(name)))
+    seen, loss, terms = seen_by_the_model(c, given, lambda tokens: logits)
+    np.testing.assert_array_equal(seen["tokens"], given.x)
     if name == "decoder":
         np.testing.assert_array_equal(seen["source"], given.condition)
         assert seen["y"] is None
@@ -101,24 +101,24 @@ def test_the_next_code_is_predicted(name):
         assert seen["source"] is None
         np.testing.assert_array_equal(seen["y"], given.condition)
     assert seen["train"]
-    smoothed, nll = losses.next_code(logits, given.x, 0.1)
+    smoothed, nll = losses.next_token(logits, given.x, 0.1)
     assert loss == smoothed.mean() != nll.mean() == terms["nll"]
     targets = np.concatenate([SPECIALS + given.x, np.full((6, 1), END)], axis=1)
     plain = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets[..., None], axis=-1).mean()
     np.testing.assert_allclose(terms["nll"], plain, rtol=1e-5)
 
 
-def test_hidden_codes_are_predicted_and_no_others():
+def test_hidden_tokens_are_predicted_and_no_others():
     c, given = config("rounds"), batch("rounds", n=50)
-    codes = given.x
-    right = 50.0 * jax.nn.one_hot(SPECIALS + codes, vocabulary("rounds"))
+    tokens = given.x
+    right = 50.0 * jax.nn.one_hot(SPECIALS + tokens, size("rounds"))
 
     def right_where_hidden(seen):
-        return jnp.where((seen == NO_CODE)[..., None], right, -right)
+        return jnp.where((seen == NO_TOKEN)[..., None], right, -right)
 
     seen, loss, _ = seen_by_the_model(c, given, right_where_hidden)
-    hidden = np.asarray(seen["codes"] == NO_CODE)
-    np.testing.assert_array_equal(np.where(hidden, codes, seen["codes"]), codes)
+    hidden = np.asarray(seen["tokens"] == NO_TOKEN)
+    np.testing.assert_array_equal(np.where(hidden, tokens, seen["tokens"]), tokens)
     np.testing.assert_array_equal(seen["source"], given.condition)
     assert hidden.any(axis=1).all()
     assert len(np.unique(hidden.sum(axis=1))) > 4
@@ -129,7 +129,7 @@ def test_hidden_codes_are_predicted_and_no_others():
 
 def test_labels_are_dropped_by_so_many():
     given = batch("features", n=1000)
-    logits = lambda codes: jnp.zeros((len(codes), PLACES + 1, vocabulary("features")))  # noqa: E731
+    logits = lambda tokens: jnp.zeros((len(tokens), PLACES + 1, size("features")))  # noqa: E731
     seen, _, _ = seen_by_the_model(config("features", "tokens.label_drop=0.4"), given, logits)
     dropped = np.asarray(seen["y"] == CLASSES)
     assert np.mean(dropped) == pytest.approx(0.4, abs=0.05)
@@ -143,7 +143,7 @@ def test_the_null_class_has_a_row_where_labels_are_dropped():
         method = method_of(config("features", *leaves))
         assert method.model.null_class == (rows > CLASSES)
         shapes = jax.eval_shape(method.model.init, jax.random.key(0), *method.inputs)
-        assert shapes["params"]["token_embed"].shape[0] == SPECIALS + CODES + rows
+        assert shapes["params"]["token_embed"].shape[0] == SPECIALS + VOCABULARY + rows
 
 
 def test_what_is_dropped_out_belongs_to_the_example():
@@ -165,7 +165,7 @@ def test_what_is_dropped_out_belongs_to_the_example():
 
 
 def given_to_draw(name: str, n: int = 4):
-    """Labels of stage 1, source codes of stage 2; and keys."""
+    """Labels of stage 1, source tokens of stage 2; and keys."""
     return batch(name, n).condition, keys(n)
 
 
@@ -178,29 +178,29 @@ def draw(c, params, labels, keys):
     sampler, decode = method.sampler(c.sampling), method.decoder.load() if method.decoder else None
 
     def sample(labels, keys, plan, decode):
-        codes = sampler.sample(bind(method.model), params, plan, labels, keys)
-        return decode(codes) if decode else codes
+        tokens = sampler.sample(bind(method.model), params, plan, labels, keys)
+        return decode(tokens) if decode else tokens
 
     return np.asarray(jax.jit(sample)(labels, keys, sampler.plan, decode))
 
 
-def test_codes_are_drawn_each_for_itself(stage):
+def test_tokens_are_drawn_each_for_itself(stage):
     name, c, params = stage
     labels, keys = given_to_draw(name)
-    codes = draw(c, params, labels, keys)
-    assert (codes.shape, codes.dtype) == ((4, PLACES), np.int32)
-    assert codes.min() >= 0
-    assert codes.max() < vocabulary(name) - SPECIALS
-    assert len(np.unique(codes)) > 4
-    np.testing.assert_array_equal(draw(c, params, labels[1:3], keys[1:3]), codes[1:3])
+    tokens = draw(c, params, labels, keys)
+    assert (tokens.shape, tokens.dtype) == ((4, PLACES), np.int32)
+    assert tokens.min() >= 0
+    assert tokens.max() < size(name) - SPECIALS
+    assert len(np.unique(tokens)) > 4
+    np.testing.assert_array_equal(draw(c, params, labels[1:3], keys[1:3]), tokens[1:3])
 
 
 def test_a_draw_depends_on_what_it_is_given(stage):
     name, c, params = stage
     labels, keys = given_to_draw(name)
-    codes = draw(c, params, labels, keys)
-    assert (draw(c, params, (labels + 1) % CLASSES, keys) != codes).any()
-    assert (draw(c, params, labels, keys[::-1]) != codes).any()
+    tokens = draw(c, params, labels, keys)
+    assert (draw(c, params, (labels + 1) % CLASSES, keys) != tokens).any()
+    assert (draw(c, params, labels, keys[::-1]) != tokens).any()
 
 
 def test_options_reach_the_draw():
@@ -230,35 +230,35 @@ def test_guidance_of_zero_is_the_null_class():
 
 def test_what_a_model_makes():
     assert method_of(config("features", "data.encoder=pixels")).makes == "pictures"
-    assert method_of(config("features")).makes == "codes of other"
-    assert method_of(config("decoder")).makes == method_of(config("rounds")).makes == "codes of a decoder"
+    assert method_of(config("features")).makes == "tokens of other"
+    assert method_of(config("decoder")).makes == method_of(config("rounds")).makes == "tokens of a decoder"
 
 
 @pytest.fixture
 def pixels(tmp_path):
-    """A folder of codes of 2 x 2 patches, and its codebook."""
-    codebook = np.random.default_rng(0).uniform(-1, 1, (CODES, 4)).astype(np.float32)
-    stream = Stream({"name": "pixels", "patch": 2}, CODES, codebook_sha256(codebook), GRID)
+    """A folder of tokens of 2 x 2 patches, and its codebook."""
+    codebook = np.random.default_rng(0).uniform(-1, 1, (VOCABULARY, 4)).astype(np.float32)
+    stream = Codebook({"name": "pixels", "patch": 2}, VOCABULARY, codebook_sha256(codebook), GRID)
     write_tokens(tmp_path, [(np.zeros((1, 1, PLACES), int), 0)], Origin((stream,), {"name": "none"}, CLASSES))
     np.save(tmp_path / CODEBOOK, codebook)
     return tmp_path, codebook
 
 
-def test_codes_of_pixels_become_the_patches_of_their_centroids(pixels):
+def test_tokens_of_pixels_become_the_patches_of_their_centroids(pixels):
     folder, codebook = pixels
     c = config("features", "data.encoder=pixels", f"data.dir={folder}")
     params, (labels, keys) = drawn_params(c), given_to_draw("features")
-    codes, images = draw(config("features"), params, labels, keys), draw(c, params, labels, keys)
+    tokens, images = draw(config("features"), params, labels, keys), draw(c, params, labels, keys)
     assert (images.shape, images.dtype) == ((4, 6, 6, 1), np.float32)
     patches = images.reshape(4, GRID, 2, GRID, 2).transpose(0, 1, 3, 2, 4).reshape(4, PLACES, 4)
-    np.testing.assert_array_equal(patches, codebook[codes])
+    np.testing.assert_array_equal(patches, codebook[tokens])
 
 
 def test_pictures_of_another_codebook_are_refused(pixels):
     folder, codebook = pixels
     np.save(folder / CODEBOOK, codebook[::-1])
     method = method_of(config("features", "data.encoder=pixels", f"data.dir={folder}"))
-    with pytest.raises(UserError, match="is not the codebook that the codes beside it were made with"):
+    with pytest.raises(UserError, match="is not the codebook that the tokens beside it were made with"):
         method.decoder.load()
     with pytest.raises(UserError, match=r"tokens.json is missing; make them with: python -m diffjax tokenize"):
         method_of(config("features", "data.encoder=pixels", f"data.dir={folder / 'gone'}")).decoder.load()
@@ -279,7 +279,7 @@ REFUSED = {
     "no-rounds": (
         "rounds",
         ("sampling.tokens.rounds=0",),
-        "draws from all codes in sampling.tokens.rounds of 1 or more",
+        "draws from all tokens in sampling.tokens.rounds of 1 or more",
     ),
     "top-k-masked": (
         "rounds",
@@ -291,8 +291,12 @@ REFUSED = {
         ("sampling.tokens.top_p=0.8",),
         "valid with sampling.tokens.top_k = 0 and sampling.tokens.top_p = 1",
     ),
-    "top-k": ("features", ("sampling.tokens.top_k=13",), "top_k = 13; valid: 0 (all) to the number of codes, 12"),
-    "top-k-stage-2": ("decoder", ("sampling.tokens.top_k=21",), "to the number of codes, 20"),
+    "top-k": (
+        "features",
+        ("sampling.tokens.top_k=13",),
+        "top_k = 13; valid: 0 (all) to the size of the vocabulary, 12",
+    ),
+    "top-k-stage-2": ("decoder", ("sampling.tokens.top_k=21",), "to the size of the vocabulary, 20"),
     "top-p": ("features", ("sampling.tokens.top_p=0",), "top_p = 0.0; valid: above 0, to 1"),
     "temperature": (
         "features",
@@ -312,7 +316,7 @@ REFUSED = {
     "smoothing": ("features", ("tokens.smoothing=1",), "tokens.smoothing = 1.0: valid: 0 to below 1"),
     "smoothing-negative": ("rounds", ("tokens.smoothing=-0.1",), "tokens.smoothing = -0.1: valid"),
     "label-drop": ("features", ("tokens.label_drop=1",), "tokens.label_drop = 1.0: valid: 0 (no null) to below 1"),
-    "positions": ("features", ("data.size=6",), "6 x 6 codes and their start need 37 positions; length = 32"),
+    "positions": ("features", ("data.size=6",), "6 x 6 tokens and their start need 37 positions; length = 32"),
 }
 
 

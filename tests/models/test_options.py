@@ -9,7 +9,7 @@ from diffjax.errors import UserError
 from diffjax.options import REQUIRED, check, options
 
 # What follows from the data and the training method is no option.
-FIELDS = {"channels", "num_classes", "null_class", "learn_sigma", "label_drop", "codes", "source_codes"}
+FIELDS = {"channels", "num_classes", "null_class", "learn_sigma", "label_drop", "vocabulary", "source_vocabulary"}
 COMPUTE = {"dtype", "remat", "attention", "scan", "depthwise"}
 
 
@@ -46,7 +46,7 @@ def test_the_sizes_of_a_published_name_are_its_defaults():
     assert models.option_table("u-dit-s")["depth"].default == (2, 5, 8, 5, 2)
     digit = models.option_table("DiGIT-L-stage2-NAR")
     assert digit["causal"].default is False
-    assert "codes" not in digit
+    assert "vocabulary" not in digit
 
 
 def test_the_sizes_of_a_family_have_no_defaults():

@@ -27,8 +27,8 @@ def abstract_params(name, **kwargs):
     model = models.create(name, **kwargs)
     inputs = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
     if isinstance(model, DiGIT):
-        codes = jnp.zeros((1, 256), jnp.int32)
-        inputs = codes, None, codes
+        tokens = jnp.zeros((1, 256), jnp.int32)
+        inputs = tokens, None, tokens
     return model, jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
 

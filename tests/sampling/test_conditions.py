@@ -54,13 +54,13 @@ def test_classes_that_are_none(said, names, message):
 
 
 def test_raw_files_are_bound_to_their_json(tmp_path):
-    path = tmp_path / "codes.npz"
+    path = tmp_path / "tokens.npz"
     np.savez(path, arr_0=np.zeros((2, 4), np.int32), arr_1=np.zeros(2, np.int32))
     write_protocol(path, {"origin": {"codes": {"features": "a"}}})
     origin = {"codes": {"features": "a"}}
     assert conditions._made_of(path, origin) == origin
     np.savez(path, arr_0=np.ones((2, 4), np.int32), arr_1=np.zeros(2, np.int32))
-    with pytest.raises(UserError, match=r"codes\.json does not describe codes\.npz: the hash of the file differs"):
+    with pytest.raises(UserError, match=r"tokens\.json does not describe tokens\.npz: the hash of the file differs"):
         conditions._made_of(path, origin)
     for text, message in (("[]", "does not describe"), ("{", "not json")):
         path.with_suffix(".json").write_text(text)

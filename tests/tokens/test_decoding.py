@@ -9,10 +9,10 @@ import pytest
 
 from diffjax import models
 from diffjax.errors import UserError
-from diffjax.ops.dictionary import END, NO_CODE, SPECIALS
+from diffjax.ops.vocabulary import END, NO_TOKEN, SPECIALS
 from diffjax.tokens import decoding
 
-CODES, B, N = 12, 4, 10
+VOCABULARY, B, N = 12, 4, 10
 
 
 def keys(count=B, seed=0):
@@ -21,7 +21,9 @@ def keys(count=B, seed=0):
 
 @functools.cache
 def small_model():
-    model = models.create("DiGIT", codes=CODES, depth=2, width=16, heads=2, num_classes=3, null_class=True, length=16)
+    model = models.create(
+        "DiGIT", vocabulary=VOCABULARY, depth=2, width=16, heads=2, num_classes=3, null_class=True, length=16
+    )
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32))
     leaves, tree = jax.tree.flatten(shapes["params"])
     draw = np.random.default_rng(3).standard_normal
@@ -37,67 +39,67 @@ def sample(y, keys, how, guided=False):
     return decoding.generate(step, logits, cache, keys, N, how)
 
 
-def teacher_forced(codes, y):
+def teacher_forced(tokens, y):
     model, params = small_model()
     with jax.default_matmul_precision("highest"):
-        return jax.jit(lambda c, y: model.apply({"params": params}, c, y))(codes, y)[:, :-1]
+        return jax.jit(lambda c, y: model.apply({"params": params}, c, y))(tokens, y)[:, :-1]
 
 
 LABELS = jnp.array([0, 1, 2, 1])
 
 
 @pytest.mark.parametrize("weight", [None, 2.5])
-def test_greedy_codes_are_the_most_probable_given_those_before(weight):
-    how = decoding.choice(CODES, temperature=0, guidance=1.0 if weight is None else weight)
-    codes = sample(LABELS, keys(), how, guided=weight is not None)
-    assert (codes.shape, codes.dtype) == ((B, N), jnp.int32)
-    logits = teacher_forced(codes, LABELS)
+def test_greedy_tokens_are_the_most_probable_given_those_before(weight):
+    how = decoding.choice(VOCABULARY, temperature=0, guidance=1.0 if weight is None else weight)
+    tokens = sample(LABELS, keys(), how, guided=weight is not None)
+    assert (tokens.shape, tokens.dtype) == ((B, N), jnp.int32)
+    logits = teacher_forced(tokens, LABELS)
     if weight is not None:
-        logits = decoding.guided(logits, teacher_forced(codes, jnp.full(B, 3)), weight)
-    np.testing.assert_array_equal(codes, logits[..., SPECIALS:].argmax(-1))
+        logits = decoding.guided(logits, teacher_forced(tokens, jnp.full(B, 3)), weight)
+    np.testing.assert_array_equal(tokens, logits[..., SPECIALS:].argmax(-1))
 
 
 def test_guided_logits_with_the_cache_are_those_of_the_whole():
     """The two rows of an example lie beside each other, as `generate` feeds them."""
     model, params = small_model()
-    codes = np.random.default_rng(0).integers(0, CODES, (B, N)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (B, N)).astype(np.int32)
     null = jnp.full(B, model.num_classes)
-    whole = decoding.guided(teacher_forced(codes, LABELS), teacher_forced(codes, null), 2.5)
+    whole = decoding.guided(teacher_forced(tokens, LABELS), teacher_forced(tokens, null), 2.5)
     rows = jnp.stack([LABELS, null], axis=1).reshape(-1)
     step = jax.jit(functools.partial(model.apply, {"params": params}, method="step"))
     with jax.default_matmul_precision("highest"):
         logits, cache = model.apply({"params": params}, model.init_cache(2 * B, N), rows, method="prefill")
         found = [decoding.guided(logits[0::2], logits[1::2], 2.5)]
-        for code in codes.T[:-1]:
-            logits, cache = step(cache, jnp.repeat(code, 2))
+        for token in tokens.T[:-1]:
+            logits, cache = step(cache, jnp.repeat(token, 2))
             found.append(decoding.guided(logits[0::2], logits[1::2], 2.5))
     np.testing.assert_allclose(np.stack(found, 1), whole, rtol=0, atol=1e-4)
 
 
 def test_guidance_of_weight_one_is_none():
-    how = decoding.choice(CODES, temperature=0)
+    how = decoding.choice(VOCABULARY, temperature=0)
     np.testing.assert_array_equal(sample(LABELS, keys(), how, guided=True), sample(LABELS, keys(), how))
 
 
 def test_a_sample_depends_on_its_own_key_alone():
-    how = decoding.choice(CODES, top_k=8, top_p=0.95)
-    codes = sample(LABELS, keys(), how)
-    np.testing.assert_array_equal(sample(LABELS[2:3], keys()[2:3], how), codes[2:3])
-    np.testing.assert_array_equal(sample(LABELS[::-1], keys()[::-1], how), codes[::-1])
-    assert (np.asarray(sample(LABELS, keys(seed=1), how)) != codes).any()
+    how = decoding.choice(VOCABULARY, top_k=8, top_p=0.95)
+    tokens = sample(LABELS, keys(), how)
+    np.testing.assert_array_equal(sample(LABELS[2:3], keys()[2:3], how), tokens[2:3])
+    np.testing.assert_array_equal(sample(LABELS[::-1], keys()[::-1], how), tokens[::-1])
+    assert (np.asarray(sample(LABELS, keys(seed=1), how)) != tokens).any()
     assert len(np.unique(sample(jnp.zeros(B, jnp.int32), keys(), how), axis=0)) > 1
 
 
 def test_the_numbers_of_a_choice_are_no_part_of_the_program():
     before = None
     for options in ({}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.5}, {"guidance": 3.0}, {"temperature": 0}):
-        sample(LABELS, keys(), decoding.choice(CODES, **options), guided=True)
+        sample(LABELS, keys(), decoding.choice(VOCABULARY, **options), guided=True)
         before = before or sample._cache_size()
     assert sample._cache_size() == before
 
 
 def test_draws_follow_the_truncated_distribution():
-    """Four thousand draws each; the frequencies of the kept codes are within five standard deviations."""
+    """Four thousand draws each; the frequencies of the kept tokens are within five standard deviations."""
     p = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
     logits = jnp.concatenate([jnp.full(SPECIALS, -1e9), jnp.log(p)])[None].repeat(4000, 0)
     draw = jax.jit(
@@ -118,13 +120,13 @@ def test_draws_follow_the_truncated_distribution():
         assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected * (1 - expected) / 4000)).all(), options
 
 
-def test_of_equally_probable_codes_exactly_k_remain():
+def test_of_equally_probable_tokens_exactly_k_remain():
     kept = decoding.truncate(jnp.zeros((2, 9)), jnp.int32(4), jnp.float32(1.0))
     np.testing.assert_array_equal(np.isfinite(kept).sum(1), 4)
 
 
 def test_special_entries_are_never_drawn_and_their_share_is_not_given_away():
-    logits = jnp.zeros((1, SPECIALS + CODES)).at[:, :SPECIALS].set(9.0)
+    logits = jnp.zeros((1, SPECIALS + VOCABULARY)).at[:, :SPECIALS].set(9.0)
     log_p = decoding.log_probabilities(logits)
     assert np.isneginf(log_p[0, :SPECIALS]).all()
     assert float(jnp.exp(log_p).sum()) < 1e-3
@@ -133,40 +135,40 @@ def test_special_entries_are_never_drawn_and_their_share_is_not_given_away():
 
 
 def test_sequences_end_where_they_may():
-    """A network that would end at once: it ends at the first place that allows it, and everything after is no code."""
+    """A network that would end at once: it ends at the first place that allows it, and everything after is no token."""
 
-    def step(cache, codes):
+    def step(cache, tokens):
         return logits, cache
 
-    logits = jnp.zeros((B, SPECIALS + CODES)).at[:, END].set(50.0)
-    run = functools.partial(decoding.generate, step, logits, None, keys(), N, decoding.choice(CODES))
+    logits = jnp.zeros((B, SPECIALS + VOCABULARY)).at[:, END].set(50.0)
+    run = functools.partial(decoding.generate, step, logits, None, keys(), N, decoding.choice(VOCABULARY))
     assert (np.asarray(run()) >= 0).all()
     ended = np.asarray(run(end_from=4))
     assert (ended[:, :4] >= 0).all()
-    assert (ended[:, 4:] == NO_CODE).all()
+    assert (ended[:, 4:] == NO_TOKEN).all()
 
 
 @pytest.mark.parametrize("steps", [1, 8])
 def test_fill_keeps_what_it_has_and_hides_by_the_schedule(steps):
     seen = []
 
-    def predict(codes):
-        jax.debug.callback(lambda c: seen.append(np.asarray(c)), codes, ordered=True)
-        return jnp.zeros((*codes.shape, SPECIALS + CODES)).at[..., :SPECIALS].set(9.0)
+    def predict(tokens):
+        jax.debug.callback(lambda c: seen.append(np.asarray(c)), tokens, ordered=True)
+        return jnp.zeros((*tokens.shape, SPECIALS + VOCABULARY)).at[..., :SPECIALS].set(9.0)
 
-    codes = np.asarray(decoding.fill(predict, keys(2), 256, steps))
+    tokens = np.asarray(decoding.fill(predict, keys(2), 256, steps))
     jax.effects_barrier()
     counts = decoding.hidden_counts(256, steps)
     assert counts.tolist() == ([251, 236, 212, 181, 142, 97, 49, 0] if steps == 8 else [0])
-    assert [(c == NO_CODE).sum(1).tolist() for c in seen] == [[256, 256], *([n, n] for n in counts[:-1].tolist())]
-    for earlier, later in zip(seen, [*seen[1:], codes]):
-        np.testing.assert_array_equal(later[earlier != NO_CODE], earlier[earlier != NO_CODE])
-    assert codes.min() == 0
-    assert codes.max() == CODES - 1
+    assert [(c == NO_TOKEN).sum(1).tolist() for c in seen] == [[256, 256], *([n, n] for n in counts[:-1].tolist())]
+    for earlier, later in zip(seen, [*seen[1:], tokens]):
+        np.testing.assert_array_equal(later[earlier != NO_TOKEN], earlier[earlier != NO_TOKEN])
+    assert tokens.min() == 0
+    assert tokens.max() == VOCABULARY - 1
 
 
 def test_fill_depends_on_an_example_s_own_key_alone():
-    predict = lambda codes: jnp.cos(jnp.arange(SPECIALS + CODES) * (2.0 + codes[..., None]))  # noqa: E731
+    predict = lambda tokens: jnp.cos(jnp.arange(SPECIALS + VOCABULARY) * (2.0 + tokens[..., None]))  # noqa: E731
     fill = jax.jit(lambda k, t: decoding.fill(predict, k, 32, 4, t))
     whole = fill(keys(), 1.0)
     np.testing.assert_array_equal(jax.jit(lambda k: decoding.fill(predict, k, 32, 4))(keys()[1:2]), whole[1:2])
@@ -176,19 +178,19 @@ def test_fill_depends_on_an_example_s_own_key_alone():
 
 def test_refine_hides_the_least_sure_and_at_least_one_but_fewer_than_before():
     log_p = jnp.log(jnp.array([[[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.8, 0.2]]]))
-    codes, draws = jnp.array([[NO_CODE, NO_CODE, NO_CODE, 1]]), jnp.zeros((1, 4), int)
+    tokens, draws = jnp.array([[NO_TOKEN, NO_TOKEN, NO_TOKEN, 1]]), jnp.zeros((1, 4), int)
     noise = jnp.zeros((1, 4))
-    assert decoding.refine(codes, log_p, draws, noise, 2).tolist() == [[0, NO_CODE, NO_CODE, 1]]
-    assert decoding.refine(codes, log_p, draws, noise, 4).tolist() == [[0, NO_CODE, NO_CODE, 1]]
-    assert decoding.refine(codes, log_p, draws, noise, 1).tolist() == [[0, NO_CODE, 0, 1]]
-    assert decoding.refine(codes, log_p, draws, noise, 0).tolist() == [[0, 0, 0, 1]]
-    assert decoding.refine(codes, log_p, draws, noise.at[0, 0].set(-9), 1).tolist() == [[NO_CODE, 0, 0, 1]]
+    assert decoding.refine(tokens, log_p, draws, noise, 2).tolist() == [[0, NO_TOKEN, NO_TOKEN, 1]]
+    assert decoding.refine(tokens, log_p, draws, noise, 4).tolist() == [[0, NO_TOKEN, NO_TOKEN, 1]]
+    assert decoding.refine(tokens, log_p, draws, noise, 1).tolist() == [[0, NO_TOKEN, 0, 1]]
+    assert decoding.refine(tokens, log_p, draws, noise, 0).tolist() == [[0, 0, 0, 1]]
+    assert decoding.refine(tokens, log_p, draws, noise.at[0, 0].set(-9), 1).tolist() == [[NO_TOKEN, 0, 0, 1]]
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"top_k": CODES + 1}, "top_k = 13; valid: 0 .all. to the number of codes, 12"),
+        ({"top_k": VOCABULARY + 1}, "top_k = 13; valid: 0 .all. to the size of the vocabulary, 12"),
         ({"top_k": -1}, "top_k = -1"),
         ({"top_k": 2.5}, "top_k = 2.5"),
         ({"top_p": 0.0}, "top_p = 0.0; valid: above 0"),
@@ -200,7 +202,7 @@ def test_refine_hides_the_least_sure_and_at_least_one_but_fewer_than_before():
 )
 def test_choices_that_cannot_be(options, message):
     with pytest.raises(UserError, match=message):
-        decoding.choice(CODES, **options)
+        decoding.choice(VOCABULARY, **options)
 
 
 def test_other_errors():

@@ -27,9 +27,9 @@ def distances(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 def test_assign_finds_the_nearest(shape, k):
     generator = np.random.default_rng(0)
     x, centroids = (generator.standard_normal(s).astype(np.float32) for s in (shape, (k, 6)))
-    codes = jax.jit(kmeans.assign)(x, centroids)
-    assert (codes.shape, codes.dtype) == (shape[:-1], jnp.int32)
-    np.testing.assert_array_equal(codes, distances(x.reshape(-1, 6), centroids).argmin(axis=1).reshape(shape[:-1]))
+    tokens = jax.jit(kmeans.assign)(x, centroids)
+    assert (tokens.shape, tokens.dtype) == (shape[:-1], jnp.int32)
+    np.testing.assert_array_equal(tokens, distances(x.reshape(-1, 6), centroids).argmin(axis=1).reshape(shape[:-1]))
 
 
 def test_of_equal_centroids_the_first_is_taken_also_in_another_block():
@@ -39,7 +39,7 @@ def test_of_equal_centroids_the_first_is_taken_also_in_another_block():
     np.testing.assert_array_equal(kmeans.assign(centroids, twice), np.arange(1500))
 
 
-def test_a_point_with_a_nan_gets_no_code():
+def test_a_point_with_a_nan_gets_no_token():
     x = np.float32([[0, 1], [np.nan, 1]])
     assert kmeans.assign(x, x[:1]).tolist() == [0, -1]
 
@@ -64,10 +64,10 @@ def test_assign_on_a_mesh_divides_the_batch_and_moves_nothing():
     with jax.set_mesh(make_mesh({"data": 4, "fsdp": 2})):
         split = jax.device_put(x, jax.sharding.PartitionSpec(("data", "fsdp")))
         compiled = jax.jit(kmeans.assign).lower(split, centroids).compile()
-        codes = compiled(split, centroids)
+        tokens = compiled(split, centroids)
     assert not collectives(compiled)
-    assert [shard.data.shape for shard in codes.addressable_shards] == [(2, 9)] * 8
-    np.testing.assert_array_equal(codes, kmeans.assign(x, centroids))
+    assert [shard.data.shape for shard in tokens.addressable_shards] == [(2, 9)] * 8
+    np.testing.assert_array_equal(tokens, kmeans.assign(x, centroids))
 
 
 def collectives(compiled) -> list[tuple[str, str]]:
@@ -100,8 +100,8 @@ def test_sums_do_not_depend_on_the_order_of_the_points():
         again, _, same = kmeans.lloyd_step(kmeans.place(shuffled), centroids)
         np.testing.assert_array_equal(again, means)
         np.testing.assert_array_equal(same, counts)
-    codes = np.asarray(kmeans.assign(x, centroids))
-    exact = np.stack([x[codes == k].astype(np.float64).mean(axis=0) for k in (0, 1)])
+    tokens = np.asarray(kmeans.assign(x, centroids))
+    exact = np.stack([x[tokens == k].astype(np.float64).mean(axis=0) for k in (0, 1)])
     assert np.all(np.abs(means - exact) <= np.abs(x).max(axis=0) * 2.0**-25)
 
 
@@ -135,8 +135,8 @@ def test_memory_does_not_grow_with_points_times_centroids():
         valid = jax.ShapeDtypeStruct((blocks, kmeans.BLOCK), bool)
         centroids, scale = jax.ShapeDtypeStruct((k, 8), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.float32)
         step = kmeans._accumulate(None).lower(points, valid, centroids, scale)
-        codes = jax.jit(kmeans.assign).lower(flat, centroids)
-        return tuple(lowered.compile().memory_analysis().temp_size_in_bytes for lowered in (step, codes))
+        tokens = jax.jit(kmeans.assign).lower(flat, centroids)
+        return tuple(lowered.compile().memory_analysis().temp_size_in_bytes for lowered in (step, tokens))
 
     block = 4 * kmeans.BLOCK**2  # scores of one block of points against one of centroids
     few, many = temporaries(2, 2048), temporaries(64, 8192)

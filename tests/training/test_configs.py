@@ -35,7 +35,7 @@ from tests.programs import BACKBONES, ROOT, complete_steps, method_of
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
 GOLDEN, VERSION_1 = ROOT / "tests/golden/configs", ROOT / "tests/golden/configs_v1"
 EMBEDDED = ("digits", "emoji32")
-UNPREPARED = [name for name in BACKBONES if name != "digit"]  # which needs codes first: tests/commands/test_probe.py
+UNPREPARED = [name for name in BACKBONES if name != "digit"]  # which needs tokens first: tests/commands/test_probe.py
 
 
 def load(recipe: str, *overrides: str):
@@ -55,7 +55,7 @@ VARIANTS = {
     "dis_imagenet": ["pixels=512"],
     "diffit_imagenet": ["pixels=512", "pixels=512,runlocal", "guidance=4.6", "guidance=1"],
     "diffit_cifar10": ["model=diffit-cifar10_l2", "model=DiffiT-CIFAR10_w256", "batch=64"],
-    "digit_stage1": ["model=digit-l", "classes", "codes=2048", "model=digit-b-vq"],
+    "digit_stage1": ["model=digit-l", "classes", "vocabulary=2048", "model=digit-b-vq"],
     "digit_stage2": ["decoding=nar", "decoding=nar,runlocal", "model=digit-l"],
     "diffit_ffhq64": ["model=diffit-ffhq64_l2"],
 }
@@ -115,6 +115,7 @@ def stored_by_version_1(recipe: str) -> dict[str, dict]:
 def test_configs_of_version_1_are_those_of_today(recipe):
     """What config.json of that version held becomes the config of the recipe today, but for leaves it chose since."""
     for argument, values in stored_by_version_1(recipe).items():
+        argument = argument.replace("codes=", "vocabulary=")
         today = load(f"{recipe}.py:{argument}", *CHOSEN_SINCE.get(recipe, []))
         assert stored_values(nested(values)) == today, argument
 
@@ -326,7 +327,7 @@ def test_leaves_that_nothing_reads_are_refused_by_name():
     for override, reason in (
         ("diffusion.edm.p_mean=1", "diffusion.edm.p_mean = 1.0 is not read with diffusion.process = gaussian, only"),
         ("sampling.edm.churn=1", "sampling.edm.churn = 1.0 is not read with sampling.sampler = ddim, only with edm"),
-        ("data.codes=5", "data.codes = 5 is not read with data.name = digits, only with tokens"),
+        ("data.vocabulary=5", "data.vocabulary = 5 is not read with data.name = digits, only with tokens"),
         ("tokens.patch=4", "tokens.patch = 4 is not read with method = diffusion, only with tokens"),
         ("images.name=emoji32", "images.name = 'emoji32' is not read with method = diffusion, only with tokens"),
         ("init.new=head", "init.new = ('head',) is not read without init.from"),

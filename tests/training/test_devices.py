@@ -165,7 +165,7 @@ def test_random_values_of_an_example_are_bit_equal_on_one_and_eight_devices(one)
 
         def spy(params, x, *inputs, train, keys, seen=seen, **told):
             seen.update(x=x, inputs=inputs, keys=jax.random.key_data(keys), **told)
-            if x.ndim == 2:  # codes: as many logits, and those of the end
+            if x.ndim == 2:  # tokens: as many logits, and those of the end
                 return jax.numpy.zeros((len(x), x.shape[1] + 1, 200))
             return jax.numpy.concatenate([x, x], axis=-1)
 

@@ -1,4 +1,4 @@
-"""Averages: their rates in float32, what a config may ask for, the tracks of a run, reconstruction."""
+"""Averages: their rates in float32, what a config may ask for, the power-function EMAs of a run, reconstruction."""
 
 import weakref
 
@@ -97,7 +97,7 @@ def test_more_snapshots_come_nearer_and_stay_well_conditioned():
         stored = [ema.Profile(t, length) for t in range(1, count + 1) for length in (0.05, 0.1)]
         wanted = ema.Profile(count, 0.15)
         coefficients = ema.solve_weights(stored, wanted)
-        assert np.abs(coefficients).sum() < 2  # what rounding of the tracks is multiplied by
+        assert np.abs(coefficients).sum() < 2  # what rounding of the power-function EMAs is multiplied by
         errors.append(ema.profile_error(stored, wanted, coefficients))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-5
@@ -123,13 +123,13 @@ REFUSED = {
     "decay": ({"decay": 1.5}, "ema.decay = 1.5: valid: 0 to 1"),
     "no-halflife": ({"kind": "halflife"}, "needs a half-life above 0"),
     "rampup": ({"kind": "halflife", "halflife_images": 1e6, "rampup": -1.0}, r"ema.rampup = -1.0: valid: 0 \(none\)"),
-    "no-snapshots": ({"tracks": (0.05,)}, "tracks need snapshots"),
-    "no-tracks": ({"snapshot_every_steps": 5}, "snapshots need tracks"),
-    "backwards": ({"snapshot_every_steps": -5, "tracks": (0.05,)}, "ema.snapshot_every_steps = -5: valid: 0"),
-    "text": ({"snapshot_every_steps": 5, "tracks": "0.05"}, "valid: numbers, such as 0.1,0.2"),
-    "too-long": ({"snapshot_every_steps": 5, "tracks": (0.5,)}, "different lengths above 0 to 0.2887"),
-    "twice": ({"snapshot_every_steps": 5, "tracks": (0.05, 0.05)}, "different lengths .* of up to three decimals"),
-    "too-fine": ({"snapshot_every_steps": 5, "tracks": (0.0505,)}, "different lengths .* of up to three decimals"),
+    "no-snapshots": ({"sigma_rel": (0.05,)}, "power-function EMAs need snapshots"),
+    "no-lengths": ({"snapshot_every_steps": 5}, "snapshots need power-function EMAs"),
+    "backwards": ({"snapshot_every_steps": -5, "sigma_rel": (0.05,)}, "ema.snapshot_every_steps = -5: valid: 0"),
+    "text": ({"snapshot_every_steps": 5, "sigma_rel": "0.05"}, "valid: numbers, such as 0.1,0.2"),
+    "too-long": ({"snapshot_every_steps": 5, "sigma_rel": (0.5,)}, "different lengths above 0 to 0.2887"),
+    "twice": ({"snapshot_every_steps": 5, "sigma_rel": (0.05, 0.05)}, "different lengths .* of up to three decimals"),
+    "too-fine": ({"snapshot_every_steps": 5, "sigma_rel": (0.0505,)}, "different lengths .* of up to three decimals"),
 }
 
 
@@ -142,14 +142,14 @@ def test_what_contradicts_itself_is_refused(mistake):
 
 def test_a_section_s_averages():
     assert ema.rates(ema.Ema(decay=0.75), 64).ema(3) == 0.25
-    section = ema.Ema(kind="halflife", halflife_images=1e5, tracks=(0.05, 0.1), snapshot_every_steps=5)
+    section = ema.Ema(kind="halflife", halflife_images=1e5, sigma_rel=(0.05, 0.1), snapshot_every_steps=5)
     rates = ema.rates(section, 64)
     assert rates.ema(10) == ema.halflife(1e5, 0.05, 64)(10)
-    assert {name: rate(10) for name, rate in rates.tracks.items()} == {
+    assert {name: rate(10) for name, rate in rates.power_emas.items()} == {
         "0.050": ema.power(0.05)(10),
         "0.100": ema.power(0.1)(10),
     }
-    assert ema.track_lengths(section.tracks) == {"0.050": 0.05, "0.100": 0.1}
+    assert ema.by_name(section.sigma_rel) == {"0.050": 0.05, "0.100": 0.1}
 
 
 def test_kinds_read_fields_of_the_section():
@@ -157,27 +157,27 @@ def test_kinds_read_fields_of_the_section():
     assert set(ema.AVERAGES["constant"].reads).isdisjoint(ema.AVERAGES["halflife"].reads)
 
 
-TRACKS = ("ema.tracks=0.05,0.1", "ema.snapshot_every_steps=5")
+POWER_EMAS = ("ema.sigma_rel=0.05,0.1", "ema.snapshot_every_steps=5")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tracks_are_laid_out_as_the_parameters(layout):
-    state = build(tiny_config(*SHAPES, *OWN_SHAPES["dit"], *LAYOUTS[layout], *TRACKS)).abstract
-    assert list(state.tracks) == ["0.050", "0.100"]
-    for track in state.tracks.values():
-        assert track == state.params  # shapes, dtypes and shardings
-    whole = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.tracks)]
+def test_power_emas_are_laid_out_as_the_parameters(layout):
+    state = build(tiny_config(*SHAPES, *OWN_SHAPES["dit"], *LAYOUTS[layout], *POWER_EMAS)).abstract
+    assert list(state.power_emas) == ["0.050", "0.100"]
+    for average in state.power_emas.values():
+        assert average == state.params  # shapes, dtypes and shardings
+    whole = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.power_emas)]
     assert all(whole) == (layout == "dp8")
 
 
 @pytest.mark.slow
-def test_tracks_of_a_sharded_run_are_the_averages_of_its_parameters():
+def test_power_emas_of_a_sharded_run_are_the_averages_of_its_parameters():
     averages = (
         "ema.kind=halflife",
         "ema.decay=0.9999",
         "ema.decay_rampup=0",
         "ema.halflife_images=100",
-        *TRACKS,
+        *POWER_EMAS,
         "optim.warmup_steps=0",
     )
     experiment = build(tiny_config(*SHAPES, *OWN_SHAPES["dit"], *LAYOUTS["2x2x2"], *averages))
@@ -190,14 +190,14 @@ def test_tracks_of_a_sharded_run_are_the_averages_of_its_parameters():
             path.append(jax.device_get(state.params))
         assert experiment.step._cache_size() == 1
     batches.close()
-    where = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state.params, *state.tracks.values())]
+    where = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (state.params, *state.power_emas.values())]
     assert where[0] == where[1] == where[2]
-    assert not state.tracks["0.050"]["blocks"]["mlp"]["fc1"]["kernel"].sharding.is_fully_replicated
+    assert not state.power_emas["0.050"]["blocks"]["mlp"]["fc1"]["kernel"].sharding.is_fully_replicated
 
     n = np.arange(11) / 10
     for name, length in (("0.050", 0.05), ("0.100", 0.1)):
         weights = np.diff(n ** (ema.gamma_of(length) + 1))  # the profile's integral over each step
-        check_average(state.tracks[name], path[1:], weights)
+        check_average(state.power_emas[name], path[1:], weights)
     decays = 0.5 ** (16 / np.minimum(100, 0.05 * 16 * np.arange(1, 11)))
     weights = [np.prod(decays[i:]) * (1 - decays[i - 1] if i else 1) for i in range(11)]
     check_average(state.ema, path, weights)

@@ -20,8 +20,8 @@ from diffjax.weights.store import load, tree_sha256
 from tests.programs import TINY, complete_steps, kill, start, train_arguments, wait_for
 from tests.training.test_resume import Cut, at_batch, cut
 
-TRACKS = ("ema.tracks=0.05,0.1", "ema.snapshot_every_steps=3")
-RUN = ("total_steps=11", "checkpoint.every_steps=4", "checkpoint.keep=9", "log.every_steps=4", *TRACKS)
+POWER_EMAS = ("ema.sigma_rel=0.05,0.1", "ema.snapshot_every_steps=3")
+RUN = ("total_steps=11", "checkpoint.every_steps=4", "checkpoint.keep=9", "log.every_steps=4", *POWER_EMAS)
 SNAPSHOTS = [3, 6, 9, 11]
 
 
@@ -46,7 +46,7 @@ def snapshot_hashes(workdir):
     return {step: tree_sha256(snapshots.restore_arrays("tracks", step)) for step in snapshots.steps()}
 
 
-def test_an_interrupted_run_has_the_tracks_snapshots_and_averages_of_one_left_alone(
+def test_an_interrupted_run_has_the_power_emas_snapshots_and_averages_of_one_left_alone(
     straight, tmp_path, monkeypatch, capsys
 ):
     again = train_arguments(tmp_path / "again", *RUN)
@@ -96,24 +96,24 @@ def test_snapshots_of_old_values_do_not_mix_with_new_ones(copied, capsys):
     assert inspect(copied)["snapshots"] == [3, 5, 10, 11]
 
 
-def test_tracks_begin_with_their_run(copied, tmp_path, capsys):
+def test_power_emas_begin_with_their_run(copied, tmp_path, capsys):
     plain = train_arguments(tmp_path / "plain", "total_steps=2")
     assert main(plain) == 0
     assert not (tmp_path / "plain/snapshots").exists()
     assert not (tmp_path / "plain/checkpoints/2/tracks").exists()
     assert "tracks" not in inspect(tmp_path / "plain")["sha256"]
-    more = train_arguments(tmp_path / "plain", "total_steps=4", *TRACKS)
+    more = train_arguments(tmp_path / "plain", "total_steps=4", *POWER_EMAS)
     capsys.readouterr()
-    assert main([*more, "--accept=total_steps,ema.tracks,ema.snapshot_every_steps"]) == 2
+    assert main([*more, "--accept=total_steps,ema.sigma_rel,ema.snapshot_every_steps"]) == 2
     error = capsys.readouterr().err
-    assert "the run's state does not fit: tracks/0.050/" in error
+    assert "the run's state does not fit: power_emas/0.050/" in error
     assert error.count("\n") == 1
-    others = train_arguments(copied, *RUN, "ema.tracks=0.05,0.2")
-    assert main([*others, "--accept=ema.tracks"]) == 2
-    assert "the run's state does not fit: tracks/0.100/" in capsys.readouterr().err
+    others = train_arguments(copied, *RUN, "ema.sigma_rel=0.05,0.2")
+    assert main([*others, "--accept=ema.sigma_rel"]) == 2
+    assert "the run's state does not fit: power_emas/0.100/" in capsys.readouterr().err
 
 
-def test_lost_tracks_are_damage(copied, capsys):
+def test_lost_power_emas_are_damage(copied, capsys):
     shutil.rmtree(copied / "checkpoints/8/tracks")
     assert main(train_arguments(copied, *RUN)) == 2
     error = capsys.readouterr().err
@@ -146,12 +146,12 @@ def test_an_average_is_made_and_sampled(straight, tmp_path, capsys):
     assert "diffusion.gaussian.steps cannot change what a run was trained for" in capsys.readouterr().err
 
 
-def test_a_length_that_was_kept_gives_the_track_of_its_step(straight, tmp_path):
+def test_a_length_that_was_kept_gives_the_power_ema_of_its_step(straight, tmp_path):
     model = reconstruct(straight, 0.1, tmp_path / "params", step=6)
     assert (model["snapshots"], model["profile_error"]) == ([3, 6], pytest.approx(0, abs=1e-6))
-    track = Snapshots(straight, read_only=True).restore_arrays("tracks", 6)["0.100"]
+    average = Snapshots(straight, read_only=True).restore_arrays("tracks", 6)["0.100"]
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), load(tmp_path / "params")[1], track
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), load(tmp_path / "params")[1], average
     )
 
 
@@ -184,7 +184,7 @@ def snapshots_under_way(workdir):
 @pytest.mark.slow
 def test_killed_while_a_snapshot_is_written(tmp_path):
     """Every kill meets a snapshot under way; none of them leaves one that cannot be read, or that differs."""
-    options = ("model.width=96", "total_steps=160", "checkpoint.every_steps=5", "log.every_steps=40", *TRACKS)
+    options = ("model.width=96", "total_steps=160", "checkpoint.every_steps=5", "log.every_steps=40", *POWER_EMAS)
     workdir, log = tmp_path / "run", tmp_path / "log"
     assert start(train_arguments(tmp_path / "straight", *options), log).wait(240) == 0
     hits = 0

@@ -9,15 +9,15 @@ from diffjax.errors import UserError
 from diffjax.models import create
 from diffjax.weights import from_reference, to_reference, unwrap
 
-KWARGS = {"codes": 9, "depth": 3, "width": 24, "heads": 4, "mlp_ratio": 2.5, "length": 20}
-STAGE2 = {"source_codes": 6, "norm": "pre"}
+KWARGS = {"vocabulary": 9, "depth": 3, "width": 24, "heads": 4, "mlp_ratio": 2.5, "length": 20}
+STAGE2 = {"source_vocabulary": 6, "norm": "pre"}
 HEADS = {"decoder_attention_heads": 4}
 
 
 def module_and_params(**kwargs):
     module = create("DiGIT", **{**KWARGS, **kwargs})
-    codes = jnp.zeros((1, 4), jnp.int32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), codes, codes[:, 0], codes)["params"]
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), tokens, tokens[:, 0], tokens)["params"]
     leaves, structure = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)
     return module, structure.unflatten([rng.standard_normal(leaf.shape, np.float32) for leaf in leaves])
@@ -37,7 +37,7 @@ def state_dict():
         ("digit_stage1", {"num_classes": 5, "null_class": True}, {"num_classes": 5}),
         ("digit_stage1", {"heads": 2, "mlp_ratio": 4.0}, {"decoder_attention_heads": 2}),
         ("digit_stage2_ar", STAGE2, {"K": 6, "V": 9}),
-        ("digit_stage2_ar", {"source_codes": 6}, {}),
+        ("digit_stage2_ar", {"source_vocabulary": 6}, {}),
         ("digit_stage2_nar", {**STAGE2, "causal": False}, {"max_target_positions": 20}),
     ],
     ids=str,
@@ -64,9 +64,9 @@ def test_keys_and_layout_of_the_reference():
 
 
 def test_the_published_sizes_need_no_arguments_and_the_files_hold_other_models_too():
-    module = create("DiGIT-B", codes=8, length=4, mlp_ratio=1 / 64)
-    codes = jnp.zeros((1, 3), jnp.int32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), codes)["params"]
+    module = create("DiGIT-B", vocabulary=8, length=4, mlp_ratio=1 / 64)
+    tokens = jnp.zeros((1, 3), jnp.int32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
     blank = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
     weights = to_reference("digit_stage1", module, blank)
     others = ("pretrained_encoder.norm.weight", "centroids", "centroid_norm", "vqgan.quantize.embedding.weight")

@@ -3,11 +3,13 @@
 import hashlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from diffjax.errors import UserError
+from diffjax.models import create
 from diffjax.parallel.mesh import make_mesh
 from diffjax.weights import store
 from tests.weights.test_dit import module_and_params
@@ -23,6 +25,16 @@ def test_saved_and_loaded(tmp_path):
     assert model["family"] == "dit"
     assert model["sha256"] == store.tree_sha256(loaded)
     assert model["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_a_model_stored_under_earlier_names_of_its_options(tmp_path):
+    module = create("DiGIT", vocabulary=6, source_vocabulary=5, depth=1, width=8, heads=2, length=4)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    store.save(tmp_path / "a", module, module.init(jax.random.key(0), tokens, None, tokens)["params"], {})
+    path = tmp_path / "a" / "model.json"
+    path.write_text(path.read_text().replace("source_vocabulary", "source_codes").replace('"vocabulary"', '"codes"'))
+    assert '"codes": 6' in path.read_text()
+    assert store.load(tmp_path / "a")[0] == module
 
 
 def test_loaded_into_given_shardings(tmp_path):

@@ -13,7 +13,7 @@ from diffjax.errors import UserError
 from diffjax.frozen import create
 from diffjax.weights import from_reference, store, to_reference, unwrap
 
-KWARGS = {"codes": 12, "features": 8, "width": 32, "multipliers": (1, 2), "depth": 1}
+KWARGS = {"vocabulary": 12, "features": 8, "width": 32, "multipliers": (1, 2), "depth": 1}
 
 
 def module_and_params(**kwargs):
