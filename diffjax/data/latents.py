@@ -18,6 +18,7 @@ import numpy as np
 from diffjax.data import draws, records, shards
 from diffjax.data.normal import standard_normal
 from diffjax.errors import UserError
+from diffjax.files import local_path
 
 MANIFEST = "latents.json"
 SHARD_SIZE = 8192  # records; 135 MB of 32x32x4 moments
@@ -146,14 +147,14 @@ def _numbered(folder: Path) -> dict[int, Path]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("features", "labels", "out"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+        parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--scale", type=float, default=0.18215, help="the factor that the features are multiplied by")
     parser.add_argument("--num_classes", type=int, default=1000)
     parser.add_argument("--autoencoder", default="unknown", help="name to record")
     parser.add_argument("--weights_sha256", default="", help="of the autoencoder's weights, to record")
     args = parser.parse_args(arguments)
     origin = Origin(
-        source=f"fast-DiT features {args.features.name}",
+        source=f"fast-DiT features {Path(args.features).name}",
         autoencoder=args.autoencoder,
         weights_sha256=args.weights_sha256,
         input_range=(-1.0, 1.0),
@@ -163,11 +164,12 @@ def main(arguments: list[str]) -> int:
         label_table_sha256="",
     )
     try:
-        manifest = write_latents(args.out, fast_dit(args.features, args.labels), origin)
+        features, labels, out = (local_path(text) for text in (args.features, args.labels, args.out))
+        manifest = write_latents(out, fast_dit(features, labels), origin)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{manifest['count']} latents of shape {manifest['shape']} in {len(manifest['shards'])} shards: {args.out}")
+    print(f"{manifest['count']} latents of shape {manifest['shape']} in {len(manifest['shards'])} shards: {out}")
     return 0
 
 

@@ -176,6 +176,7 @@ def test_tokens_are_not_swept(world, tmp_path, capsys):
     assert "is a run of a token model" in mistake(capsys, [*sweep, f"--out={tmp_path / 'sweep.json'}"])
 
 
+@pytest.mark.slow
 def test_a_run_whose_tokens_have_moved_goes_on(world, tmp_path, capsys):
     run, moved = shutil.copytree(world / "run", tmp_path / "run"), shutil.copytree(world / "tokens", tmp_path / "moved")
     assert main([*run_arguments(run, moved, "data.flip=true", "total_steps=5"), "--accept=total_steps"]) == 0

@@ -256,6 +256,13 @@ def test_fast_dit_refusals(fast_dit, tmp_path, capsys):
         list(latents.fast_dit(tmp_path / "missing", labels))
 
 
+def test_a_url_is_no_folder(fast_dit, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert convert(*fast_dit, "gs://bucket/out") == 2
+    assert "only local and mounted paths" in capsys.readouterr().err
+    assert not (tmp_path / "gs:").exists()
+
+
 def test_the_command_runs(fast_dit, tmp_path):
     command = [sys.executable, "-m", "diffjax.data.latents", f"--features={fast_dit[0]}", f"--labels={fast_dit[1]}"]
     result = subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True)

@@ -137,6 +137,7 @@ def test_gradients_are_finite_and_reach_every_parameter(time_in):
         assert np.abs(leaf).max() > 0, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "none"])
 def test_rematerialisation_changes_no_value(remat):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
@@ -246,7 +247,7 @@ def temporaries(batch, gradient, dtype, mesh=None):
         return [program.memory_analysis().temp_size_in_bytes / MIB for program in (found, compiled())]
 
 
-@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("gradient", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forward", "gradient"])
 def test_the_bias_is_held_once_whatever_the_batch(gradient):
     """It has 64 MiB, once; one per example would be that times the batch. Seen (forward, gradient): 74 and 0 MiB more
     with bias than without at batch 2, 64 and 0 of 280 and 1491 at batch 8, mostly logits."""

@@ -152,6 +152,7 @@ def test_rematerialisation_changes_no_value(remat):
     jax.tree.map(close, value_and_grad(tiny(remat="dots"), params), value_and_grad(tiny(remat=remat), params))
 
 
+@pytest.mark.slow
 def test_bfloat16_returns_float32():
     full, half = (apply(tiny(dtype=dtype))(*inputs()) for dtype in ("float32", "bfloat16"))
     assert half.dtype == jnp.float32
@@ -180,6 +181,7 @@ def test_dropped_values_are_zero_and_the_others_grow():
     assert (dropped[0] != dropped[1]).any()
 
 
+@pytest.mark.slow
 def test_every_block_drops_others(monkeypatch):
     """Of two examples, and a stage down and up and one below with two blocks: eight keys."""
     seen = []

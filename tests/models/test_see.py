@@ -82,20 +82,25 @@ def captured(family, train, dtype):
         ("DiT", 0, False, "float32"),
         ("DiT", 1, False, "bfloat16"),
         ("DiT", 2, True, "float32"),
-        ("DiS", 1, True, "float32"),
-        pytest.param("DiS", 1, False, "float32", marks=pytest.mark.slow),
-        pytest.param("DiS", 2, True, "float32", marks=pytest.mark.slow),
-        pytest.param("DiS", 3, True, "float32", marks=pytest.mark.slow),
-        pytest.param("DiS", 4, True, "bfloat16", marks=pytest.mark.slow),
-        ("U-DiT", 0, True, "float32"),
-        ("U-DiT", 3, True, "float32"),
-        ("DiffiT", 0, False, "float32"),
-        ("DiffiT", 1, False, "float32"),
-        ("DiffiT-UNet", 1, True, "float32"),
-        ("DiffiT-UNet", 2, True, "float32"),
-        ("DiGIT", 0, False, "float32"),
-        ("DiGIT", 1, True, "float32"),
-        ("DiGIT", 2, True, "bfloat16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("DiS", 1, False, "float32"),
+                ("DiS", 1, True, "float32"),
+                ("DiS", 2, True, "float32"),
+                ("DiS", 3, True, "float32"),
+                ("DiS", 4, True, "bfloat16"),
+                ("U-DiT", 0, True, "float32"),
+                ("U-DiT", 3, True, "float32"),
+                ("DiffiT", 0, False, "float32"),
+                ("DiffiT", 1, False, "float32"),
+                ("DiffiT-UNet", 1, True, "float32"),
+                ("DiffiT-UNet", 2, True, "float32"),
+                ("DiGIT", 0, False, "float32"),
+                ("DiGIT", 1, True, "float32"),
+                ("DiGIT", 2, True, "bfloat16"),
+            ]
+        ),
     ],
 )
 def test_the_output_is_the_same_and_what_is_seen_is_the_blocks(family, see, train, dtype):
@@ -126,7 +131,14 @@ def test_a_truncated_model_ends_with_what_is_seen():
 
 
 @pytest.mark.parametrize(
-    "family, see", [("DiT", 1), ("DiS", 3), ("U-DiT", 2), ("DiffiT", 0), ("DiffiT-UNet", 1), ("DiGIT", 1)]
+    "family, see",
+    [
+        ("DiT", 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("DiS", 3), ("U-DiT", 2), ("DiffiT", 0), ("DiffiT-UNet", 1), ("DiGIT", 1)]
+        ),
+    ],
 )
 def test_gradients_reach_the_blocks_up_to_the_one_seen(family, see):
     gradients = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(call(family, see=see)(p)[1].astype(jnp.float32)))))(
@@ -187,6 +199,7 @@ def test_no_scan_returns_an_array_per_block_for_what_is_seen(family):
         assert more[seen] <= 2  # the buffer, and in the backward scan its cotangent
 
 
+@pytest.mark.slow
 def test_gradient_memory_does_not_grow_with_depth():
     """The compiled program of a deep DiT needs no more for `see` than a few buffers of its blocks' output."""
     model = test_dit.tiny(depth=24, remat="full")

@@ -250,11 +250,16 @@ def test_rematerialisation_changes_no_value():
     "changed",
     [
         {"similarity": "dot"},
-        {"positions": "none"},
-        {"down_shortcut": False},
-        {"logit_clamp": -1.0},
-        {"down_factor": (1, 2, 2, 2, 2)},
-        {"down_factor": (2, 2, 2, 2, 1)},
+        *(
+            pytest.param(changed, marks=pytest.mark.slow)
+            for changed in [
+                {"positions": "none"},
+                {"down_shortcut": False},
+                {"logit_clamp": -1.0},
+                {"down_factor": (1, 2, 2, 2, 2)},
+                {"down_factor": (2, 2, 2, 2, 1)},
+            ]
+        ),
     ],
     ids=str,
 )

@@ -48,6 +48,7 @@ def damaged(run, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_the_latest_and_every_mth_are_kept(tmp_path):
     options = ("checkpoint.every_steps=1", "checkpoint.keep=2", "checkpoint.keep_every_steps=5", "total_steps=12")
     assert main(train_arguments(tmp_path, *options)) == 0

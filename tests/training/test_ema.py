@@ -170,6 +170,7 @@ def test_power_emas_are_laid_out_as_the_parameters(layout):
     assert all(whole) == (layout == "dp8")
 
 
+@pytest.mark.slow
 def test_power_emas_of_a_sharded_run_are_the_averages_of_its_parameters():
     averages = (
         "ema.kind=halflife",

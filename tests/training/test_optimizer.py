@@ -152,6 +152,7 @@ def random_like(params, seed):
     return jax.tree.unflatten(structure, [jnp.asarray(r.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
 
 
+@pytest.mark.slow
 def test_adamw_s_numbers_are_optax_s():
     model, params = abstract_params("DiT-S/8", width=24, heads=2, depth=2)
     section = Optim(lr=0.1, weight_decay=0.01)
@@ -268,6 +269,7 @@ def adafactor_run(*layout, devices=None):
     return experiment, losses, state
 
 
+@pytest.mark.slow
 def test_adafactor_trains_alike_on_one_and_eight_devices(tmp_path):
     alone, one, _ = adafactor_run(devices=jax.devices()[:1])
     experiment, eight, state = adafactor_run(*LAYOUTS["fsdp8"])
