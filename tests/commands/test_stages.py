@@ -1,7 +1,5 @@
 """Both stages of a token model as their user runs them, with small networks in the places of the published ones."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ from diffjax import frozen
 from diffjax.__main__ import main
 from diffjax.data import tokens as records
 from diffjax.files import file_sha256
-from diffjax.sampling.samples import read_samples
+from diffjax.sampling.samples import read_samples, write_protocol
 from diffjax.weights import store
 from tests.programs import QUIET, ROOT
 
@@ -71,7 +69,7 @@ def test_the_second_stage_makes_pictures_of_tokens(stage2, tmp_path, capsys, dec
     tokens = np.random.default_rng(0).integers(0, 12, (5, 256))
     np.savez(tmp_path / "tokens.npz", arr_0=tokens, arr_1=np.arange(5))
     kinds = records.kinds(records.read_manifest(stage2["data.dir"]))
-    (tmp_path / "tokens.json").write_text(json.dumps({"origin": {"codes": kinds}}))
+    write_protocol(tmp_path / "tokens.npz", {"origin": {"codes": kinds}})
     sample = ["sample", f"--workdir={run}", "--num=4", f"--out={tmp_path / 's.npz'}"]
     assert main([*sample, f"--source={tmp_path / 'tokens.npz'}"]) == 0
     images, labels, _ = read_samples(tmp_path / "s.npz")
@@ -84,9 +82,9 @@ def test_the_second_stage_makes_pictures_of_tokens(stage2, tmp_path, capsys, dec
     np.savez(tmp_path / "other.npz", arr_0=tokens, arr_1=np.arange(5))
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8), arr_1=np.arange(5))
     for name in ("wrong", "images"):
-        (tmp_path / f"{name}.json").write_text((tmp_path / "tokens.json").read_text())
+        write_protocol(tmp_path / f"{name}.npz", {"origin": {"codes": kinds}})
     others = {"features": kinds["features"] | {"codebook_sha256": "another"}}
-    (tmp_path / "other.json").write_text(json.dumps({"origin": {"codes": others}}))
+    write_protocol(tmp_path / "other.npz", {"origin": {"codes": others}})
     for extra, reason in (
         ([], "give them as --source"),
         ([f"--source={tmp_path / 'wrong.npz'}"], "holds tokens from 1 to 12; valid: 0 to 11"),
