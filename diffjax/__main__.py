@@ -5,7 +5,6 @@ Exit codes: 0 done; 2 the user's mistake, one line on stderr; 130 and 143 interr
 """
 
 import contextlib
-import difflib
 import importlib
 import logging as python_logging
 import os
@@ -20,7 +19,7 @@ from typing import Any
 from absl import flags, logging
 
 from diffjax import usage
-from diffjax.errors import REFUSALS, Interrupted, UserError
+from diffjax.errors import REFUSALS, Interrupted, UserError, did_you_mean
 
 COMMANDS = {
     "train": "train a config in a run folder; the same command again resumes",
@@ -110,9 +109,9 @@ def _run(argv: list[str]) -> None:
         return
     command, rest = argv[0], argv[1:]
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"command {command!r} is unknown; valid: {', '.join(COMMANDS)}{meant}")
+        raise UserError(
+            f"command {command!r} is unknown; valid: {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}"
+        )
     module = importlib.import_module(f"diffjax.commands.{command}")
     values = flags.FlagValues()
     module.define_flags(values)

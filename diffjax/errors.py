@@ -1,8 +1,9 @@
 """Exceptions that are not faults of the program: user errors, paths that the system refuses, requests to stop."""
 
 import contextlib
+import difflib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # Numbers of system errors that the path causes and not the program.
@@ -39,3 +40,9 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno not in REFUSALS:
             raise
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def did_you_mean(word: str, valid: Iterable[str]) -> str:
+    """The text "; did you mean X?" for the valid words most like `word`; "" where none is like it."""
+    near = difflib.get_close_matches(word, list(valid), n=3, cutoff=0.7)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

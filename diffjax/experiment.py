@@ -131,6 +131,17 @@ class Experiment:
         return given.from_, given.new if given.from_ else ()
 
     @property
+    def caveat(self) -> str:
+        """What a user should know before training, one line; "" for nothing."""
+        warmup, total = self.config.optim.warmup_steps, self.config.total_steps
+        if warmup < total:
+            return ""
+        return (
+            f"optim.warmup_steps = {warmup} is not less than total_steps = {total}: the learning rate never reaches "
+            f"optim.lr; a tenth of the steps is usual, --config.optim.warmup_steps={total // 10}"
+        )
+
+    @property
     def tensorboard(self) -> bool:
         return self.config.log.tensorboard
 

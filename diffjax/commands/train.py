@@ -8,6 +8,7 @@ from absl import flags
 
 from diffjax.commands import define_distributed, define_path
 from diffjax.config import load
+from diffjax.config.load import resumed
 from diffjax.parallel import hosts
 from diffjax.training import profile
 from diffjax.training.loop import train
@@ -28,4 +29,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
     hosts.start(values.distributed)
     steps = profile.parse(values.profile) if values.profile else None
-    train(load(values.config, overrides), values.workdir, tuple(values.accept), steps)
+    config, stored = load(values.config, overrides), values.workdir / "config.json"
+    if stored.is_file():
+        config = resumed(stored, config, overrides)
+    train(config, values.workdir, tuple(values.accept), steps)

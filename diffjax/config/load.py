@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffjax import models
 from diffjax.config.earlier import DEFAULTS, VERSION, modern
 from diffjax.config.schema import Config, Spec, hint, is_read, leaves, model_leaves, read_leaves, resolve
 from diffjax.errors import UserError
@@ -116,9 +117,16 @@ def _split(argument: str) -> tuple[str, str | bool]:
 
 def _other_model(values: Mapping[str, Value], name: str) -> dict[str, Value]:
     """The values with another backbone: what was set for the one before stays where the new one has it."""
-    before = {spec.path: spec.option.default for spec in model_leaves(str(values.get("model.name", "")))}
+    old = str(values.get("model.name", ""))
+    before = {spec.path: spec.option.default for spec in model_leaves(old)}
     after = {spec.path: spec.option.default for spec in model_leaves(name)}
-    kept = {path: value for path, value in values.items() if path not in before or value != before[path]}
+    same_family = bool(old) and models.family_of(old) == models.family_of(name)
+    stays = after.keys() - {f"model.{size}" for size in models.published_sizes(name)}  # a published name says its sizes
+
+    def is_kept(path: str, value: Value) -> bool:
+        return path not in before or (path in stays and (same_family or value != before[path]))
+
+    kept = {path: value for path, value in values.items() if is_kept(path, value)}
     return {**{path: value for path, value in after.items() if value is not REQUIRED}, **kept, "model.name": name}
 
 
@@ -196,6 +204,30 @@ def stored(config: Config) -> dict[str, Any]:
 
 def read(path: Path) -> Config:
     """The config of a run folder's config.json, of this or any earlier version."""
+    stored = _read_json(path)
+    try:
+        return stored_values(stored)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def resumed(path: Path, config: Config, arguments: list[str]) -> Config:
+    """The config, with the run's own meaning of leaves that its config.json does not know.
+
+    Such a file is of an earlier version, and its recipe may choose a new leaf since; the run goes on without it.
+
+    Args:
+        path: config.json of the run folder.
+        arguments: of the command line; leaves that are given there are taken from there.
+    """
+    old = read(path)
+    _, known = _stored_leaves(_read_json(path))
+    given = modern(dict(_split(argument) for argument in arguments), config.values)
+    kept = {leaf: old.values[leaf] for leaf in old.values.keys() & config.values.keys() - known.keys() - given.keys()}
+    return resolve({**config.values, **kept}, forget=kept)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; `python -m diffjax train --workdir={path.parent}` makes a run folder")
     try:
@@ -206,14 +238,17 @@ def read(path: Path) -> Config:
         raise UserError(f"{path}: not valid json ({error})") from error
     if not isinstance(stored, dict) or not {"seed", "model", "data"} <= set(stored):
         raise UserError(f"{path}: not the config of a run, which has seed, model, data and more")
-    try:
-        return stored_values(stored)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    return stored
 
 
 def stored_values(stored: Mapping[str, Any]) -> Config:
     """The config of what config.json holds."""
+    version, values = _stored_leaves(stored)
+    return resolve({**_earlier_defaults(version, values), **values}, forget=values if version == 1 else ())
+
+
+def _stored_leaves(stored: Mapping[str, Any]) -> tuple[int, dict[str, Value]]:
+    """The version of what config.json holds, and its leaves with today's names."""
     tree = dict(stored)
     version = tree.pop("version", 1)
     if version not in range(1, VERSION + 1) and not (isinstance(version, int) and version > VERSION):
@@ -221,9 +256,7 @@ def stored_values(stored: Mapping[str, Any]) -> Config:
     if version > VERSION:
         raise UserError(f"written by a later version of diffjax (config version {version}, this one reads {VERSION})")
     values = flat(tree)
-    if version < VERSION:
-        values = modern(values, values, whole=version == 1)
-    return resolve({**_earlier_defaults(version, values), **values}, forget=values if version == 1 else ())
+    return version, modern(values, values, whole=version == 1) if version < VERSION else values
 
 
 def _earlier_defaults(version: int, values: Mapping[str, Value]) -> dict[str, Value]:

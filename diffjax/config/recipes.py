@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffjax.config.load import base, model_defaults
+from diffjax.errors import did_you_mean
 
 # How names start, and a model of the family that is small enough for two steps on a laptop.
 SIZES = ("patch", "depth", "width", "heads")
@@ -36,7 +37,8 @@ def parse(arg: str | None, **defaults: Any) -> ConfigDict:
     for item in filter(None, (arg or "").split(",")):
         name, _, text = item.partition("=")
         if name not in defaults:
-            raise ValueError(f"config argument {name!r} is unknown; valid: {', '.join(defaults)}")
+            near = did_you_mean(name, defaults)
+            raise ValueError(f"config argument {name!r} is unknown{near or '; valid: ' + ', '.join(defaults)}")
         options[name] = _value(name, text, type(defaults[name]))
     return ConfigDict(options)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from diffjax.errors import UserError
+from diffjax.errors import UserError, did_you_mean
 from diffjax.models import diffit, diffit_unet, digit, dis, dit, udit
 from diffjax.options import Option, options
 
@@ -208,7 +208,9 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     for published, row in MODELS.items():
         if wanted == _normal(published):
             return row.family, row.kwargs
-    raise UserError(f"model {name!r} is unknown; valid: {', '.join([*FAMILIES, *MODELS])}")
+    valid = [*FAMILIES, *MODELS]
+    near = did_you_mean(name.lower(), map(str.lower, valid))
+    raise UserError(f"model {name!r} is unknown{near or '; valid: ' + ', '.join(valid)}")
 
 
 def _normal(name: str) -> str:

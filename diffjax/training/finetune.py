@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from diffjax import models
 from diffjax.errors import UserError
 from diffjax.experiment import Experiment
 from diffjax.parallel import hosts
@@ -54,16 +55,31 @@ def find_start(experiment: Experiment) -> Start | None:
     try:
         return Start(source, stored, fresh_paths(source, stored, leaves, new))
     except UserError as error:
-        raise UserError(f"{error}{_holds(Path(source))}") from error
+        raise UserError(f"{_other_model(Path(source), experiment) or error}") from error
 
 
-def _holds(folder: Path) -> str:
-    """The model of the parameters in a folder, where `convert` or `ema` recorded it."""
+def _other_model(folder: Path, experiment: Experiment) -> str:
+    """In which leaves the model of a folder that `convert` or `ema` wrote is another one; "" where it is not."""
     if not (folder / "model.json").is_file():
         return ""
-    made = store.read_model(folder)
-    kwargs = ", ".join(f"{name}={value}" for name, value in made["kwargs"].items())
-    return f"; the folder holds a {made['name']}({kwargs})"
+    made, model = store.read_model(folder), experiment.model
+    if made["name"] not in models.FAMILIES:
+        return ""
+    begin = f"init.from = {str(folder)!r} holds another model"
+    if models.family_of(made["name"]) != models.family_of(experiment.name):
+        return f"{begin}, a {made['name']} and not a {experiment.name}; give --config.model.name={made['name']}"
+    sizes = {name for name, option in models.option_table(made["name"]).items() if option.leaf.fixed}
+    other = {name: value for name, value in made["kwargs"].items() if name in sizes and value != getattr(model, name)}
+    if not other:
+        return ""
+    words = ", ".join(f"{name} {value} not {getattr(model, name)}" for name, value in other.items())
+    given = " ".join(f"--config.model.{name}={_text(value)}" for name, value in other.items())
+    return f"{begin} ({words}); give {given}"
+
+
+def _text(value: Any) -> str:
+    """A value as the command line takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _without_variance(

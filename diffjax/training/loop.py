@@ -195,6 +195,8 @@ def _announce(experiment: Experiment, reporter: Reporter, start: int, changed: d
     if changed:
         reporter.say(f"going on with {'; '.join(changed.values())}")
     verb = f"resuming at step {start}" if start else "starting"
+    if experiment.caveat:
+        reporter.say(experiment.caveat)
     data = experiment.source.describe()
     reporter.say(f"{verb}: {experiment.name}, {count:,} parameters, mesh {mesh} of {device}; {data}")
 

@@ -163,7 +163,8 @@ class Family:
         heads = config.get("decoder_attention_heads", published.get((depth, width)))
         if heads is None:
             raise UserError(
-                f"{self.name}: depth {depth}, width {width} is no published size; give decoder_attention_heads"
+                f"{self.name}: depth {depth}, width {width} is no published size; give decoder_attention_heads=N "
+                "(convert: --arguments=decoder_attention_heads=N)"
             )
         return heads
 

@@ -139,5 +139,8 @@ def _heads(depth: int, width: int, config: dict[str, Any]) -> int:
     published = {(size["depth"], size["width"]): size["heads"] for size in SIZES.values()}
     heads = config.get("num_heads", published.get((depth, width)))
     if heads is None:
-        raise UserError(f"dinov2: depth {depth}, width {width} is no published size; give num_heads")
+        raise UserError(
+            f"dinov2: depth {depth}, width {width} is no published size; give num_heads=N "
+            "(convert: --arguments=num_heads=N)"
+        )
     return heads

@@ -135,7 +135,10 @@ def _heads(depth: int, width: int, config: dict[str, Any]) -> int:
     published = {(d, w): heads for d, w, heads in SIZES.values()}
     heads = config.get("num_heads", published.get((depth, width)))
     if heads is None:
-        raise UserError(f"dit: depth {depth}, width {width} is no published size; give num_heads")
+        raise UserError(
+            f"dit: depth {depth}, width {width} is no published size; give num_heads=N "
+            "(convert: --arguments=num_heads=N)"
+        )
     return heads
 
 

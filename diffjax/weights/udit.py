@@ -317,5 +317,7 @@ def _heads(width: int, config: dict[str, Any]) -> int:
     published = {width: heads for width, heads, _ in SIZES.values()}
     heads = config.get("num_heads", published.get(width))
     if heads is None:
-        raise UserError(f"udit: width {width} is no published size; give num_heads")
+        raise UserError(
+            f"udit: width {width} is no published size; give num_heads=N (convert: --arguments=num_heads=N)"
+        )
     return heads

@@ -1,9 +1,11 @@
 """Earlier spellings of leaves, on the command line and in config.json of versions 1 and 2."""
 
+import json
+
 import pytest
 
 from diffjax.config import load
-from diffjax.config.load import stored, stored_values
+from diffjax.config.load import resumed, stored, stored_values
 from tests.programs import ROOT
 
 RECIPE = f"{ROOT}/configs/quickstart.py:model=dit"
@@ -70,3 +72,17 @@ def test_a_renamed_leaf_of_a_stored_config(recipe, old, new, value, version):
     tree[section] = {**tree[section], leaf: value}
     del tree[section][new.split(".")[1]]
     assert stored_values(tree).values[new] == value
+
+
+def test_a_run_goes_on_with_its_own_meaning_of_leaves_that_came_later(tmp_path):
+    """The quickstart ramps its average up since; a run begun before goes on as it was, unless the leaf is given."""
+    today = load(RECIPE)
+    tree = stored(today)
+    del tree["ema"]["decay_rampup"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**tree, "version": 2}))
+    assert today.ema.decay_rampup == 0.1
+    assert resumed(path, today, []).ema.decay_rampup == 0.0
+    assert resumed(path, today, ["--config.ema.decay_rampup=0.1"]) == today
+    path.write_text(json.dumps(stored(today)))
+    assert resumed(path, today, []) == today

@@ -236,6 +236,17 @@ def test_what_an_override_leaves_unread_goes_back_to_its_default():
         load(recipe, ["--config.ema.kind=halflife", "--config.ema.halflife_images=100", "--config.ema.decay=0.9"])
 
 
+def test_another_backbone_takes_what_it_knows_of_the_sizes_before():
+    recipe = f"{ROOT}/configs/folder.py:size=32,classes=3"
+    other = load(recipe, ["--config.model.name=DiS"]).values  # which has no heads
+    assert (other["model.depth"], other["model.width"]) == (4, 128)
+    assert "model.heads" not in other
+    published = load(recipe, ["--config.model.name=dis-s-4"]).values
+    assert published["model.width"] == 368
+    own = load(f"{recipe},model=dis-s-4", ["--config.model.name=DiS", "--config.model.depth=4"]).values
+    assert (own["model.depth"], own["model.width"], own["model.patch"]) == (4, 368, 4)
+
+
 def test_a_leaf_of_a_recipe_that_nothing_reads_is_refused_whatever_is_overridden(tmp_path):
     recipe = tmp_path / "mine.py"
     text = (ROOT / "configs/quickstart.py").read_text()

@@ -50,6 +50,13 @@ def started(source: Path, *overrides: str, new: str = "") -> tuple[dict[str, np.
     return flat(state.params), flat(experiment.init().params)
 
 
+def test_another_model_is_said_in_leaves_to_give(converted):
+    with pytest.raises(UserError, match=r"holds another model \(width 24 not 48.*\); give --config.model.width=24"):
+        started(converted, "model.width=48")
+    with pytest.raises(UserError, match=r"a DiT and not a DiS; give --config.model.name=DiT"):
+        started(converted, "model.name=DiS")
+
+
 def test_output_channels_of_a_variance_are_left_out_where_the_process_has_none(converted, caplog):
     """As of SiT's public weights: DiT's, with twice the channels that a flow process uses."""
     flow = ("diffusion.process=flow_linear", "diffusion.flow_linear.prediction=velocity", "sampling.clip=false")
