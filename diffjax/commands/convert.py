@@ -30,7 +30,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "arguments",
         [],
-        "the reference's constructor arguments that shapes do not tell: num_heads=6",
+        "the reference's constructor arguments that shapes do not tell, each as name=value: num_heads=6",
         flag_values=values,
     )
 

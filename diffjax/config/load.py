@@ -287,7 +287,7 @@ def _argument(leaf: str, value: Value) -> str:
 def same_values(config: Config, changed: Iterable[str]) -> bool:
     """Whether the changed leaves leave the parameters of every step as they were."""
     specs = leaves(str(config.values["model.name"]))
-    return all(specs[name].kind in FREE for name in changed)
+    return all(name in specs and specs[name].kind in FREE for name in changed)
 
 
 def sampling_leaves(stored: Config, given: Config) -> None:

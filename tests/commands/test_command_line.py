@@ -447,6 +447,19 @@ def test_layout_may_change_and_accepted_leaves_too(world, tmp_path, capsys):
     assert "going on with data.threads: 1 -> 0; total_steps: 2 -> 3" in capsys.readouterr().out
 
 
+def test_a_folder_whose_run_made_no_step_is_like_a_new_one(world, tmp_path, capsys):
+    """Another config is not refused there, nor does the run go on with it."""
+    (tmp_path / "run").mkdir()
+    stored = json.loads((world / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored | {"seed": 5}))
+    capsys.readouterr()
+    assert main(train_arguments(tmp_path / "run", "total_steps=1", "data.threads=0", "model.width=24")) == 0
+    printed = capsys.readouterr().out
+    assert "going on with" not in printed
+    assert "starting: " in printed
+    assert read(tmp_path / "run" / "config.json").seed == 0
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_lists_the_flags(command, capsys):
     assert main([command, "--help"]) == 0
@@ -454,6 +467,14 @@ def test_help_lists_the_flags(command, capsys):
     importlib.import_module(f"diffjax.commands.{command}").define_flags(values)
     printed = capsys.readouterr().out
     assert all(f"--{name}" in printed or f"--[no]{name}" in printed for name in values)
+    assert "(default )" not in printed
+
+
+def test_the_examples_of_a_command_have_the_flags_that_latents_need():
+    """Latents of a model without a decoder are no pictures."""
+    module = importlib.import_module("diffjax.commands.sample")
+    examples = [line for line in module.__doc__.splitlines() if "imagenet256" in line]
+    assert [("--raw" in line) for line in examples] == [True]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
