@@ -16,8 +16,8 @@ from diffjax.errors import UserError
 from diffjax.files import local_path
 from diffjax.trees import differing, leaves
 
-# Where things lie, and by which code: recorded in results, but another one makes no other result.
-PLACES = ("code_version", "file", "workdir", "params")
+# Recorded in results, but no part of what was asked for: the code, where things lie, and what labels are called.
+ASIDE = {"code_version", "file", "workdir", "params", "classes"}
 SHOWN = 6  # differences of two requests, in a line
 
 
@@ -78,7 +78,7 @@ def refuse_other(out: Path, stored: Mapping[str, Any] | None, wanted: Mapping[st
     advice = "choose another --out, or --overwrite replaces it"
     if not stored:
         raise UserError(f"{out} is there already and does not say what it is; {advice}")
-    found = differing(_without_places(stored), _without_places(wanted))
+    found = differing(_asked(stored), _asked(wanted))
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     if found:
         raise UserError(f"{out} was made with other settings: {', '.join(found[:SHOWN])}{more}; {advice}")
@@ -99,5 +99,5 @@ def refuse_other_result(out: Path, wanted: Mapping[str, Any], overwrite: bool) -
     refuse_other(out, stored, wanted)
 
 
-def _without_places(request: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in leaves(request).items() if name.rpartition(".")[2] not in PLACES}
+def _asked(request: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in leaves(request).items() if not ASIDE & set(name.split("."))}

@@ -90,7 +90,7 @@ class Batches:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue where `get_state` was called. `UserError` naming what differs when it was another stream's."""
-        if differing := _differing(state["fingerprint"], self._fingerprint, self._stream.source.place):
+        if differing := _differing(state["fingerprint"], self._fingerprint, self._stream.source):
             advice = "restore what the run had, or start a new --workdir with --config.init.from set to this one"
             raise UserError(f"{differing}; {advice}")
         self.close()
@@ -114,10 +114,10 @@ class Batches:
         self._next_batch = start
 
 
-def _differing(stored: Mapping[str, Any], own: Mapping[str, Any], place: str) -> str:
+def _differing(stored: Mapping[str, Any], own: Mapping[str, Any], source: Source) -> str:
     """In words, how the data of a run are not those that it began with; "" where they are.
 
-    stored, own: fingerprints of streams, then and now. place: where the data lie now.
+    stored, own: fingerprints of streams, then and now. source: as it is now.
     """
     then, now = leaves(stored), leaves(own)
     differing = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
@@ -127,8 +127,8 @@ def _differing(stored: Mapping[str, Any], own: Mapping[str, Any], place: str) ->
         pairs = ", ".join(f"{key} was {then.get(key)} and is {now.get(key)}" for key in differing)
         return f"the data are not those of the run: {pairs}"
     count = next((key for key in ("source.length", "source.count") if key in now), "")
-    counted = f"{then[count]:,} then, {now[count]:,} now" if count in differing else "as many, but others"
-    return f"the examples in {place} are not those of the run ({counted})"
+    counted = f"{then[count]:,} {source.kind} then, {now[count]:,} now" if count in differing else "as many, but others"
+    return f"the {source.kind} in {source.place} are not those of the run ({counted})"
 
 
 def collate(

@@ -104,10 +104,14 @@ class Source:
 
     def describe(self) -> str:
         """What was found, in words: "1,500 images of digits, 10 classes: 0, 1, 2, ..., 9"."""
-        kind = "images" if self.draw is pixels else "examples"
         classes = f"{self.num_classes:,} classes" if self.num_classes else "no classes"
         left_out = f"; left out: {self.note}" if self.note else ""
-        return f"{len(self.examples):,} {kind} of {self.name}, {classes}{self.names()}{left_out}"
+        return f"{len(self.examples):,} {self.kind} of {self.name}, {classes}{self.names()}{left_out}"
+
+    @property
+    def kind(self) -> str:
+        """What the examples are, in a word."""
+        return "images" if self.draw is pixels else "examples"
 
     def names(self) -> str:
         """ ": cat, dog", the names of the classes, of many the first and the last; "" where they have none."""

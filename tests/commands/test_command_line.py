@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+from diffjax import commands
 from diffjax.__main__ import COMMANDS, main
 from diffjax.config import check_same_run, read
 from diffjax.errors import UserError
@@ -437,6 +438,13 @@ def test_of_many_leaves_none_is_spelled_out():
     other = tiny_config(*(f"model.{leaf}" for leaf in ("depth=3", "width=96", "heads=2", "patch=4", "mlp_ratio=2")))
     with pytest.raises(UserError, match="use another --workdir, or leave out --config, which goes on with the stored"):
         check_same_run(stored, other)
+
+
+def test_a_moved_run_asks_for_the_same(tmp_path):
+    old, new = ({"labels": "2", "origin": {"workdir": name, "sha256": "1"}, "code_version": name} for name in "ab")
+    commands.refuse_other(tmp_path, old, new)
+    with pytest.raises(UserError, match=r'labels \("2", now "1"\); choose'):
+        commands.refuse_other(tmp_path, old, new | {"labels": "1"})
 
 
 def test_layout_may_change_and_accepted_leaves_too(world, tmp_path, capsys):

@@ -157,7 +157,7 @@ def test_a_far_position_is_reached_at_once():
         ({"flip": False}, "flip was True and is False"),
         (
             {"source": small_source(7)},
-            r"the examples in /data/small are not those of the run \(50 then, 7 now\); restore",
+            r"the images in /data/small are not those of the run \(50 images then, 7 now\); restore",
         ),
         (
             {"source": small_source(sha256="b")},
