@@ -143,6 +143,8 @@ def _parse(command: str, module: ModuleType, values: flags.FlagValues, arguments
         raise UserError(f"{command}: no flag --{error.flagname}{usage.meant(error.flagname, values)}") from error
     except flags.Error as error:
         raise UserError(f"{command}: {' '.join(str(error).split())}; {see}") from error
+    if missing := [f"--{name}" for name in getattr(module, "REQUIRED", ()) if values[name].value is None]:
+        raise UserError(f"{command}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; {see}")
     if positional and (name := getattr(module, "REST", None)) and values[name].present:
         values[name].value = getattr(values, name) + values[name].parser.parse(",".join(positional))
     elif positional:

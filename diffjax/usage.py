@@ -53,7 +53,7 @@ def _flags(values: flags.FlagValues) -> Iterator[str]:
     for name in values:
         flag = values[name]
         head = f"--[no]{name}" if isinstance(flag, flags.BooleanFlag) else f"--{name}={_kind(flag)}"
-        default = "" if flag.default in (None, [], False) else f" (default {_shown(flag.default)})"
+        default = "" if flag.default in (None, "", [], False) else f" (default {_shown(flag.default)})"
         help = flag.help.rpartition(">: ")[2]  # absl puts the words of an enumeration first
         text = textwrap.wrap(f"{help}{default}", WIDTH - 34)
         yield f"  {head:<30}  {text[0]}"
@@ -65,7 +65,7 @@ def _kind(flag: Any) -> str:
         return "|".join(flag.parser.enum_values)
     kinds = {"int": "N", "float": "X", "path": "PATH", "paths": "PATH,PATH"}
     kind = flag.flag_type()
-    return kinds.get(kind, "NAME,NAME" if "list" in kind else "TEXT")
+    return kinds.get(kind, "ITEM,ITEM" if "list" in kind else "TEXT")
 
 
 def _shown(value: Any) -> str:

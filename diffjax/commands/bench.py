@@ -25,13 +25,14 @@ from diffjax.parallel import hosts
 from diffjax.training.loop import Pending, advance
 from diffjax.training.metrics import Reporter, peak_flops
 
+REQUIRED = ("config",)
+
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "recipe and its argument", flag_values=values)
     flags.DEFINE_integer("steps", 40, "steps of each kind per turn", lower_bound=2, flag_values=values)
     flags.DEFINE_integer("turns", 5, "turns of bare steps and loop passes", lower_bound=1, flag_values=values)
     define_distributed(values)
-    flags.mark_flag_as_required("config", values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:

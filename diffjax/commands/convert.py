@@ -19,6 +19,7 @@ from diffjax.parallel import hosts
 from diffjax.weights import FAMILIES, choose, from_reference, store, torch_file
 
 INTERRUPTED = "what --out holds is not complete; remove it before the same command"
+REQUIRED = ("family", "checkpoint", "out")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -29,10 +30,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "arguments",
         [],
-        "the reference's constructor arguments that shapes do not tell: num_heads=6",
+        "the reference's constructor arguments that shapes do not tell, each as name=value: num_heads=6",
         flag_values=values,
     )
-    flags.mark_flags_as_required(["family", "checkpoint", "out"], values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:

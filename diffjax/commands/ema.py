@@ -29,6 +29,7 @@ LARGEST_ERROR = 0.5
 
 
 INTERRUPTED = "what --out holds is not complete; remove it before the same command"
+REQUIRED = ("workdir", "sigma_rel", "out")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -39,7 +40,6 @@ def define_flags(values: flags.FlagValues) -> None:
     define_path("out", None, "new folder for the parameters", values)
     flags.DEFINE_integer("step", None, "snapshot at which the average ends; the last by default", flag_values=values)
     define_distributed(values)
-    flags.mark_flags_as_required(["workdir", "sigma_rel", "out"], values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:

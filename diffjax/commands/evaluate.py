@@ -6,16 +6,25 @@ python -m diffjax evaluate --compare a/scores.json b/scores.json
 
 The reference is an embedded set (digits, emoji32) or a file in the layout of samples. Without labels (arr_1) on one of
 the sides, or with a model without classes, the agreement of labels is left out. Scores on pixels are for small
-images: they tell whether training works and are not FID. Results with different protocols are not compared.
+images: they tell whether training works and are not FID. Results with different protocols are not compared, and one
+result replaces another with --overwrite alone.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
 
-from diffjax.commands import define_distributed, define_path, define_paths, make_folder
+from diffjax.commands import (
+    define_distributed,
+    define_overwrite,
+    define_path,
+    define_paths,
+    make_folder,
+    refuse_other_result,
+)
 from diffjax.commands.sample import describe, describe_form
 from diffjax.data import sources
 from diffjax.errors import UserError
@@ -29,6 +38,14 @@ EMBEDDED = ("digits", "emoji32")
 REST = "compare"  # the flag that arguments without a name belong to
 
 
+class Reference(NamedTuple):
+    """What images are scored against: training images, held-out ones if there are any, and its identity, json-able."""
+
+    train: pixels.Labelled
+    held_out: pixels.Labelled | None
+    identity: dict[str, Any]
+
+
 def define_flags(values: flags.FlagValues) -> None:
     define_path("samples", None, "samples file, .npz", values)
     define_path("workdir", None, "run folder whose images are drawn, instead of --samples", values)
@@ -36,6 +53,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("reference", None, f"{', '.join(EMBEDDED)}, or an .npz file like samples", flag_values=values)
     out = "result file; <samples>.scores.json or <workdir>/scores.json by default"
     define_path("out", None, out, values)
+    define_overwrite(values)
     define_paths("compare", [], "two result files, instead of all else", values)
     define_distributed(values)
 
@@ -53,55 +71,62 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     if values.workdir:
         hosts.start(values.distributed)
         out = values.out or values.workdir / "scores.json"
+        reference = reference_set(values.reference)
         make_folder(out)
-        evaluate_run(open_run(values.workdir), values.num, values.reference, out)
+        evaluate_run(open_run(values.workdir), values.num, reference, out, values.overwrite)
         return
     hosts.start("off")
-    evaluate(values.samples, values.reference, values.out or values.samples.with_suffix(".scores.json"))
+    out = values.out or values.samples.with_suffix(".scores.json")
+    evaluate(values.samples, reference_set(values.reference), out, values.overwrite)
 
 
-def evaluate(samples: Path, reference: str, out: Path) -> dict[str, Any]:
-    """Score a samples file, print a short table, write the result file `out`; returns the result."""
+def evaluate(samples: Path, reference: Reference, out: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Score a samples file, print a short table, write the result file `out`; returns the result.
+
+    UserError where `out` holds another result and is not to be overwritten.
+    """
     images, labels, made = read_samples(samples)
     made = made | {"file": str(samples), "file_sha256": file_sha256(samples)}
+    refuse_other_result(out, _request(made, reference.identity, len(images)), overwrite)
     return score(str(samples), (images, labels), made, reference, out)
 
 
-def evaluate_run(run: Run, num: int, reference: str, out: Path) -> dict[str, Any]:
-    """Draw images 0 to num - 1 of a run, as `sample` does with the run's seed, and score them; returns the result."""
+def evaluate_run(run: Run, num: int, reference: Reference, out: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Draw images 0 to num - 1 of a run, as `sample` does with the run's seed, and score them; returns the result.
+
+    UserError where `out` holds another result and is not to be overwritten.
+    """
     experiment = run.experiment
     condition = experiment.method.condition
     if experiment.method.makes != "pictures" or (condition and condition.kind != "labels"):
         raise UserError(f"evaluate: {run.describe()} makes no pictures of labels, which pixel scores are for")
+    if not experiment.method.decoder:  # else the size of its pictures is known when they are made
+        pixels.check_sizes((experiment.size, experiment.size), reference.train[0].shape[1:3])
     labels = experiment.conditions(0, num)
     known = labels if condition else None
+    form = describe_form(experiment.model, run.params, fused=True)
+    said = "interleaved" if condition else NO_LABELS
+    settings: dict[str, Any] = {"labels": said, "seed": experiment.seed, "first": 0, "num": num}
+    made = describe(experiment, run.origin, form, **settings)
+    refuse_other_result(out, _request(made, reference.identity, num), overwrite)
     if run.caveat:
         hosts.say(run.caveat)
     hosts.say("compiling the sampler (once); the first images wait for it")
     images = to_uint8(np.concatenate(list(experiment.images(run.params, labels))))
-    form = describe_form(experiment.model, run.params, fused=True)
-    said = "interleaved" if condition else NO_LABELS
-    settings: dict[str, Any] = {"labels": said, "seed": experiment.seed, "first": 0, "num": num}
-    return score(run.describe(), (images, known), describe(experiment, run.origin, form, **settings), reference, out)
+    return score(run.describe(), (images, known), made, reference, out)
 
 
-def score(name: str, labelled: pixels.Labelled, made: dict[str, Any], reference: str, out: Path) -> dict[str, Any]:
+def score(
+    name: str, labelled: pixels.Labelled, made: dict[str, Any], reference: Reference, out: Path
+) -> dict[str, Any]:
     """Score images uint8 [n, h, w, c] with labels [n], print a short table, write the result file; returns the result.
 
     made: how the images were made, json-able.
     """
-    train, held_out, identity = reference_set(reference)
+    train, held_out, identity = reference
     values = pixels.score(labelled, train, held_out)
     count = len(labelled[0])
-    result = protocol.result(
-        values,
-        features=pixels.FEATURES,
-        features_sha256="none",
-        resize="none",
-        reference=identity,
-        num=count,
-        samples=made,
-    )
+    result = result_of(values, made, identity, count)
     if hosts.is_lead():
         protocol.write(out, result)
         print_scores(name, count, made, identity, values)
@@ -109,6 +134,29 @@ def score(name: str, labelled: pixels.Labelled, made: dict[str, Any], reference:
             print(caveat)
         print(f"wrote {out}")
     return result
+
+
+def result_of(
+    values: Mapping[str, Mapping[str, float]], made: Mapping[str, Any], identity: Mapping[str, Any], num: int
+) -> dict[str, Any]:
+    """The result of scores on pixels, see `protocol.result`.
+
+    made: how the images were made. identity: of the reference.
+    """
+    return protocol.result(
+        values,
+        features=pixels.FEATURES,
+        features_sha256="none",
+        resize="none",
+        reference=identity,
+        num=num,
+        samples=made,
+    )
+
+
+def _request(made: Mapping[str, Any], identity: Mapping[str, Any], num: int) -> dict[str, Any]:
+    """What of a result is known before there are scores."""
+    return {name: value for name, value in result_of({}, made, identity, num).items() if name != "values"}
 
 
 def print_scores(name: str, count: int, made: dict[str, Any], identity: dict[str, Any], values: dict[str, Any]) -> None:
@@ -131,14 +179,14 @@ def compare(a: Path, b: Path) -> None:
         print(f"{score:<26}{value_a:>10.4f}{value_b:>10.4f}{value_b - value_a:>+11.4f}")
 
 
-def reference_set(name: str) -> tuple[pixels.Labelled, pixels.Labelled | None, dict[str, Any]]:
-    """(training images, held-out images if there are any, identity) of the reference."""
+def reference_set(name: str) -> Reference:
+    """The reference of a name: an embedded set, or a file."""
     if name in EMBEDDED:
         parts = [sources.SOURCES[name](split=split) for split in ("train", "test")]
         train, held_out = (sources.arrays(part) for part in parts)
         sha256 = parts[0].fingerprint["sha256"]
         identity = {"name": name, "sha256": sha256, "count": len(train[0]), "held_out_count": len(held_out[0])}
-        return train, held_out, identity
+        return Reference(train, held_out, identity)
     try:
         path = local_path(name)
     except UserError as error:
@@ -147,4 +195,4 @@ def reference_set(name: str) -> tuple[pixels.Labelled, pixels.Labelled | None, d
         raise UserError(f"--reference={name}: valid: {', '.join(EMBEDDED)}, or an .npz file in the layout of samples")
     images, labels, _ = read_samples(path)
     identity = {"name": path.name, "sha256": file_sha256(path), "count": len(images), "held_out_count": 0}
-    return (images, labels), None, identity
+    return Reference((images, labels), None, identity)

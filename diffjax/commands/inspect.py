@@ -19,11 +19,12 @@ from diffjax.parallel import hosts
 from diffjax.training.checkpoint import POWER_EMAS, Checkpoints, Snapshots
 from diffjax.weights.store import tree_sha256
 
+REQUIRED = ("workdir",)
+
 
 def define_flags(values: flags.FlagValues) -> None:
     define_path("workdir", None, "run folder", values)
     flags.DEFINE_integer("step", None, "which checkpoint; the latest by default", flag_values=values)
-    flags.mark_flag_as_required("workdir", values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from diffjax.commands import define_distributed, define_path, make_folder
+from diffjax.commands import define_distributed, define_overwrite, define_path, make_folder, refuse_other_result
 from diffjax.data import sources
 from diffjax.data import tokens as records
 from diffjax.errors import UserError
@@ -36,6 +36,7 @@ from diffjax.runs import Run, open_run
 FEATURES = "input of each block, mean over all places"
 IMAGES, DECODED, COUNTS = "images", "images_of_codes", "counts_of_codes"  # what is not features of a block
 BATCH = 256  # examples whose features are computed at a time
+REQUIRED = ("workdir", "test", "out")
 
 
 class Examples(NamedTuple):
@@ -64,6 +65,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define_path("train", None, "folder of tokens to learn from; the run's own by default", values)
     define_path("test", None, "folder of tokens to score on", values)
     define_path("out", None, "result file, .json", values)
+    define_overwrite(values)
     number("step", None, "which checkpoint; the latest by default", flag_values=values)
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "average or last parameters", flag_values=values)
     number("steps", 2000, "of the classifiers' training", lower_bound=1, flag_values=values)
@@ -71,7 +73,6 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("learning_rate", 0.4, "at the first of them; it falls to 0", flag_values=values)
     number("seed", 0, "of the classifiers", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
     define_distributed(values)
-    flags.mark_flags_as_required(["workdir", "test", "out"], values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
@@ -88,10 +89,12 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     train, test = (read(folder, experiment, trained.origin["codes"]) for folder in folders)
     if train.manifest["num_classes"] != test.manifest["num_classes"]:
         raise UserError(f"{train.folder} and {test.folder} differ in their classes; one classifier is to fit both")
-    make_folder(out)
-    inputs = {"block": of_blocks(trained, train, test)} | of_pixels(experiment, train, test)
     settings = {"steps": values.steps, "batch_size": values.batch_size}
     settings |= {"learning_rate": values.learning_rate, "seed": values.seed}
+    known = result({}, trained, train, test, settings)
+    refuse_other_result(out, {name: known[name] for name in ("protocol", "subject")}, values.overwrite)
+    make_folder(out)
+    inputs = {"block": of_blocks(trained, train, test)} | of_pixels(experiment, train, test)
     scores = score(inputs, train, test, experiment.mesh, settings)
     protocol.write(out, result(scores, trained, train, test, settings))
     print_table(scores, len(test.labels))

@@ -2,13 +2,14 @@
 
 python -m diffjax sample --workdir=runs/a --num=50000 --out=runs/a/samples.npz
 python -m diffjax sample --workdir=runs/a --labels=2 --num=16 --out=twos.npz
-python -m diffjax sample --params=params/dit-xl --config=configs/imagenet256.py --num=8 --out=samples.npz
+python -m diffjax sample --params=params/dit-xl --config=configs/imagenet256.py --raw --num=8 --out=latents.npz
 python -m diffjax sample --workdir=runs/stage1 --num=500 --raw --out=tokens.npz
 python -m diffjax sample --workdir=runs/stage2 --source=tokens.npz --num=500 --out=samples.npz
 python -m diffjax sample --workdir=runs/a --guide=runs/small --config.sampling.guidance.scale=2 --num=500 --out=a.npz
 
 Image i depends on (seed, i), its condition and the parameters alone: not on the batch size or the number of devices.
 They are written in parts as they are made: the same command after an interruption goes on, and ends with the same file.
+A finished file is left as it is; one of another request is replaced with --overwrite alone.
 With --guide the images are pushed away from those of a worse network (autoguidance, arXiv 2406.02507), given the same
 conditions, with `sampling.guidance.scale` as the weight; there is no classifier-free guidance then.
 """
@@ -24,7 +25,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from diffjax import models
-from diffjax.commands import define_distributed, define_path, make_folder
+from diffjax.commands import define_distributed, define_overwrite, define_path, make_folder, refuse_other
 from diffjax.config import load
 from diffjax.contracts import Tree
 from diffjax.errors import UserError
@@ -37,6 +38,7 @@ from diffjax.sampling import conditions, generate, parts, samples
 from diffjax.weights import store
 
 INTERRUPTED = "what is drawn is kept, the same command goes on"
+REQUIRED = ("num", "out")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -63,8 +65,8 @@ def define_flags(values: flags.FlagValues) -> None:
     define_path("source", None, "stage-2 models: source tokens, .npz that --raw of stage 1 wrote", values)
     define_path("conditions", None, ".npz with an array `conditions`, of a model of vectors or tokens", values)
     define_path("out", None, "samples file, .npz", values)
+    define_overwrite(values)
     define_distributed(values)
-    flags.mark_flags_as_required(["num", "out"], values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
@@ -90,7 +92,11 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         **asked.described,
     }
     guided = {"guide": guide.origin} if guide else {}
+    settings |= {"raw": True} if values.raw else {}
     described = describe(experiment, trained.origin, form, **guided, **settings)
+    if not values.overwrite and _is_finished(out, described):
+        hosts.say(f"{out} is finished: {values.num} of {trained.describe()}; --overwrite draws them again")
+        return
     compiled = generate.compile_sampler(
         sampler,
         experiment.model,
@@ -107,6 +113,23 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     if hosts.is_lead():
         made = "images" if experiment.method.makes == "pictures" and not values.raw else "raw results"
         print(f"wrote {values.num} {made} of {trained.describe()}, {form}, to {out}")
+
+
+def _is_finished(out: Path, described: dict[str, Any]) -> bool:
+    """Whether the samples file `out` is there, made as described. UserError where something else is in its place."""
+    beside, under_way = out.with_suffix(".json"), parts.folder_of(out).exists()
+    if not out.exists():
+        if beside.exists() and '"samples_sha256"' not in beside.read_text():  # a result: it would be replaced
+            refuse_other(beside, None, described)
+        return False
+    try:
+        stored = samples.read_protocol(out)
+    except UserError:
+        stored = {}
+    if under_way and not stored:  # whoever was about to finish the file was stopped
+        return False
+    refuse_other(out, stored, described)
+    return not under_way
 
 
 def _open(values: flags.FlagValues, overrides: list[str]) -> Run:

@@ -20,8 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from diffjax.commands import define_distributed, define_path, define_paths, make_folder
-from diffjax.commands.evaluate import reference_set
+from diffjax.commands import (
+    define_distributed,
+    define_overwrite,
+    define_path,
+    define_paths,
+    make_folder,
+    refuse_other_result,
+)
+from diffjax.commands.evaluate import Reference, reference_set, result_of
 from diffjax.commands.sample import describe, describe_form
 from diffjax.contracts import Sampler
 from diffjax.diffusion import samplers
@@ -34,6 +41,7 @@ from diffjax.runs import Run, open_run
 from diffjax.sampling import generate, samples
 
 PLOTTED = "frechet_distance_pixels"
+REQUIRED = ("workdir", "sampler", "reference", "out")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -46,8 +54,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seed", 0, "of the images", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 128, "images at a time on all devices", lower_bound=1, flag_values=values)
     define_path("out", None, "result file, .json", values)
+    define_overwrite(values)
     define_distributed(values)
-    flags.mark_flags_as_required(["workdir", "sampler", "reference", "out"], values)
 
 
 class Cell(NamedTuple):
@@ -78,6 +86,15 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     runs = [open_run(folder) for folder in dict.fromkeys(values.workdir)]
     check_pictures(runs, values.reference, reference[0])
     groups, left_out = plan_cells(runs, wanted, weights)
+    request = {
+        "weights_sha256": [run.origin["sha256"] for run in runs],
+        "samplers": dict(wanted),
+        "guidance": weights,
+        "reference": reference.identity,
+        "num": values.num,
+        "seed": values.seed,
+    }
+    refuse_other_result(out, {"request": request}, values.overwrite)
     make_folder(out)
     for line in [f"left out: {line}" for line in left_out] + [run.caveat for run in runs if run.caveat]:
         hosts.say(line)
@@ -92,13 +109,13 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
                 left_out.append(f"{cell.name}: {error}")
                 hosts.say(f"left out: {left_out[-1]}")
                 continue
-            results.append(result_of(cell, images, labels, seconds, values.seed, reference))
+            results.append(row_of(cell, images, labels, seconds, values.seed, reference))
             scores = ", ".join(f"{score} {columns['value']:.4f}" for score, columns in results[-1]["values"].items())
             hosts.say(f"{cell.name}: {scores}")
     if not results:
         raise UserError(f"the sweep has no cell with a result: {'; '.join(left_out)}")
     if hosts.is_lead():
-        protocol.write(out, {"results": results, "left_out": left_out})
+        protocol.write(out, {"request": request, "results": results, "left_out": left_out})
         print_table(results)
         if caveat := pixels.caveat(values.num, len(reference[0][0]), reference[0][0]):
             print(caveat)
@@ -208,8 +225,8 @@ def nfe(schedule: samplers.SamplerSchedule) -> int:
     return calls + int(np.count_nonzero(schedule.table.weight[:calls] != 1))
 
 
-def result_of(
-    cell: Cell, images: np.ndarray, labels: np.ndarray, seconds: float, seed: int, reference: tuple[Any, Any, Any]
+def row_of(
+    cell: Cell, images: np.ndarray, labels: np.ndarray, seconds: float, seed: int, reference: Reference
 ) -> dict[str, Any]:
     """A cell's row of the table, with values, protocol and subject as `evaluate` writes them."""
     train, held_out, identity = reference
@@ -225,14 +242,11 @@ def result_of(
         "evaluations": nfe(cell.sampler.plan),
         "guidance": sampling.guidance.scale,
         "seconds_per_image": seconds / len(images),
-        **protocol.result(
+        **result_of(
             pixels.score((images, labels if experiment.num_classes else None), train, held_out),
-            features=pixels.FEATURES,
-            features_sha256="none",
-            resize="none",
-            reference=identity,
-            num=len(images),
-            samples=made,
+            made,
+            identity,
+            len(images),
         ),
     }
 

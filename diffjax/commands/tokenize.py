@@ -33,6 +33,7 @@ from diffjax.tokens import codebooks, kmeans
 
 FIT = "kmeans.npz"  # the fit so far, while it is under way
 INTERRUPTED = "the fit of a codebook is kept, the same command goes on from it"
+REQUIRED = ("config", "out")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -41,7 +42,6 @@ def define_flags(values: flags.FlagValues) -> None:
     define_path("codebook", None, "centroids, .npy float32 [k, d]; fitted when not given", values)
     flags.DEFINE_integer("batch_size", 128, "images at a time on all devices", lower_bound=1, flag_values=values)
     define_distributed(values)
-    flags.mark_flags_as_required(["config", "out"], values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:

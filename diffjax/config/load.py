@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from diffjax.options import REQUIRED, Value, parse
 from diffjax.trees import leaves as flat
 
 FREE = ("place", "layout", "watch")  # kinds of leaves that may change between two starts of a run
+GIVEN_BACK = 8  # leaves that a message spells out as arguments
 
 
 def base(model: str = "") -> ConfigDict:
@@ -293,15 +295,32 @@ def check_same_run(
         accept = f", or --accept={','.join(refused)} to go on with the new values"
         raise UserError(
             f"the folder holds a run with another config: {'; '.join(refused.values())} (stored -> given); "
-            f"use another --workdir{'' if fixed & refused.keys() or reason else accept}"
+            f"use another --workdir{_as_stored(stored, refused)}{'' if fixed & refused.keys() or reason else accept}"
         )
     return found
+
+
+def _as_stored(stored: Config, refused: Iterable[str]) -> str:
+    """How a command line gives the leaves that it may not change, in words; of many, that it may leave out --config."""
+    texts = [_argument(name, stored.values[name]) for name in refused if name in stored.values]
+    if not texts or len(texts) > GIVEN_BACK:
+        return ", or leave out --config, which goes on with the stored one"
+    return f", or give {' '.join(texts)} to go on as before"
+
+
+def _argument(leaf: str, value: Value) -> str:
+    """--config.LEAF=VALUE as `parse` understands it, and a shell passes it on."""
+    if isinstance(value, tuple | list):
+        text = ",".join(map(str, value))
+    else:
+        text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return f"--config.{leaf}={shlex.quote(text) if text else ''}"
 
 
 def same_values(config: Config, changed: Iterable[str]) -> bool:
     """Whether the changed leaves leave the parameters of every step unchanged."""
     specs = leaves(str(config.values["model.name"]))
-    return all(specs[name].kind in FREE for name in changed)
+    return all(name in specs and specs[name].kind in FREE for name in changed)
 
 
 def sampling_leaves(stored: Config, given: Config) -> None:

@@ -1,9 +1,10 @@
 """Examples that are image files: a folder of them, or a data set prepared by tensorflow_datasets."""
 
+import contextlib
 import io
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,11 +12,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from diffjax.data.transforms import DECODERS, adm_center_crop
+from diffjax.data.transforms import DECODERS, adm_center_crop, check_mode
 from diffjax.errors import UserError
 
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LIMITS = "at most 178 megapixels, and 1 MiB of colour profile or text in a png"  # Pillow's
+CHECKED = 1000  # files of a folder whose headers are read when it is opened
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,20 @@ class FolderExamples:
         image = _decode(path, str(path), 3, self.decode)
         return {"image": _sized(image, str(path), self.size, self.crop), "label": int(self.labels[index])}
 
+    def check_headers(self) -> None:
+        """Open the first CHECKED files without decoding them.
+
+        UserError for one that is no image, of 32 bits, beyond Pillow's limits, or of another size where nothing is
+        cropped. Later files, and damage behind the header, are found when they are decoded.
+        """
+        for file in self.files[:CHECKED]:
+            path = self.root / file
+            with _refusing(str(path)), Image.open(path) as image:
+                check_mode(image.mode, self.decode)
+                size = image.size
+            if not self.crop:
+                _check_size(size, str(path), self.size)
+
 
 @dataclass(frozen=True)
 class PreparedExamples:
@@ -158,17 +174,31 @@ class PreparedExamples:
 
 
 def _sized(image: Image.Image, name: str, size: int, crop: bool) -> np.ndarray:
-    if not crop and image.size != (size, size):
-        width, height = image.size
-        raise UserError(
-            f"{name} is {width}x{height}, data.size={size}, and data.crop='none'; data.crop='adm' crops and resizes"
-        )
+    if not crop:
+        _check_size(image.size, name, size)
     return adm_center_crop(image, size)
 
 
+def _check_size(found: tuple[int, int], name: str, size: int) -> None:
+    if found != (size, size):
+        width, height = found
+        raise UserError(
+            f"{name} is {width}x{height}, data.size={size}, and data.crop='none'; data.crop='adm' crops and resizes"
+        )
+
+
 def _decode(file: Path | BinaryIO, name: str, channels: int, how: str) -> Image.Image:
-    try:
+    with _refusing(name):
         return DECODERS[how](file, channels)
+
+
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Errors of Pillow become UserError, which names the file, and the limit where one was passed."""
+    try:
+        yield
     except Exception as error:  # a damaged file, or one beyond Pillow's limits, can break it in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{name} cannot be decoded: {reason}; what is read: {LIMITS}") from error
+        beyond = isinstance(error, Image.DecompressionBombError) or "MAX_TEXT" in reason
+        limits = f"; what is read: {LIMITS}" if beyond else ""
+        raise UserError(f"{name} cannot be decoded: {reason}{limits}") from error

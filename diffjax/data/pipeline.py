@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import resource_tracker
@@ -30,6 +30,9 @@ from diffjax.data import draws
 from diffjax.data.sources import Source
 from diffjax.errors import UserError
 from diffjax.trees import leaves
+
+# Entries of a source's fingerprint that follow from what lies in its place; the others are how it is read.
+CONTENTS = ("length", "count", "classes", "files_sha256", "records_sha256", "sha256")
 
 
 class Batches:
@@ -87,11 +90,9 @@ class Batches:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue where `get_state` was called. `UserError` naming what differs when it was another stream's."""
-        stored, own = leaves(state["fingerprint"]), leaves(self._fingerprint)
-        differing = [key for key in sorted(stored | own) if stored.get(key) != own.get(key)]
-        if differing:
-            pairs = ", ".join(f"{key} was {stored.get(key)} and is {own.get(key)}" for key in differing)
-            raise UserError(f"the saved data position belongs to another stream: {pairs}")
+        if differing := _differing(state["fingerprint"], self._fingerprint, self._stream.source):
+            advice = "restore what the run had, or start a new --workdir with --config.init.from set to this one"
+            raise UserError(f"{differing}; {advice}")
         self.close()
         self._open(state["next_batch"])
 
@@ -111,6 +112,23 @@ class Batches:
         self._iterator = iter(stream)
         self._started = False
         self._next_batch = start
+
+
+def _differing(stored: Mapping[str, Any], own: Mapping[str, Any], source: Source) -> str:
+    """In words, how the data of a run are not those that it began with; "" where they are.
+
+    stored, own: fingerprints of streams, then and now. source: as it is now.
+    """
+    then, now = leaves(stored), leaves(own)
+    differing = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
+    if not differing:
+        return ""
+    if any(key.rpartition(".")[2] not in CONTENTS for key in differing):
+        pairs = ", ".join(f"{key} was {then.get(key)} and is {now.get(key)}" for key in differing)
+        return f"the data are not those of the run: {pairs}"
+    count = next((key for key in ("source.length", "source.count") if key in now), "")
+    counted = f"{then[count]:,} {source.kind} then, {now[count]:,} now" if count in differing else "as many, but others"
+    return f"the {source.kind} in {source.place} are not those of the run ({counted})"
 
 
 def collate(

@@ -85,6 +85,7 @@ class Source:
         separate: (drawn, conditions) -> (x, conditions), where a part of what is drawn conditions the rest.
         classes: the names of the classes by label, where they have any.
         note: what of the files was left out, in words; "" for nothing.
+        place: where the data lie; "" for embedded ones.
     """
 
     name: str
@@ -99,13 +100,18 @@ class Source:
     separate: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
     classes: tuple[str, ...] = ()
     note: str = ""
+    place: str = ""
 
     def describe(self) -> str:
         """A description of the data found: "1,500 images of digits, 10 classes: 0, 1, 2, ..., 9"."""
-        kind = "images" if self.draw is pixels else "examples"
         classes = f"{self.num_classes:,} classes" if self.num_classes else "no classes"
         left_out = f"; left out: {self.note}" if self.note else ""
-        return f"{len(self.examples):,} {kind} of {self.name}, {classes}{self.names()}{left_out}"
+        return f"{len(self.examples):,} {self.kind} of {self.name}, {classes}{self.names()}{left_out}"
+
+    @property
+    def kind(self) -> str:
+        """What the examples are, in a word."""
+        return "images" if self.draw is pixels else "examples"
 
     def names(self) -> str:
         """ ": cat, dog", the names of the classes, of many the first and the last; "" where they have none."""
@@ -240,6 +246,7 @@ def folder(
         "classes": len(names),
     }
     examples = FolderExamples(root, found.images, labels, size, crop == "adm", decode)
+    examples.check_headers()
     return Source(
         "folder",
         examples,
@@ -249,6 +256,7 @@ def folder(
         identity | _decoded(decode),
         classes=tuple(names),
         note=found.left_out(),
+        place=str(root),
     )
 
 
@@ -309,7 +317,16 @@ def tfds(
         "crop": crop,
         "classes": len(names),
     }
-    return Source("tfds", examples, found, channels, len(names), identity | _decoded(decode), classes=names)
+    return Source(
+        "tfds",
+        examples,
+        found,
+        channels,
+        len(names),
+        identity | _decoded(decode),
+        classes=names,
+        place=str(builder.data_path),
+    )
 
 
 def _prepared(dataset: str, dir: str) -> Any:
@@ -376,7 +393,7 @@ def latents(
     identity = {"name": "latents", "split": split, "classes": num_classes}
     identity |= {key: manifest[key] for key in ("count", "records_sha256", "scale")}
     draw = Sample(1.0 if manifest["scale_applied"] else scale)
-    return Source("latents", examples, height, channels, num_classes, identity, draw)
+    return Source("latents", examples, height, channels, num_classes, identity, draw, place=str(root))
 
 
 def tokens(
@@ -418,7 +435,16 @@ def tokens(
     separate = source_and_target if channels == 2 else target
     given_tokens = Condition("tokens", streams[0]["codes"], (grid**2,)) if channels == 2 else None
     return Source(
-        "tokens", examples, grid, channels, num_classes, identity, choose_view, given_tokens, separate=separate
+        "tokens",
+        examples,
+        grid,
+        channels,
+        num_classes,
+        identity,
+        choose_view,
+        given_tokens,
+        separate=separate,
+        place=str(root),
     )
 
 
@@ -455,7 +481,7 @@ def arrays_of_file(
     identity = {"name": "arrays", "split": split, "length": len(images), "sha256": file_sha256(path)}
     given = expected if expected and expected.kind != "labels" else None
     size, channels = images.shape[2:]
-    return Source("arrays", examples, size, channels, num_classes, identity, given=given, aux=aux)
+    return Source("arrays", examples, size, channels, num_classes, identity, given=given, aux=aux, place=str(path))
 
 
 def as_stored(array: np.ndarray, mirrored: np.ndarray) -> np.ndarray:

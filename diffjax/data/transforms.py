@@ -22,6 +22,7 @@ MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
 def shown(file: Path | BinaryIO, channels: int = 3) -> Image.Image:
     """The image in `file` with 1 or 3 channels: turned as EXIF says, transparency on white, 16 bits scaled to 8."""
     with Image.open(file) as opened:
+        check_mode(opened.mode, "shown")
         image = _eight_bits(ImageOps.exif_transpose(opened))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -31,18 +32,24 @@ def shown(file: Path | BinaryIO, channels: int = 3) -> Image.Image:
 def stored(file: Path | BinaryIO, channels: int = 3) -> Image.Image:
     """The image in `file` with 1 or 3 channels: alpha dropped, palettes expanded, EXIF rotation not applied."""
     with Image.open(file) as image:
-        if image.mode.startswith("I;16"):
-            raise ValueError("16 bits of grey would all become white; data.decode='shown' scales them to 8")
-        return _eight_bits(image).convert(MODES[channels])
+        check_mode(image.mode, "stored")
+        return image.convert(MODES[channels])
 
 
 DECODERS: dict[str, Callable[..., Image.Image]] = {"shown": shown, "stored": stored}
 
 
+def check_mode(mode: str, how: str) -> None:
+    """ValueError for a mode of Pillow that the decoder `how` does not take: 32 bits, of which no range says what is
+    black and white, and 16 bits where they are not scaled."""
+    if mode in ("I", "F"):
+        raise ValueError(f"32 bits of grey (Pillow's mode {mode}) have no known range; valid: 8 or 16 bits")
+    if how == "stored" and mode.startswith("I;16"):
+        raise ValueError("16 bits of grey would all become white; data.decode='shown' scales them to 8")
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image with 8 bits per channel. ValueError for 32 bits, of which no range says what is black and white."""
-    if image.mode in ("I", "F"):
-        raise ValueError(f"32 bits of grey (Pillow's mode {image.mode}) have no known range; valid: 8 or 16 bits")
+    """The image with 8 bits per channel."""
     if not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image)

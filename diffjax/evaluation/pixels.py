@@ -24,6 +24,13 @@ def to_rgb(images: np.ndarray) -> np.ndarray:
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
+def check_sizes(images: tuple[int, ...], reference: tuple[int, ...]) -> None:
+    """UserError unless both (height, width) are the same."""
+    if images != reference:
+        sizes = [" x ".join(map(str, size)) for size in (images, reference)]
+        raise UserError(f"the images are {sizes[0]} and those of the reference {sizes[1]}; they must be equal")
+
+
 def score(samples: Labelled, train: Labelled, held_out: Labelled | None = None) -> dict[str, dict[str, float]]:
     """{score: {"value": of the samples, "held_out_real": of real images that were not trained on}}.
 
@@ -42,9 +49,7 @@ def score(samples: Labelled, train: Labelled, held_out: Labelled | None = None) 
     for images, _ in scored.values():
         if max(images.shape[1:3]) > LARGEST:
             raise UserError(f"pixel scores are for images of at most {LARGEST} x {LARGEST}, not {images.shape[1:3]}")
-        if images.shape[1:] != reference.shape[1:]:
-            sizes = [" x ".join(map(str, array.shape[1:3])) for array in (images, reference)]
-            raise UserError(f"the images are {sizes[0]} and those of the reference {sizes[1]}; they must be equal")
+        check_sizes(images.shape[1:3], reference.shape[1:3])
         for array, whose in ((images, ""), (reference, " of the reference")):
             if len(array) < 2:
                 raise UserError(f"the covariance of {len(array)} images{whose} is undefined; at least 2 are needed")

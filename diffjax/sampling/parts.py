@@ -31,7 +31,7 @@ from diffjax import files
 from diffjax.errors import UserError
 from diffjax.evaluation.pixels import to_rgb
 from diffjax.sampling import samples
-from diffjax.trees import leaves
+from diffjax.trees import differing
 
 REQUEST = "request.json"
 BLOCK_BYTES = 4 << 20  # read at a time, or one row where a row is larger
@@ -80,9 +80,14 @@ def open_parts(out: Path, identity: Mapping[str, Any], num: int, process: int = 
     return parts
 
 
+def folder_of(out: Path) -> Path:
+    """The folder of parts of the file `out`, which is there while the file is being made."""
+    return out.with_name(f"{out.name}.parts")
+
+
 def make_folder(out: Path) -> Path:
     """The folder of parts of the file `out`, made where it is not there."""
-    folder = out.with_name(f"{out.name}.parts")
+    folder = folder_of(out)
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -100,7 +105,7 @@ class Parts:
 
     @property
     def folder(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.parts")
+        return folder_of(self.out)
 
     @property
     def removed(self) -> Path:
@@ -237,18 +242,11 @@ def _check_request(request: Path, identity: Mapping[str, Any]) -> None:
     """UserError unless the stored request is that of `identity`."""
     advice = f"remove {request.parent} or choose another --out"
     try:
-        stored = leaves(json.loads(request.read_text()))
+        found = differing(json.loads(request.read_text()), identity)
     except (ValueError, AttributeError, FileNotFoundError) as error:
         raise UserError(f"{request} is missing or damaged; {advice}") from error
-    wanted = leaves(json.loads(json.dumps(identity)))
-    pairs = {name: (_said(stored, name), _said(wanted, name)) for name in sorted(stored | wanted)}
-    if differing := [f"{name} ({found}, now {now})" for name, (found, now) in pairs.items() if found != now]:
-        raise UserError(f"{request.parent} holds parts of other samples: {', '.join(differing)}; {advice}")
-
-
-def _said(values: Mapping[str, Any], name: str) -> str:
-    """The value of a field as json, "not given" without one."""
-    return json.dumps(values[name])[:60] if name in values else "not given"
+    if found:
+        raise UserError(f"{request.parent} holds parts of other samples: {', '.join(found)}; {advice}")
 
 
 def _absent(complete: list[Part], start: int, stop: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from clu import parameter_overview
 import diffjax
 from diffjax import archive
 from diffjax.config import Config, check_same_run, read, write
-from diffjax.config.load import same_values
+from diffjax.config.load import differences, same_values
 from diffjax.data import pipeline
 from diffjax.errors import Interrupted, UserError
 from diffjax.experiment import Experiment, build
@@ -102,7 +102,7 @@ def train(
         _keep_config(config, workdir)
         missing = evaluations.missing(start)
         reporter = stack.enter_context(contextlib.closing(_reporter(experiment, workdir, start, seconds, missing)))
-        _announce(experiment, reporter, start, changed)
+        _announce(experiment, reporter, start, {} if latest is None else changed)
         run = Run(experiment, checkpoints, batches, evaluations, reporter, stop, tracer, workdir)
         run.loop(state, start, missing, keep_start=begin is not None)
 
@@ -117,10 +117,13 @@ def _open_checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
 
 
 def _check_folder(config: Config, workdir: Path, accepted: tuple[str, ...]) -> dict[str, str]:
-    """Raise UserError unless the folder is new or belongs to this config; return the differences that may be."""
+    """Return the differences of a folder's config that may be. UserError for others, once there is a checkpoint."""
     path = workdir / "config.json"
     if path.is_file():
         stored = read(path)
+        if latest_step(workdir) is None:  # no step was kept: as if the folder were new
+            check_same_run(config, config, accepted)
+            return differences(stored, config)
         return check_same_run(stored, config, accepted, lambda: _misfit(stored, config))
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} has checkpoints but no config.json: not a run folder; use another --workdir")

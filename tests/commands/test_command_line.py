@@ -5,18 +5,22 @@ import importlib
 import inspect
 import json
 import os
+import re
+import shlex
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 from absl import flags
 
+from diffjax import commands
 from diffjax.__main__ import COMMANDS, main
-from diffjax.config import read
+from diffjax.config import check_same_run, read
+from diffjax.errors import UserError
 from diffjax.ops.selective_scan import _default
 from diffjax.sampling.samples import write_samples
 from diffjax.weights import to_reference
-from tests.programs import ROOT, TINY, train_arguments
+from tests.programs import ROOT, TINY, tiny_config, train_arguments
 from tests.weights.test_dit import module_and_params
 from tests.weights.torch_writer import Named, pretended, tensor, write_zip
 
@@ -82,8 +86,9 @@ MISTAKES = {
     "near-command": (("smaple",), "did you mean sample?"),
     "unknown-command": (("trian",), "command 'trian' is unknown; valid: train, sample"),
     "unknown-flag": ((*TRAIN, "--steps=3"), "train: no flag --steps; did you mean"),
-    "no-config": (("train", "--workdir=new"), "--config"),
-    "no-workdir": (("train", f"--config={QUICKSTART}"), "--workdir"),
+    "no-config": (("train", "--workdir=new"), "train: new holds no run to resume; --config says what to train"),
+    "no-workdir": (("train", f"--config={QUICKSTART}"), "train: --workdir is missing; see `python -m diffjax train --"),
+    "no-flags": (("sample", "--workdir=run"), "sample: --num and --out are missing; see `python -m diffjax sample --h"),
     "flag-of-wrong-type": (("sample", "--workdir=run", "--num=many", "--out=new.npz"), "--num=many"),
     "flag-out-of-range": (("sample", "--workdir=run", "--num=0", "--out=new.npz"), "--num=0"),
     "word-without-flag": ((*TRAIN, "seed"), "'seed' is not a flag; write --name=value"),
@@ -253,12 +258,15 @@ MISTAKES = {
         ("train", f"--config={QUICKSTART}", "--workdir=run", "--config.seed=5", "--config.optim.lr=0.5"),
         "seed: 0 -> 5",
     ),
-    "changed-shapes": (again("total_steps=2", "optim.name=adafactor"), "(stored -> given); use another --workdir\n"),
+    "changed-shapes": (
+        again("total_steps=2", "optim.name=adafactor"),
+        "use another --workdir, or give --config.optim.name=adamw to go on as before\n",
+    ),
     "accept-of-shapes": (
         (*again("total_steps=2", "optim.name=adafactor"), "--accept=optim.name"),
         "--accept=optim.name: the run's state does not fit: opt_state/",
     ),
-    "changed-rate": (again("total_steps=2", "optim.lr=0.5"), "; use another --workdir, or --accept=optim.lr to go on"),
+    "changed-rate": (again("total_steps=2", "optim.lr=0.5"), " to go on as before, or --accept=optim.lr to go on"),
     "accept-of-nothing": ((*TRAIN, "--accept=steps"), "--accept=steps: the config has no such leaf"),
     "workdir-is-a-file": (("train", f"--config={QUICKSTART}", "--workdir=text"), "--workdir=text"),
     "inspect-nothing": (("inspect", "--workdir=folder"), "--workdir=folder is not a run folder"),
@@ -346,6 +354,10 @@ MISTAKES = {
         ("sweep", "--workdir=run", "--sampler=ddim:2", "--reference=emoji32", "--out=new.json"),
         "run makes images of 8 x 8, --reference=emoji32 has 32",
     ),
+    "sweep-over-something-else": (
+        ("sweep", "--workdir=run", "--sampler=ddim:2", "--reference=digits", "--out=text.json"),
+        "text.json is there already and does not say what it is; choose another --out, or --overwrite replaces it",
+    ),
     "sweep-not-a-run": (
         ("sweep", "--workdir=folder", "--sampler=ddim:2", "--reference=digits", "--out=new.json"),
         "folder/config.json: no such file",
@@ -404,12 +416,56 @@ def test_several_differing_leaves_are_all_named(world, capsys):
     assert "total_steps" not in error
 
 
+def test_a_run_goes_on_without_its_recipe(world, capsys):
+    """With the config of the folder, in which the same leaves may change."""
+    assert main(["train", f"--workdir={world / 'run'}"]) == 0
+    assert "is finished: step 2 of 2" in capsys.readouterr().out
+    assert main(["train", f"--workdir={world / 'run'}", "--config.optim.lr=0.5"]) == 2
+    assert "another config: optim.lr: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("leaves", [("optim.lr=0.5", "model.depth=3", "ema.sigma_rel=0.1,0.2"), ("seed=7",)])
+def test_the_leaves_of_the_run_can_be_pasted(leaves):
+    stored = tiny_config(*leaves)
+    with pytest.raises(UserError) as refused:
+        check_same_run(stored, tiny_config())
+    given = re.search(" or give (.*) to go on as before", str(refused.value)).group(1)
+    assert tiny_config(*(each.removeprefix("--config.") for each in shlex.split(given))) == stored
+
+
+def test_of_many_leaves_none_is_spelled_out():
+    stored = tiny_config("optim.lr=0.5", "optim.warmup_steps=1", "batch_size=8", "total_steps=3")
+    other = tiny_config(*(f"model.{leaf}" for leaf in ("depth=3", "width=96", "heads=2", "patch=4", "mlp_ratio=2")))
+    with pytest.raises(UserError, match="use another --workdir, or leave out --config, which goes on with the stored"):
+        check_same_run(stored, other)
+
+
+def test_a_moved_run_asks_for_the_same(tmp_path):
+    old, new = ({"labels": "2", "origin": {"workdir": name, "sha256": "1"}, "code_version": name} for name in "ab")
+    commands.refuse_other(tmp_path, old, new)
+    with pytest.raises(UserError, match=r'labels \("2", now "1"\); choose'):
+        commands.refuse_other(tmp_path, old, new | {"labels": "1"})
+
+
 def test_layout_may_change_and_accepted_leaves_too(world, tmp_path, capsys):
     os.makedirs(tmp_path / "run")
     assert main(train_arguments(tmp_path / "run", "total_steps=2")) == 0
     more = train_arguments(tmp_path / "run", "total_steps=3", "data.threads=0")
     assert main([*more, "--accept=total_steps"]) == 0
     assert "going on with data.threads: 1 -> 0; total_steps: 2 -> 3" in capsys.readouterr().out
+
+
+def test_a_folder_whose_run_made_no_step_is_like_a_new_one(world, tmp_path, capsys):
+    """Another config is not refused there, nor does the run go on with it."""
+    (tmp_path / "run").mkdir()
+    stored = json.loads((world / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored | {"seed": 5}))
+    capsys.readouterr()
+    assert main(train_arguments(tmp_path / "run", "total_steps=1", "data.threads=0", "model.width=24")) == 0
+    printed = capsys.readouterr().out
+    assert "going on with" not in printed
+    assert "starting: " in printed
+    assert read(tmp_path / "run" / "config.json").seed == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -419,6 +475,14 @@ def test_help_lists_the_flags(command, capsys):
     importlib.import_module(f"diffjax.commands.{command}").define_flags(values)
     printed = capsys.readouterr().out
     assert all(f"--{name}" in printed or f"--[no]{name}" in printed for name in values)
+    assert "(default )" not in printed
+
+
+def test_the_examples_of_a_command_have_the_flags_that_latents_need():
+    """Latents of a model without a decoder are no pictures."""
+    module = importlib.import_module("diffjax.commands.sample")
+    examples = [line for line in module.__doc__.splitlines() if "imagenet256" in line]
+    assert [("--raw" in line) for line in examples] == [True]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -73,6 +73,13 @@ def test_scores_of_every_block_and_what_to_compare_them_with(scored):
     protocol.compare(scored, scored)
 
 
+def test_scores_of_other_settings_are_not_replaced(world, scored, capsys):
+    before = (world / "probe.json").read_bytes()
+    assert main(probe_arguments(world, world / "probe.json", "--seed=1")) == 2
+    assert "probe.json was made with other settings: protocol.seed (0, now 1); choose" in capsys.readouterr().err
+    assert (world / "probe.json").read_bytes() == before
+
+
 def test_the_table_and_its_last_sentence(world, tmp_path, capsys):
     """Another seed of the classifiers is another protocol; the same one gives the same bits."""
     capsys.readouterr()

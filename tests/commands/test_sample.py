@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from diffjax.__main__ import main
+from diffjax.commands import sample as samples_command
 from diffjax.commands.inspect import inspect
 from diffjax.errors import UserError
 from diffjax.experiment import build
@@ -78,9 +79,45 @@ def test_a_second_run_writes_the_same_file(run, tmp_path):
     np.testing.assert_array_equal(read_samples(files[0])[0], read_samples(files[1])[0])
 
 
+def test_a_finished_file_is_left_alone(run, tmp_path, monkeypatch, capsys):
+    """The same request draws nothing, another one is refused, and --overwrite replaces the file."""
+    drawn = []
+    written = samples_command.write
+    monkeypatch.setattr(samples_command, "write", lambda out, *rest: drawn.append(out) or written(out, *rest))
+    out = tmp_path / "s.npz"
+    flags = ["sample", f"--workdir={run}", "--num=8", f"--out={out}"]
+    assert main([*flags, "--labels=2"]) == 0
+    before = out.read_bytes()
+    capsys.readouterr()
+    assert main([*flags, "--labels=2"]) == 0
+    assert f"{out} is finished: 8 of " in capsys.readouterr().out
+    others = {"--labels=1": 'labels ("2", now "1")', "--raw": "raw (not given, now true)"}
+    for other, words in others.items():
+        assert main([*flags, "--labels=2", other]) == 2
+        error = capsys.readouterr().err
+        assert f"{out} was made with other settings: " in error
+        assert words in error
+        assert error.count("\n") == 1
+    out.with_suffix(".json").rename(tmp_path / "elsewhere.json")
+    assert main([*flags, "--labels=2"]) == 2
+    assert f"{out} is there already and does not say what it is; choose another --out" in capsys.readouterr().err
+    assert (drawn, out.read_bytes()) == ([out], before)
+    assert main([*flags, "--labels=1", "--overwrite"]) == 0
+    assert read_samples(out)[2]["labels"] == "1"
+    assert len(drawn) == 2
+
+
+def test_a_result_is_not_replaced_by_the_description_of_samples(run, tmp_path, capsys):
+    (tmp_path / "scores.json").write_text('{"values": {}}')
+    assert main(["sample", f"--workdir={run}", "--num=8", f"--out={tmp_path / 'scores.npz'}"]) == 2
+    assert f"{tmp_path / 'scores.json'} is there already" in capsys.readouterr().err
+    assert (tmp_path / "scores.json").read_text() == '{"values": {}}'
+
+
 def test_seed_step_and_weights_change_the_images(run, full, tmp_path):
     for flag in ("--seed=1", "--step=2", "--weights=params"):
-        images, _, protocol = read_samples(sample(tmp_path / "s.npz", f"--workdir={run}", "--num=8", flag))
+        flags = (f"--workdir={run}", "--num=8", "--overwrite", flag)
+        images, _, protocol = read_samples(sample(tmp_path / "s.npz", *flags))
         assert (images != full[0][:8]).any(), flag
     assert protocol["origin"]["sha256"] == inspect(run)["sha256"]["params"]
 

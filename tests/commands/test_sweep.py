@@ -54,6 +54,12 @@ def swept(runs):
     return json.loads(out.read_text()), compiled, images
 
 
+def test_scores_of_another_grid_are_not_replaced(runs, swept, capsys):
+    assert main(["sweep", f"--workdir={runs / 'gaussian'}", *GRID, f"--out={runs / 'sweep.json'}", "--seed=1"]) == 2
+    assert "sweep.json was made with other settings: request.seed (0, now 1); choose" in capsys.readouterr().err
+    assert json.loads((runs / "sweep.json").read_text()) == swept[0]
+
+
 def test_one_compilation_for_each_sampler(swept):
     _, compiled, _ = swept
     assert [sampler.func._cache_size() for sampler in compiled] == [1, 1]

@@ -22,12 +22,13 @@ from tests.data import configs
 COUNT = 50  # examples of the small source
 
 
-def small_source(count: int = COUNT, name: str = "small") -> sources.Source:
+def small_source(count: int = COUNT, name: str = "small", sha256: str = "a") -> sources.Source:
     """Images 4x4x1 that hold the example's number in the left half; the label is the number, too."""
     images = np.zeros((count, 4, 4, 1), np.uint8)
     images[:, :, :2] = np.arange(count)[:, None, None, None]
     examples = sources.ArrayExamples(images, np.arange(count))
-    return sources.Source(name, examples, 4, 1, count, {"name": name, "files": {"length": count}})
+    identity = {"name": name, "length": count, "sha256": sha256}
+    return sources.Source(name, examples, 4, 1, count, identity, place="/data/small")
 
 
 def take(batches, count: int) -> list[Batch]:
@@ -154,7 +155,14 @@ def test_a_far_position_is_reached_at_once():
         ({"seed": 4}, "seed was 3 and is 4"),
         ({"batch_size": 16}, "batch_size was 8 and is 16"),
         ({"flip": False}, "flip was True and is False"),
-        ({"source": small_source(7)}, "source.files.length was 50 and is 7"),
+        (
+            {"source": small_source(7)},
+            r"the images in /data/small are not those of the run \(50 images then, 7 now\); restore",
+        ),
+        (
+            {"source": small_source(sha256="b")},
+            r"/data/small are not those of the run \(as many, but others\); restore",
+        ),
         ({"source": small_source(name="big")}, "source.name was small and is big"),
     ],
 )
