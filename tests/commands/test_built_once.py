@@ -47,7 +47,7 @@ def built(monkeypatch) -> collections.Counter:
 
     monkeypatch.setattr(diffusion, "create_process", counted("process", diffjax.diffusion.create_process))
     monkeypatch.setattr(models, "create", counted("model", models.create))
-    monkeypatch.setattr(samplers, "plan", counted("sampler", samplers.plan))
+    monkeypatch.setattr(samplers, "schedule", counted("sampler", samplers.schedule))
     return counts
 
 
