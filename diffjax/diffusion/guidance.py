@@ -153,5 +153,5 @@ def power_cosine(time: np.ndarray, scale: float, power: float) -> np.ndarray:
 
 def interval(level: np.ndarray, scale: float, low: float, high: float) -> np.ndarray:
     """Equation (3) at the noise levels of a schedule, float64 [n]."""
-    low, high = (level[np.abs(level - end).argmin()] if 0 < end < np.inf else end for end in (low, high))
-    return np.where((low < level) & (level <= high), scale, 1.0)
+    first, last = (float(level[np.argmin(np.abs(level - end))]) if 0 < end < np.inf else end for end in (low, high))
+    return np.where((first < level) & (level <= last), scale, 1.0)

@@ -187,7 +187,7 @@ def _spaced(line: Sequence[Place]) -> list[Place]:
     """Places about two pixels apart along a line."""
     found = []
     for (x0, y0), (x1, y1) in itertools.pairwise(line):
-        parts = np.linspace(0, 1, 2 + round(math.hypot(x1 - x0, y1 - y0) / 2))
+        parts = np.linspace(0, 1, 2 + round(math.hypot(x1 - x0, y1 - y0) / 2)).tolist()
         found += [(x0 + part * (x1 - x0), y0 + part * (y1 - y0)) for part in parts]
     return found
 

@@ -170,7 +170,7 @@ def place(points: np.ndarray, mesh: Mesh | None = None) -> Points:
     with np.errstate(over="ignore"):
         if not np.isfinite(4 * np.square(largest).sum()):
             raise UserError(
-                f"points hold values up to {largest.max():g}; their squared distances leave float32's range"
+                f"points hold values up to {np.max(largest):g}; their squared distances leave float32's range"
             )
     bits = DIGIT * DIGITS - 2  # so that the highest digit stays in -128 .. 128
     scale = np.ldexp(np.float32(1), np.minimum(bits - np.frexp(largest)[1], 127)).astype(np.float32)

@@ -120,7 +120,7 @@ def gamma_of(sigma_rel: float) -> float:
     if not 0 < sigma_rel <= LONGEST:
         raise UserError(f"sigma_rel = {sigma_rel}: valid: above 0 to {LONGEST:.4f}, the mean over all updates")
     q = float(sigma_rel) ** -2
-    return float(np.roots([1.0, 7.0, 16.0 - q, 12.0 - q]).real.max())
+    return float(np.max(np.roots([1.0, 7.0, 16.0 - q, 12.0 - q]).real))
 
 
 def solve_weights(stored: Sequence[Profile], wanted: Profile) -> np.ndarray:
