@@ -246,8 +246,12 @@ NOT_AUGMENTED = {
     "negative": ({"augment": -0.1}, {}, "data.augment = -0.1: valid"),
     "nan": ({"augment": float("nan")}, {}, "data.augment = nan: valid"),
     "latents": ({"name": "latents"}, {}, "is for pixels, and data.name = 'latents' has none"),
-    "flip": ({"flip": True}, {}, "mirrors half of the images by itself, and tells the model; valid: data.flip=false"),
-    "untold": ({}, {"name": "DiT-S/8"}, "which DiT as given is not; valid: 0, or a DiffiT-UNet with"),
+    "flip": (
+        {"flip": True},
+        {},
+        "mirrors half of the images by itself, and conditions the model on it; valid: data.flip=false",
+    ),
+    "untold": ({}, {"name": "DiT-S/8"}, "which DiT as configured is not; valid: 0, or a DiffiT-UNet with"),
     "other-labels": ({}, {"name": "DiffiT-CIFAR10", "augment_labels": 3}, "with augment_labels = 9"),
 }
 

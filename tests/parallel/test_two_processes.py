@@ -37,7 +37,7 @@ def results(workdir):
 
 
 # Snapshots and checkpoints at the same steps and at others.
-TRACKS = ("ema.tracks=0.05,0.1", "ema.snapshot_every_steps=2")
+TRACKS = ("ema.sigma_rel=0.05,0.1", "ema.snapshot_every_steps=2")
 
 
 @pytest.mark.slow

@@ -234,12 +234,12 @@ def test_overrides_take_the_type_of_the_leaf():
         "--config.data.flip",
         "--noconfig.log.tensorboard",
         "--config.model.depth=3",
-        "--config.ema.tracks=0.05,0.1",
+        "--config.ema.sigma_rel=0.05,0.1",
         "--config.ema.snapshot_every_steps=5",
     )
     assert isinstance(config.optim.lr, float)
     assert (config.data.flip, config.log.tensorboard, config.model.options["depth"]) == (True, False, 3)
-    assert config.ema.tracks == (0.05, 0.1)
+    assert config.ema.sigma_rel == (0.05, 0.1)
     assert build(config).model.depth == 3
 
 
