@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import logging as python_logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -34,7 +35,7 @@ COMMANDS = {
     "bench": "steps/s, images/s and MFU of a config, and what the loop adds to the bare step",
 }
 LOG_LEVELS = ("debug", "info", "warning", "error", "fatal")
-LAST_SECONDS = 3.0  # after its last word a process has so long to end in good order
+LAST_SECONDS = 3.0  # how long a process may take to end after its last output
 
 
 def main(argv: list[str]) -> int:
@@ -51,7 +52,9 @@ def main(argv: list[str]) -> int:
         if str(interrupted):
             print(f"diffjax: {interrupted}", file=sys.stderr)
         return interrupted.exit_code
-    except BrokenPipeError:  # whoever read has seen enough: `inspect | head`
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
@@ -60,6 +63,13 @@ def main(argv: list[str]) -> int:
         print(f"diffjax: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of the standard output has ended, as in `inspect | head`."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def _set_logging(level: str) -> None:

@@ -134,7 +134,7 @@ class Experiment:
     def caveat(self) -> str:
         """What a user should know before training, one line; "" for nothing."""
         warmup, total = self.config.optim.warmup_steps, self.config.total_steps
-        if warmup < total:
+        if warmup < total or total < 20:  # a run of a few steps shows that a recipe runs
             return ""
         return (
             f"optim.warmup_steps = {warmup} is not less than total_steps = {total}: the learning rate never reaches "

@@ -1,8 +1,8 @@
 """Atomic file writing, and reading and writing of array files.
 
-A file is written under a temporary name in its own folder, flushed to the disk and renamed: whoever dies in between
-leaves the file as it was, and a temporary beside it. The name of a temporary, `.<name>.<owner>-<random>.tmp`, tells
-whose it is, so that an owner can remove what it left when it was killed.
+A file is written under a temporary name in its own folder, flushed to the disk and renamed: a process killed in
+between leaves the file as it was, and a temporary beside it. The name of a temporary, `.<name>.<owner>-<random>.tmp`,
+tells whose it is, so that an owner can remove what it left when it was killed.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import platform
 import secrets
@@ -55,6 +56,12 @@ def only_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                logging.getLogger("diffjax").info(
+                    f"{folder} cannot be locked ({error.strerror}): see to it yourself that one process writes there"
+                )
+                yield
+                return
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise UserError(f"{folder / LOCK} cannot be locked: {error.strerror}; choose another place") from error
             file.seek(0)

@@ -185,3 +185,13 @@ def test_one_writer_in_a_folder(tmp_path):
             other.kill()
     with files.only_writer(tmp_path):
         pass
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with caplog.at_level("INFO"), files.only_writer(tmp_path):
+        pass
+    assert "cannot be locked" in caplog.text

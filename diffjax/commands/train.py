@@ -15,6 +15,7 @@ from diffjax.parallel import hosts
 from diffjax.training import profile
 from diffjax.training.loop import train
 
+INTERRUPTED = "the last checkpoint is kept; the same command resumes from it"
 REQUIRED = ("workdir",)
 
 

@@ -27,6 +27,9 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+EARLIER = {"codes": "vocabulary"}  # arguments of recipes that had another name
+
+
 def parse(arg: str | None, **defaults: Any) -> ConfigDict:
     """Read "name=value,name=value,switch" against declared defaults, whose types the values take.
 
@@ -36,6 +39,7 @@ def parse(arg: str | None, **defaults: Any) -> ConfigDict:
     options = dict(defaults)
     for item in filter(None, (arg or "").split(",")):
         name, _, text = item.partition("=")
+        name = EARLIER.get(name, name)
         if name not in defaults:
             near = did_you_mean(name, defaults)
             raise ValueError(f"config argument {name!r} is unknown{near or '; valid: ' + ', '.join(defaults)}")

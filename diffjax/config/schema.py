@@ -310,8 +310,8 @@ def checked_value(spec: Spec, value: Value) -> Value:
 def read_leaves(values: Mapping[str, Value]) -> set[str]:
     """The leaves that something reads, or that are at their defaults; those that are missing have them."""
     specs = leaves(str(values["model.name"]))
-    complete = {path: values.get(path, spec.option.default) for path, spec in specs.items()}
-    return set(specs) - set(unread_leaves(specs, complete))
+    known = {path: checked_value(spec, values[path]) for path, spec in specs.items() if path in values}
+    return set(specs) - set(unread_leaves(specs, {path: spec.option.default for path, spec in specs.items()} | known))
 
 
 def unread_leaves(specs: Mapping[str, Spec], values: Mapping[str, Value]) -> dict[str, str]:
@@ -332,7 +332,7 @@ def unread_leaves(specs: Mapping[str, Spec], values: Mapping[str, Value]) -> dic
 
 
 def is_read(spec: Spec, values: Mapping[str, Value]) -> bool:
-    return all(values[leaf] in names for leaf, names in spec.when)
+    return all(values.get(leaf) in names for leaf, names in spec.when)
 
 
 def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

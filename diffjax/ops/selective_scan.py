@@ -5,7 +5,7 @@
     chunked       in pieces, keeping the state that enters each and recomputing the rest: any backend. Pieces are 16
                   tokens, one by one; for a GPU 64 tokens at once by `lax.associative_scan`
     pallas        token by token in one kernel whose states never leave the chip: TPU, and GPU by name alone, since the
-                  compiler behind it, Triton, is leaving JAX
+                  compiler behind it, Triton, is deprecated in JAX
 
 Between the passes they all keep the inputs and the state that enters each of their chunks [b, chunks, n, e].
 """

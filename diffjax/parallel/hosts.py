@@ -50,7 +50,7 @@ def _join(found: str) -> None:
     print(f"joining the other processes of this job ({found}), which have five minutes to start", flush=True)
     try:
         jax.distributed.initialize(num_processes=count, process_id=own)
-    except (ValueError, RuntimeError) as error:  # what is missing, or who did not come
+    except (ValueError, RuntimeError) as error:  # a variable is missing, or a process did not start
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot join the other processes ({found}): {reason}; --distributed=off runs alone") from error
 

@@ -12,8 +12,8 @@ Each file appears whole under its name. The steps of a command on one or several
     parts.write(own, rows)                               batch by batch; own = its part of the missing numbers
     parts.finish({"arr_1": labels}, description)         host 0, when all have written
 
-`finish` writes the npz, the json and the png, and removes the folder last. A death anywhere in between costs what the
-dead process had not yet written: the same command ends with the same bytes, whatever the parts were.
+`finish` writes the npz, the json and the png, and removes the folder last. A process killed at any
+point loses only what it had not yet written: the same command ends with the same bytes, whatever the parts were.
 """
 
 import itertools
@@ -57,10 +57,10 @@ def open_parts(out: Path, identity: Mapping[str, Any], num: int, process: int = 
         identity: json-able; says what row i is. Rows of an equal identity are taken over, also for another `num`.
         num: how many rows.
         process: number of this process among those that write to the folder. What it left unfinished is removed, so
-            no two processes at work bear the same number.
+            unique among the running processes.
 
     Raises:
-        UserError: the folder holds rows of another identity, or something else bears its name.
+        UserError: the folder holds rows of another identity, or is no such folder.
     """
     if out.suffix != ".npz" or num < 1:
         raise ValueError(f"{num} rows in {out}; expected at least one, in a file that ends in .npz")

@@ -1,6 +1,6 @@
 """The random numbers of faiss: words of a 32-bit Mersenne Twister, and the draws made from them.
 
-Numpy's RandomState is the same generator, and its stream of words is fixed for ever.
+Numpy's RandomState is the same generator, and its stream of words is frozen by numpy's compatibility policy.
 """
 
 import numpy as np

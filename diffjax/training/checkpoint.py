@@ -41,7 +41,7 @@ class Snapshots(Archive):
             self.save_items(step, {POWER_EMAS: power_emas}, {"meta": meta})
 
     def refuse_after(self, step: int) -> None:
-        """Raise UserError for snapshots of a future that will not be: the run goes on from `step` another way."""
+        """Raise UserError for snapshots beyond `step`, from which the run continues with other values."""
         if later := [s for s in self.steps() if s > step]:
             aside = self.directory.parent / "snapshots-aside"
             moved = " ".join(str(self.directory / str(s)) for s in later)

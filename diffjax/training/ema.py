@@ -105,7 +105,7 @@ def initial_share_caveat(rate: Rate, updates: int) -> str:
         return ""
     return (
         f"after {updates:,} updates the average still holds {share:.0%} of the initial parameters; --weights=params "
-        "uses the last ones; ema.decay_rampup=0.1 or a smaller ema.decay makes the average of a short run forget them"
+        "uses the last ones; a shorter average or one that ramps up (ema.decay, ema.decay_rampup) forgets them sooner"
     )
 
 

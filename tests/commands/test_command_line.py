@@ -196,7 +196,7 @@ MISTAKES = {
     ),
     "fine-tune-from-another-model": (
         changed("init.from=params"),
-        "init.from = 'params' holds another model (depth 3 not 2, width 24 not 48, heads 2 not 3); give --config.model.",
+        "init.from = 'params' holds another model (depth 3 not 2, width 24 not 48, heads 2 not 3); give --config.",
     ),
     "dtype": (changed("model.dtype=float8"), "dtype"),
     "data-set": (changed("data.name=mnist"), "data.name = 'mnist': valid: digits, emoji32, folder"),

@@ -185,8 +185,9 @@ def rounding_of_ddim(process, x0, stored):
     """
     k = stored["t"].astype(int).reshape(-1, 1, 1, 1)
     alpha, sigma = np.sqrt(process.alphas_cumprod[k]), np.sqrt(1 - process.alphas_cumprod[k])
-    after = np.maximum(np.sqrt(1 - process.alphas_cumprod_prev[k]), 1e-3)
-    return np.abs((stored["x_t"] - alpha * x0) / sigma) * 2.0**-24 / after
+    after = np.sqrt(1 - process.alphas_cumprod_prev[k])
+    noise = np.abs((stored["x_t"] - alpha * x0) / sigma)
+    return noise * np.divide(2.0**-24, after, out=np.zeros_like(after), where=after > 0)
 
 
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
