@@ -1,3 +1,3 @@
 """diffjax: diffusion and token backbones for image generation under one recipe, in JAX and Flax Linen."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
