@@ -44,5 +44,6 @@ def writing(path: Path) -> Iterator[None]:
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
     """The text "; did you mean X?" for the valid words most like `word`; "" where none is like it."""
-    near = difflib.get_close_matches(word, list(valid), n=3, cutoff=0.7)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    names = {name.lower(): name for name in valid}
+    near = difflib.get_close_matches(word.lower(), names, n=3, cutoff=0.7)
+    return f"; did you mean {' or '.join(names[name] for name in near)}?" if near else ""

@@ -209,8 +209,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
         if wanted == _normal(published):
             return row.family, row.kwargs
     valid = [*FAMILIES, *MODELS]
-    near = did_you_mean(name.lower(), map(str.lower, valid))
-    raise UserError(f"model {name!r} is unknown{near or '; valid: ' + ', '.join(valid)}")
+    raise UserError(f"model {name!r} is unknown{did_you_mean(name, valid) or '; valid: ' + ', '.join(valid)}")
 
 
 def _normal(name: str) -> str:
