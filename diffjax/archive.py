@@ -29,6 +29,16 @@ class Damaged(UserError):
     """Stored data are damaged or missing."""
 
 
+def stored_steps(folder: Path) -> list[int]:
+    """The complete steps of an archive's folder, which have their number as a name; [] where there is no folder.
+
+    `Archive` asks the other processes when it is made; processes that see the folder at different times use this.
+    """
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal() and entry.is_dir())
+
+
 def check_place(folder: Path) -> None:
     """Raise UserError for a folder below which nobody can read what Orbax writes: it takes such names for patterns."""
     name = str(folder.absolute())

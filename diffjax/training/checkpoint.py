@@ -9,12 +9,11 @@ that a run which goes on from it lacks none. Nothing here ever deletes a step bu
 snapshots stay for good.
 """
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffjax.archive import Archive, Damaged
+from diffjax.archive import Archive, Damaged, stored_steps
 from diffjax.errors import UserError
 from diffjax.training.state import TrainState
 
@@ -22,11 +21,8 @@ POWER_EMAS = "tracks"  # the item of the power-function EMAs, as run folders of 
 
 
 def latest_step(workdir: Path) -> int | None:
-    """The latest complete checkpoint of a run folder; None before the first."""
-    if not (workdir / "checkpoints").is_dir():
-        return None
-    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
-        return checkpoints.latest()
+    """The latest complete checkpoint of a run folder; None before the first. Waits for no other process."""
+    return max(stored_steps(workdir / "checkpoints"), default=None)
 
 
 class Snapshots(Archive):
