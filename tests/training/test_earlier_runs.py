@@ -20,6 +20,8 @@ import pytest
 from diffjax.training.checkpoint import Checkpoints
 from tests.programs import ROOT
 
+# Softmax does not depend on it, so its gradient is rounding alone, which Adam scales to steps of the learning rate.
+KEY_BIAS = "['attention']['key']['bias']"
 FOLDER = ROOT / "tests/golden/runs"
 pytestmark = pytest.mark.slow
 
@@ -83,7 +85,8 @@ def test_a_stopped_run_ends_as_its_twin(runs):
     found, expected = (trees(folder / f"{name}-{kind}", 12) for kind in ("stopped", "finished"))
     assert found.keys() == expected.keys()
     for path, leaf in found.items():
-        np.testing.assert_allclose(leaf, expected[path], atol=1e-5, err_msg=path)
+        if not path.endswith(KEY_BIAS):
+            np.testing.assert_allclose(leaf, expected[path], atol=1e-5, err_msg=path)
 
 
 def test_a_finished_run_is_sampled_alike(runs):
