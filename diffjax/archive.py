@@ -261,7 +261,7 @@ class Archive:
             raise Damaged(f"{self._named(step)} cannot be read: item {', '.join(missing)} is missing")
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        """A write that the system refuses is a UserError that says what is left to go on from."""
+        """A write that the system refuses is a UserError that says what is left to resume from."""
         return _refusals(f"cannot write {self._noun} {self._saving} in {self.directory}", self._what_is_left)
 
     def _what_is_left(self) -> str:

@@ -1,4 +1,4 @@
-"""Trees of arrays in folders: what is refused, and how errors are told apart."""
+"""Trees of arrays in folders: rejected input, and the type of each error."""
 
 import errno
 import re

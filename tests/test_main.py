@@ -53,7 +53,7 @@ def test_a_command_that_is_stopped_says_what_is_left(monkeypatch, capsys, name, 
     before = signal.getsignal(signal.SIGTERM)
     for module, arguments, left in (
         (inspect, ["inspect", "--workdir=a"], "nothing was written"),
-        (sample, ["sample", "--num=1", "--out=a.npz"], "what is drawn is kept, the same command goes on"),
+        (sample, ["sample", "--num=1", "--out=a.npz"], "what is drawn is kept, the same command resumes"),
     ):
         monkeypatch.setattr(module, "run", stop)
         assert program.main(arguments) == code

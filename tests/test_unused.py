@@ -23,7 +23,7 @@ ROOTS = {
 # What stands in the package without a caller there, and why.
 ALLOWED = {
     "diffjax.contracts.Backbone": "the interface of a backbone, for whoever adds one",
-    "diffjax.contracts.Process": "the interface of a process, likewise",
+    "diffjax.contracts.Process": "the interface of a process, for whoever adds one",
 }
 
 

@@ -37,7 +37,7 @@ from diffjax.runs import Run, open_guide, open_run
 from diffjax.sampling import conditions, generate, parts, samples
 from diffjax.weights import store
 
-INTERRUPTED = "what is drawn is kept, the same command goes on"
+INTERRUPTED = "what is drawn is kept, the same command resumes"
 REQUIRED = ("num", "out")
 
 

@@ -32,7 +32,7 @@ from diffjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from diffjax.tokens import codebooks, kmeans
 
 FIT = "kmeans.npz"  # the fit so far, while it is under way
-INTERRUPTED = "the fit of a codebook is kept, the same command goes on from it"
+INTERRUPTED = "the fit of a codebook is kept, the same command resumes from it"
 REQUIRED = ("config", "out")
 
 

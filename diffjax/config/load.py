@@ -216,7 +216,7 @@ def read(path: Path) -> Config:
 def resumed(path: Path, config: Config, arguments: list[str]) -> Config:
     """The config, with the run's own meaning of leaves that its config.json does not know.
 
-    Such a file is of an earlier version, and its recipe may choose a new leaf since; the run goes on without it.
+    Such a file is of an earlier version, and its recipe may choose a new leaf since; the run continues without it.
 
     Args:
         path: config.json of the run folder.
@@ -292,7 +292,7 @@ def check_same_run(
     if reason and all(name in accepted for name in changed):
         raise UserError(f"--accept={','.join(changed)}: the run's state does not fit: {reason}; use another --workdir")
     if refused := {name: line for name, line in found.items() if name not in free}:
-        accept = f", or --accept={','.join(refused)} to go on with the new values"
+        accept = f", or --accept={','.join(refused)} to continue with the new values"
         raise UserError(
             f"the folder holds a run with another config: {'; '.join(refused.values())} (stored -> given); "
             f"use another --workdir{_as_stored(stored, refused)}{'' if fixed & refused.keys() or reason else accept}"
@@ -304,8 +304,8 @@ def _as_stored(stored: Config, refused: Iterable[str]) -> str:
     """How a command line gives the leaves that it may not change, in words; of many, that it may leave out --config."""
     texts = [_argument(name, stored.values[name]) for name in refused if name in stored.values]
     if not texts or len(texts) > GIVEN_BACK:
-        return ", or leave out --config, which goes on with the stored one"
-    return f", or give {' '.join(texts)} to go on as before"
+        return ", or leave out --config, which continues with the stored one"
+    return f", or give {' '.join(texts)} to continue as before"
 
 
 def _argument(leaf: str, value: Value) -> str:

@@ -228,7 +228,7 @@ class Parts:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder; renamed first, so that half a folder is never taken for one to go on with."""
+        """Remove the folder; renamed first, so that half a folder is never taken for one to continue with."""
         os.replace(self.folder, self.removed)
         shutil.rmtree(self.removed)
 

@@ -101,7 +101,7 @@ def fit(
             centroid the rows `perm(n, seed)[:256 k]` are used.
         init: "random", the rows `perm(n, seed + 1)[:k]` of those used, as faiss; or "k-means++".
         mesh: its data and fsdp axes split the points; None: one device.
-        state: a file written after every iteration; where it exists the fit goes on from it, bit for bit.
+        state: a file written after every iteration; where it exists the fit resumes from it, bit for bit.
         progress: called with the number of iterations done and the objective of the last.
 
     Raises:

@@ -1,11 +1,11 @@
 """Checkpoints and snapshots of a run folder.
 
-    checkpoints/<step>/   items state, ema, tracks (where the run has them), data and meta: what the run goes on from
+    checkpoints/<step>/   items state, ema, tracks (where the run has them), data and meta: what the run resumes from
     snapshots/<step>/     items tracks and meta: the power-function EMAs only, from which others are made
 
 Saving is asynchronous and atomic: a step is written under a temporary name and renamed when complete, so a killed
 process leaves the earlier steps as they were. A checkpoint is begun only when the snapshots before it are complete, so
-that a run which goes on from it lacks none. Nothing here ever deletes a step but the retention rule of checkpoints;
+that a run which resumes from it lacks none. Nothing here ever deletes a step but the retention rule of checkpoints;
 snapshots stay for good.
 """
 
@@ -147,7 +147,7 @@ class Checkpoints(Archive):
         later = " ".join(str(self.directory / str(step)) for step in self._step_folders() if step > good)
         aside = self.directory.parent / "damaged"
         return (
-            f"the last good step is {good}; to go on from it: mkdir {aside} && mv {later} {aside}, and run the same "
+            f"the last good step is {good}; to resume from it: mkdir {aside} && mv {later} {aside}, and run the same "
             "command again; nothing was deleted"
         )
 

@@ -5,7 +5,7 @@ The order of a pass is a contract:
     snapshot the averages -> save the state -> evaluate it -> draw a batch -> step -> report the step before
 
 Saving precedes drawing, so the position of the data that is saved is the one the state has seen, and evaluation, so
-that nothing that goes wrong there costs a step. Snapshots precede saving, which waits for them: a run that goes on from
+that nothing that goes wrong there costs a step. Snapshots precede saving, which waits for them: a run that resumes from
 a checkpoint has all snapshots before it; later ones it passes again, with the same values. The scalars of a step are
 fetched after the next one has been dispatched, so that reporting never makes a device wait; before a snapshot or a save
 they are all fetched, so that a state that came from a non-finite gradient is never written. An evaluation that a kill
@@ -198,7 +198,7 @@ def _announce(experiment: Experiment, reporter: Reporter, start: int, changed: d
     mesh = " x ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items())
     device = jax.devices()[0].device_kind
     if changed:
-        reporter.say(f"going on with {'; '.join(changed.values())}")
+        reporter.say(f"continuing with {'; '.join(changed.values())}")
     verb = f"resuming at step {start}" if start else "starting"
     if experiment.caveat:
         reporter.say(experiment.caveat)
@@ -297,7 +297,7 @@ class Run:
     def _stop(self, state: TrainState, step: int) -> NoReturn:
         self._save(state, step)
         self.checkpoints.wait()
-        line = f"{self.stop.reason}: checkpoint written, stopped at step {step}; the same command goes on"
+        line = f"{self.stop.reason}: checkpoint written, stopped at step {step}; the same command resumes"
         raise Interrupted(self.stop.number, line if hosts.is_lead() else "")
 
     def _progress(self, step: int) -> dict[str, int]:

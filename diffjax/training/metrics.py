@@ -45,7 +45,7 @@ class Reporter:
     Args:
         flops_per_step: model FLOPs of a training step on all devices (3 x forward, 2 per multiply-accumulate, no
             recomputation: PaLM, arXiv 2204.02311, appendix B), for the MFU.
-        start: the step that the run goes on from; rows of later ones are dropped, they will be written again.
+        start: the step that the run resumes from; rows of later ones are dropped, they will be written again.
         seconds_before: what the run has taken before this start. again: evaluators that run again at `start`.
         lead: False on the processes that stay silent.
     """
@@ -190,7 +190,7 @@ class Reporter:
 
 
 def drop_rows_after(path: Path, step: int, again: Collection[str] = ()) -> None:
-    """Leave out of metrics.jsonl what a killed run wrote beyond the step that it goes on from, and half lines.
+    """Leave out of metrics.jsonl what a killed run wrote beyond the step that it resumes from, and half lines.
 
     again: evaluators whose rows of that step are left out, too.
     """
@@ -214,7 +214,7 @@ class Board:
     """Events for TensorBoard, written by the caller's thread: a writer thread that fails would leave it waiting."""
 
     def __init__(self, folder: Path, start: int = 0):
-        """start: the step that the run goes on from; TensorBoard forgets what an earlier start wrote beyond it."""
+        """start: the step that the run resumes from; TensorBoard forgets what an earlier start wrote beyond it."""
         try:
             from tensorboardX import event_file_writer, summary
             from tensorboardX.proto.event_pb2 import Event, SessionLog

@@ -107,7 +107,7 @@ def _chain(
     leaves: Sequence[Parameter],
     optim: "Optim",
 ) -> optax.GradientTransformation:
-    """(1). The same tree of states whatever the numbers, so that a run can go on with another `clip` or decay."""
+    """(1). The same tree of states whatever the numbers, so that a run can continue with another `clip` or decay."""
     rest = optax.chain(scale, _decay(leaves, optim), optax.scale_by_learning_rate(learning_rate))
     return optax.chain(clip(optim.clip) if optim.clip else optax.identity(), rest)
 

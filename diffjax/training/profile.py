@@ -19,7 +19,7 @@ def parse(text: str) -> tuple[int, int]:
 class Profile:
     """Writes a trace of the steps first, ..., last into a folder; of none without `steps`.
 
-    UserError for steps that the run will not make: it goes on from `start` and ends before `total`.
+    UserError for steps that the run will not make: it resumes from `start` and ends before `total`.
     """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None, start: int, total: int):

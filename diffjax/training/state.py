@@ -20,7 +20,7 @@ class TrainState:
     params: Any  # float32
     opt_state: Any
     ema: Any  # float32, the tree of `params`
-    power_emas: dict[str, Any] = flax.struct.field(default_factory=dict)  # power-function EMAs by name, likewise
+    power_emas: dict[str, Any] = flax.struct.field(default_factory=dict)  # by name, each like `ema`
 
 
 def initial_state(params: Any, optimizer: optax.GradientTransformation, power_emas: Iterable[str] = ()) -> TrainState:

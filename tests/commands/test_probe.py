@@ -188,7 +188,7 @@ def test_a_run_whose_tokens_have_moved_goes_on(world, tmp_path, capsys):
     run, moved = shutil.copytree(world / "run", tmp_path / "run"), shutil.copytree(world / "tokens", tmp_path / "moved")
     assert main([*run_arguments(run, moved, "data.flip=true", "total_steps=5"), "--accept=total_steps"]) == 0
     printed = capsys.readouterr().out
-    assert f"going on with data.dir: '{world / 'tokens'}' -> '{moved}'; total_steps: 4 -> 5" in printed
+    assert f"continuing with data.dir: '{world / 'tokens'}' -> '{moved}'; total_steps: 4 -> 5" in printed
     assert complete_steps(run)[-1] == 5
 
 

@@ -289,7 +289,7 @@ def test_a_moved_folder_of_images_goes_on(tmp_path, capsys):
     more = train_arguments(tmp_path / "run", *leaves, f"data.dir={tmp_path / 'elsewhere'}", "total_steps=3")
     assert main([*more, "--accept=total_steps"]) == 0
     printed = capsys.readouterr().out
-    assert "going on with data.dir: " in printed
+    assert "continuing with data.dir: " in printed
     assert "resuming at step 2" in printed
     (next((tmp_path / "elsewhere/train/class1").iterdir())).unlink()
     longer = [each.replace("total_steps=3", "total_steps=4") for each in more]

@@ -75,7 +75,7 @@ def test_a_renamed_leaf_of_a_stored_config(recipe, old, new, value, version):
 
 
 def test_a_run_goes_on_with_its_own_meaning_of_leaves_that_came_later(tmp_path):
-    """The quickstart ramps its average up since; a run begun before goes on as it was, unless the leaf is given."""
+    """The quickstart ramps its average up since; a run begun before continues as it was, unless the leaf is given."""
     today = load(RECIPE)
     tree = stored(today)
     del tree["ema"]["decay_rampup"]

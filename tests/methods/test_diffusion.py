@@ -1,4 +1,4 @@
-"""What a config's sections `diffusion` and `sampling` become: losses, plans, guidance, and what is refused."""
+"""What sections `diffusion` and `sampling` of a config become: losses, schedules, guidance, and invalid options."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a config's sections `tokens` and `sampling` become: losses, draws of tokens, pictures, and what is refused."""
+"""What a config's sections `tokens` and `sampling` become: losses, draws of tokens, pictures, and invalid options."""
 
 import jax
 import jax.numpy as jnp

@@ -104,7 +104,7 @@ def test_damage_is_named_with_the_way_on(run, damaged, capsys, damage):
     assert "the last good step is 4" in error
     assert "nothing was deleted" in error
     assert listing(damaged) == before
-    commands = re.search(r"to go on from it: (.*), and run the same command again", error).group(1)
+    commands = re.search(r"to resume from it: (.*), and run the same command again", error).group(1)
     subprocess.run(commands, shell=True, check=True)
     assert main(arguments) == 0
     assert inspect(damaged)["sha256"] == run[1]

@@ -84,7 +84,7 @@ def test_peaks_are_found_by_the_longest_name():
 
 
 def test_tensorboard_forgets_what_is_passed_again(tmp_path):
-    """The first event of a start that goes on from a step says so; what was written beyond it counts no more."""
+    """The first event of a start that resumes from a step says so; what was written beyond it counts no more."""
     Board(tmp_path / "first").close()
     Board(tmp_path / "again", start=40).close()
     events = {}

@@ -74,7 +74,7 @@ def test_a_stopped_or_cut_run_ends_as_one_left_alone(tmp_path, monkeypatch, caps
         at_batch(patched, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert main(again) == 143
     assert capsys.readouterr().err.endswith(
-        "diffjax: SIGTERM: checkpoint written, stopped at step 3; the same command goes on\n"
+        "diffjax: SIGTERM: checkpoint written, stopped at step 3; the same command resumes\n"
     )
     assert complete_steps(tmp_path / "again") == [3]
     with monkeypatch.context() as patched:
