@@ -163,36 +163,23 @@ def write(
     identity["conditions_sha256"] = asked.sha256
     alone = only_writer(parts.make_folder(out)) if hosts.is_lead() else contextlib.nullcontext()
     with alone:
-        _write_parts(out, identity, trained, compiled, asked, described, batch_size, raw)
-
-
-def _write_parts(
-    out: Path,
-    identity: dict[str, Any],
-    trained: Run,
-    compiled: Any,
-    asked: conditions.Conditions,
-    described: dict[str, Any],
-    batch_size: int,
-    raw: bool,
-) -> None:
-    file = parts.open_parts(out, identity, len(asked.given), jax.process_index())
-    missing = file.missing()
-    if jax.process_count() > 1:  # the processes listed the folder at different times
-        missing = np.flatnonzero(multihost_utils.broadcast_one_to_all(np.isin(np.arange(file.num), missing)))
-    with tqdm(total=file.num, initial=file.num - len(missing), unit="image", disable=_quiet()) as bar:
-        first, shape = described["first"], min(batch_size, file.num)  # the same, however many are missing
-        drawn = generate.generate(
-            compiled, trained.params, asked.given[missing], first + missing, trained.experiment.mesh, shape
-        )
-        for numbers, rows in drawn:
-            samples.check_finite(rows, numbers)
-            file.write(numbers - first, rows if raw else samples.to_uint8(rows))
-            bar.update(len(numbers))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"parts of {out}")
-    if hosts.is_lead():
-        file.finish(asked.arrays, described, raw=raw, classes=asked.classes)
+        file = parts.open_parts(out, identity, len(asked.given), jax.process_index())
+        missing = file.missing()
+        if jax.process_count() > 1:  # the processes listed the folder at different times
+            missing = np.flatnonzero(multihost_utils.broadcast_one_to_all(np.isin(np.arange(file.num), missing)))
+        with tqdm(total=file.num, initial=file.num - len(missing), unit="image", disable=_quiet()) as bar:
+            first, shape = described["first"], min(batch_size, file.num)  # the same, however many are missing
+            drawn = generate.generate(
+                compiled, trained.params, asked.given[missing], first + missing, trained.experiment.mesh, shape
+            )
+            for numbers, rows in drawn:
+                samples.check_finite(rows, numbers)
+                file.write(numbers - first, rows if raw else samples.to_uint8(rows))
+                bar.update(len(numbers))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"parts of {out}")
+        if hosts.is_lead():
+            file.finish(asked.arrays, described, raw=raw, classes=asked.classes)
 
 
 def _quiet() -> bool | None:
