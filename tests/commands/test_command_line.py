@@ -257,7 +257,7 @@ MISTAKES = {
         (*again("total_steps=2", "optim.name=adafactor"), "--accept=optim.name"),
         "--accept=optim.name: the run's state does not fit: opt_state/",
     ),
-    "changed-rate": (again("total_steps=2", "optim.lr=0.5"), " to continue as before, or --accept=optim.lr to continue"),
+    "changed-rate": (again("total_steps=2", "optim.lr=0.5"), " to continue as before, or --accept=optim.lr to"),
     "accept-of-nothing": ((*TRAIN, "--accept=steps"), "--accept=steps: the config has no such leaf"),
     "workdir-is-a-file": (("train", f"--config={QUICKSTART}", "--workdir=text"), "--workdir=text"),
     "inspect-nothing": (("inspect", "--workdir=folder"), "--workdir=folder is not a run folder"),
