@@ -21,8 +21,7 @@ from pathlib import Path
 from diffjax.ops.pallas import selective_scan_tpu as kernels
 
 BATCH, TOKENS, CHANNELS, STATES = 8, 1056, 3072, 16
-SLOTS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
-SHOWN = ("VALU", "EUP", "VLOAD", "VSTORE", "SPILL")
+SHOWN = ("VALU", "EUP", "VLOAD", "VSTORE", "VSTORE:SPILL")
 
 
 def main() -> None:
@@ -34,7 +33,10 @@ def main() -> None:
     if arguments.compile:
         compile_kernels(arguments.compile[0], int(arguments.compile[1]))
         return
-    print(f"{'chip':<5}{'block':>6}  {'loop':<18}{'bundles / 8 tokens':>19}  " + "".join(f"{s:>8}" for s in SHOWN))
+    print(
+        f"{'chip':<5}{'block':>6}  {'loop':<18}{'bundles / 8 tokens':>19}  "
+        + "".join(f"{s.split(':')[-1]:>8}" for s in SHOWN)
+    )
     for generation in arguments.generations:
         for block in arguments.blocks:
             for loop, bundles, slots in measured(generation, block):
@@ -70,14 +72,16 @@ def loops_of(folder: Path, kernel: str) -> Iterator[tuple[int, dict[str, int]]]:
     """The innermost loops of a kernel in the order of the program: number of bundles, total of each slot."""
     (listing,) = (path for path in folder.glob(f"*-{kernel}*-final_bundles.txt") if "schedule" not in path.name)
     (counts,) = folder.glob(f"*-{kernel}*-final_hlo-static-per-bundle-utilization.txt")
-    usage = [[int(n) for n in row.split()] for row in counts.read_text().split("== UTILIZATION:")[1].split("\n")[1:]]
+    header, rows = counts.read_text().split("== UTILIZATION:")
+    slots = header.splitlines()[1].split(", ")  # they differ between versions of the compiler
+    usage = [[int(n) for n in row.split()] for row in rows.split("\n")[1:]]
     bundles = re.findall(r"^\s*(?:0x[0-9a-f]+|0)\s+(\w\w)?\s*:\s*(>*)\s*\{", listing.read_text(), re.MULTILINE)
     for first, (mark, depth) in enumerate(bundles):
         if mark == "LB" and len(depth) > 1:
             last = first
             while last < len(bundles) and len(bundles[last][1]) >= len(depth):
                 last += 1
-            yield last - first, dict(zip(SLOTS, map(sum, zip(*usage[first:last]))))
+            yield last - first, dict(zip(slots, map(sum, zip(*usage[first:last]))))
 
 
 def compile_kernels(generation: str, block: int) -> None:

