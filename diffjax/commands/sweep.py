@@ -8,7 +8,8 @@ python -m diffjax sweep --workdir=runs/a,runs/b --sampler=ddpm:250,ddim:25,edm:1
 A sampler written as name:steps has these steps, all others have each of --steps. All images are of the same seed and
 numbers, so that what differs is the method alone. Samplers have their default options; guidance options other than the
 weight, and the clip, are those of the run's config. NFE (`evaluations` in the json) counts network calls per image, a
-guided call as two. The plot is of the Frechet distance. Scores on pixels are for small images and are not FID.
+guided call as two. The plot is of the Frechet distance; it needs matplotlib (pip install -e '.[plot]'). Scores on
+pixels are for small images and are not FID.
 """
 
 import functools
@@ -96,7 +97,9 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     }
     refuse_other_result(out, {"request": request}, values.overwrite)
     make_folder(out)
-    for line in [f"left out: {line}" for line in left_out] + [run.caveat for run in runs if run.caveat]:
+    without_plot = plot.missing()
+    caveats = [f"left out: {line}" for line in left_out] + [run.caveat for run in runs]
+    for line in filter(None, [*caveats, without_plot]):
         hosts.say(line)
     results: list[dict[str, Any]] = []
     for cells in groups:
@@ -119,8 +122,9 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         print_table(results)
         if caveat := pixels.caveat(values.num, len(reference[0][0]), reference[0][0]):
             print(caveat)
-        samples.write_png(out.with_suffix(".png"), picture(results))
-        print(f"wrote {out} and {out.with_suffix('.png')}")
+        if not without_plot:
+            samples.write_png(out.with_suffix(".png"), picture(results))
+        print(f"wrote {out}" + ("" if without_plot else f" and {out.with_suffix('.png')}"))
 
 
 def parse_samplers(texts: list[str], steps: list[Any]) -> list[tuple[str, list[int]]]:

@@ -6,6 +6,7 @@ name; the sizes of the names say which shape each array must have, and can be re
 tells apart axes of one size: "d2 d" is a square.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -180,6 +181,7 @@ def _first(name: str) -> int:
     return int(name.removeprefix(_base(name)) or 0)
 
 
+@functools.cache
 def _regex(template: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(template)))
 

@@ -10,7 +10,7 @@ import pytest
 from diffjax.__main__ import main
 from diffjax.commands import sweep
 from diffjax.commands.inspect import inspect
-from diffjax.evaluation import protocol
+from diffjax.evaluation import plot, protocol
 from diffjax.experiment import build
 from diffjax.runs import Run
 from diffjax.sampling import generate
@@ -129,7 +129,8 @@ def test_a_cell_is_what_sample_and_evaluate_give(runs, swept, tmp_path):
         assert value == pytest.approx(other, rel=1e-2)
 
 
-def test_several_runs_leave_out_what_is_not_defined(runs, capsys):
+def test_several_runs_leave_out_what_is_not_defined_and_are_not_drawn_without_matplotlib(runs, capsys, monkeypatch):
+    monkeypatch.setattr(plot, "missing", lambda: "a plot needs a package")
     folders = f"--workdir={runs / 'gaussian'},{runs / 'flow'}"
     out = runs / "both.json"
     flags = ("--sampler=ddpm:2,heun:2", "--num=8", "--reference=digits", f"--out={out}")
@@ -145,6 +146,8 @@ def test_several_runs_leave_out_what_is_not_defined(runs, capsys):
     for line in written["left_out"]:
         assert f"left out: {line}\n" in printed
     assert "a guided network call counts as two" in printed
+    assert "a plot needs a package\n" in printed
+    assert not out.with_suffix(".png").exists()
 
 
 def test_samplers_with_and_without_steps_of_their_own():
