@@ -132,13 +132,28 @@ def options(owner: Any) -> dict[str, Option]:
     """The options of a dataclass or function, by name and in order; fields without a Leaf annotation are left out."""
     if isinstance(own := getattr(owner, "options", None), dict):  # a record that says it itself
         return own
+    kind: Any = type(owner) if dataclasses.is_dataclass(owner) and not isinstance(owner, type) else owner
+    return dict(_annotated(kind))
+
+
+@functools.cache
+def _annotated(owner: Any) -> dict[str, Option]:
+    hints = type_hints(owner.func if isinstance(owner, functools.partial) else owner)
     found = {}
-    annotated = owner.func if isinstance(owner, functools.partial) else owner
-    hints = typing.get_type_hints(annotated, include_extras=True)
     for name, default in _defaults(owner).items():
         if name in hints and (leaf := _leaf(hints[name])) is not None:
             found[name] = Option(name, typing.get_args(hints[name])[0], default, leaf)
     return found
+
+
+def type_hints(owner: Any) -> Mapping[str, Any]:
+    """The annotations of a dataclass or function with their `Annotated` parts, evaluated once."""
+    return _type_hints(owner)
+
+
+@functools.cache
+def _type_hints(owner: Any) -> Mapping[str, Any]:
+    return types.MappingProxyType(typing.get_type_hints(owner, include_extras=True))
 
 
 def _defaults(owner: Any) -> dict[str, Any]:

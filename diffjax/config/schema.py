@@ -8,7 +8,6 @@ values, refusing those that nothing reads. docs/config.md is generated from here
 
 import dataclasses
 import difflib
-import typing
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeGuard
@@ -32,6 +31,7 @@ from diffjax.options import (
     check,
     one_of,
     options,
+    type_hints,
 )
 from diffjax.parallel.rules import STRATEGIES
 from diffjax.training.ema import Ema
@@ -211,7 +211,7 @@ def model_leaves(model: str) -> list[Spec]:
 def _of_section(section: type, prefix: str, when: tuple) -> Iterator[Spec]:
     """The leaves of a section, a dataclass, whose names begin with `prefix`."""
     own = options(section)
-    hints = typing.get_type_hints(section, include_extras=True)
+    hints = type_hints(section)
     for entry in dataclasses.fields(section):
         hint = hints[entry.name]
         if entry.name in own:
@@ -338,7 +338,7 @@ def is_read(spec: Spec, values: Mapping[str, Value]) -> bool:
 def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every section that a resolved config consists of, with the prefix of its leaves."""
     yield prefix, config
-    hints = typing.get_type_hints(type(config), include_extras=True)
+    hints = type_hints(type(config))
     for entry in dataclasses.fields(config):
         value, slot = getattr(config, entry.name), _slot(hints[entry.name])
         if not dataclasses.is_dataclass(value) or isinstance(value, Model):
@@ -352,7 +352,7 @@ def _sections(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _make(section: type, prefix: str, values: Mapping[str, Value], /, **given: Any) -> Any:
     """An instance of a section dataclass, of the leaves whose names begin with `prefix`."""
     own = options(section)
-    hints = typing.get_type_hints(section, include_extras=True)
+    hints = type_hints(section)
     for entry in dataclasses.fields(section):
         hint = hints[entry.name]
         if entry.name in given:
@@ -423,7 +423,7 @@ def _initials(name: str) -> str:
 def section_values(prefix: str, section: Any) -> dict[str, Value]:
     """The leaves by path of a section whose names begin with `prefix`; of options those that are given."""
     found: dict[str, Value] = {}
-    hints = typing.get_type_hints(type(section), include_extras=True)
+    hints = type_hints(type(section))
     for entry in dataclasses.fields(section):
         value, slot = getattr(section, entry.name), _slot(hints[entry.name])
         if dataclasses.is_dataclass(value):
