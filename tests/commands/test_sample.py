@@ -251,6 +251,7 @@ def sharded(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_parameters_are_sharded_as_the_run_says(sharded):
     eight, one = open_run(sharded), open_run(sharded, mesh=make_mesh({"data": 1}, jax.devices()[:1]))
     expected = jax.tree.map(lambda leaf: leaf.sharding, eight.experiment.abstract.params)
@@ -264,6 +265,7 @@ def test_parameters_are_sharded_as_the_run_says(sharded):
     np.testing.assert_allclose(images[0], images[1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_fit_is_said_and_the_images_are_the_same(sharded, tmp_path, monkeypatch, capsys):
     flags = (f"--workdir={sharded}", "--num=16", "--batch_size=16")
     eight = read_samples(sample(tmp_path / "8.npz", *flags))[0]
@@ -276,6 +278,7 @@ def test_a_mesh_that_does_not_fit_is_said_and_the_images_are_the_same(sharded, t
     assert np.abs(eight.astype(int) - whole.astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_moved_folder_of_images_goes_on(tmp_path, capsys):
     r = np.random.default_rng(0)
     for number in range(20):

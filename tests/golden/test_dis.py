@@ -119,6 +119,7 @@ def test_gradients(case):
         np.testing.assert_allclose(found[name], stored, rtol=0, atol=bound, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases("dis"))
 def test_the_gradient_of_every_parameter_has_the_stored_norm(case):
     assert case is not None, "no stored cases"

@@ -159,6 +159,7 @@ def test_bfloat16_returns_float32():
     assert 1e-4 < float(jnp.abs(half - full).max() / jnp.abs(full).max()) < 0.05
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_for_every_example_from_its_own_key():
     model, (x, t, y) = tiny(dropout=0.2), inputs()
     train = apply(model, train=True)

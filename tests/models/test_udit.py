@@ -246,20 +246,16 @@ def test_rematerialisation_changes_no_value():
         assert max(distance(a, b) for a, b in pairs if b.any()) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [
         {"similarity": "dot"},
-        *(
-            pytest.param(changed, marks=pytest.mark.slow)
-            for changed in [
-                {"positions": "none"},
-                {"down_shortcut": False},
-                {"logit_clamp": -1.0},
-                {"down_factor": (1, 2, 2, 2, 2)},
-                {"down_factor": (2, 2, 2, 2, 1)},
-            ]
-        ),
+        {"positions": "none"},
+        {"down_shortcut": False},
+        {"logit_clamp": -1.0},
+        {"down_factor": (1, 2, 2, 2, 2)},
+        {"down_factor": (2, 2, 2, 2, 1)},
     ],
     ids=str,
 )

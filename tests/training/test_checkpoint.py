@@ -92,7 +92,12 @@ def flip_bit(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+ONE_OF_A_KIND = ("truncated-state-arrays", "flipped-ema-index", "no-data", "empty")
+
+
+@pytest.mark.parametrize(
+    "damage", [pytest.param(name, marks=() if name in ONE_OF_A_KIND else pytest.mark.slow) for name in DAMAGES]
+)
 def test_damage_is_named_with_the_way_on(run, damaged, capsys, damage):
     DAMAGES[damage](damaged / "checkpoints/6")
     before = listing(damaged)

@@ -42,6 +42,9 @@ def load(recipe: str, *overrides: str):
     return load_config(f"{ROOT}/configs/{recipe}", list(overrides))
 
 
+RECIPES_OF_EMBEDDED_IMAGES = [n for n in RECIPES if n != "quickstart" and load(f"{n}.py").data.name in EMBEDDED]
+
+
 # What a recipe can be asked for besides.
 VARIANTS = {
     "quickstart": [
@@ -132,7 +135,8 @@ def test_recipes_describe_a_model_and_a_method(recipe, argument):
 @pytest.mark.parametrize(
     "recipe",
     [
-        *(f"{name}.py:runlocal" for name in RECIPES if load(f"{name}.py").data.name in EMBEDDED),
+        "quickstart.py:runlocal",
+        *(pytest.param(f"{name}.py:runlocal", marks=pytest.mark.slow) for name in RECIPES_OF_EMBEDDED_IMAGES),
         *(pytest.param(f"quickstart.py:model={name},runlocal", marks=pytest.mark.slow) for name in UNPREPARED[1:]),
     ],
 )

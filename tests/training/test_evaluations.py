@@ -151,6 +151,7 @@ def test_the_last_evaluation_of_a_finished_run_is_made_up_for(straight, copied, 
     assert capsys.readouterr().out == f"{copied} is finished: step 4 of 4\n"
 
 
+@pytest.mark.slow
 def test_a_trace_of_some_steps(tmp_path, capsys):
     # A program of its own: jax's tracer ended a process that had run hundreds of other programs before.
     traced, log = tmp_path / "traced", tmp_path / "log"

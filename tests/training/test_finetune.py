@@ -103,6 +103,7 @@ def test_another_label_table_and_image_size(converted, trained, tmp_path, capsys
     assert "  new: label_embed/embedding [6, 48]" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_null_class_is_one_more_row(tmp_path, capsys):
     plain = ("diffusion.label_drop=0", "sampling.guidance.scale=1")
     assert main(train_arguments(tmp_path / "plain", *plain, "total_steps=1")) == 0

@@ -45,6 +45,7 @@ def test_divergence_names_its_step_and_is_not_saved(tmp_path, every):
             assert_finite(tmp_path, kept)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_good_stays(tmp_path, monkeypatch):
     """Images that turn infinite after step 5, between the checkpoints 4 and 6."""
     draw = loop.pipeline.Batches.__next__
@@ -61,6 +62,7 @@ def test_a_checkpoint_that_was_good_stays(tmp_path, monkeypatch):
     assert_finite(tmp_path, 4)
 
 
+@pytest.mark.slow
 def test_parameters_that_overflow_under_a_finite_gradient_are_not_saved(tmp_path):
     options = ("optim.lr=3e38", "optim.warmup_steps=0", "total_steps=20", "checkpoint.every_steps=1")
     with pytest.raises(NonFiniteError, match="param_norm is (nan|inf) at step 1; no checkpoint was written"):

@@ -46,11 +46,14 @@ def cut():
     raise Cut
 
 
+ALL_RANDOM = ("optim.accumulate=2", "optim.clip=1.0", "data.flip=true", "diffusion.label_drop=0.5")
+
+
 @pytest.mark.parametrize(
     "model, options",
     [
         ("dit", ()),
-        ("dit", ("optim.accumulate=2", "optim.clip=1.0", "data.flip=true", "diffusion.label_drop=0.5")),
+        pytest.param("dit", ALL_RANDOM, marks=pytest.mark.slow),
         pytest.param("dis", ("model.drop_path=0.3", "optim.accumulate=2"), marks=pytest.mark.slow),
         pytest.param("udit", ("diffusion.label_drop=0.5",), marks=pytest.mark.slow),
         pytest.param("diffit", ("model.dropout=0.3", "data.augment=0.5"), marks=pytest.mark.slow),

@@ -46,6 +46,7 @@ def snapshot_hashes(workdir):
     return {step: tree_sha256(snapshots.restore_arrays("tracks", step)) for step in snapshots.steps()}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_has_the_power_emas_snapshots_and_averages_of_one_left_alone(
     straight, tmp_path, monkeypatch, capsys
 ):
