@@ -22,13 +22,10 @@ OWN_SHAPES = {
     "diffit-latent": ("model.width=64", "model.heads=4"),
     "digit": ("model.width=64", "model.heads=4"),
 }
-# A parameter, and its part on a device of the layouts that are tried: all with the smallest two, else all axes at once.
+# A parameter, and its part on a device of the layouts that are tried: all with the smallest, else all axes at once.
 SHARDED = {
     "dit": (("blocks", "mlp", "fc1", "kernel"), {"dp8": (64, 256), "fsdp8": (8, 256), "2x2x2": (32, 128)}),
-    "dis": (
-        ("out_blocks", "mixer", "out_proj", "kernel"),
-        {"dp8": (128, 64), "fsdp8": (16, 64), "2x2x2": (64, 32)},
-    ),
+    "dis": (("out_blocks", "mixer", "out_proj", "kernel"), {"2x2x2": (64, 32)}),
     "udit": (("latent", "mlp", "in_1", "kernel"), {"2x2x2": (64, 128)}),
     "diffit": (("encoder_1_1", "block", "attention", "relative_bias"), {"2x2x2": (2,)}),
     "diffit-latent": (("blocks", "attention", "relative_bias"), {"2x2x2": (49, 2)}),

@@ -1,7 +1,6 @@
 """Exact resume: a run that was stopped, cut or killed ends with the same bits as one that was left alone."""
 
 import contextlib
-import functools
 import os
 import random
 import signal
@@ -50,29 +49,11 @@ ALL_RANDOM = ("optim.accumulate=2", "optim.clip=1.0", "data.flip=true", "diffusi
 
 
 @pytest.mark.parametrize(
-    "model, options",
-    [
-        ("dit", ()),
-        pytest.param("dit", ALL_RANDOM, marks=pytest.mark.slow),
-        pytest.param("dis", ("model.drop_path=0.3", "optim.accumulate=2"), marks=pytest.mark.slow),
-        pytest.param("udit", ("diffusion.label_drop=0.5",), marks=pytest.mark.slow),
-        pytest.param("diffit", ("model.dropout=0.3", "data.augment=0.5"), marks=pytest.mark.slow),
-        pytest.param("diffit-latent", (), marks=pytest.mark.slow),
-        pytest.param("digit", ("tokens.label_drop=0.5",), marks=pytest.mark.slow),
-    ],
-    ids=[
-        "dit",
-        "dit-accumulate-flip-label-drop",
-        "dis-drop-path-accumulate",
-        "udit-label-drop-per-level",
-        "diffit-dropout-augment",
-        "diffit-latent",
-        "digit-dropout-label-drop",
-    ],
+    "options", [(), pytest.param(ALL_RANDOM, marks=pytest.mark.slow)], ids=["plain", "accumulate-flip-label-drop"]
 )
-def test_a_stopped_or_cut_run_ends_as_one_left_alone(tmp_path, monkeypatch, capsys, model, options):
-    assert main(train_arguments(tmp_path / "straight", *RUN, *options, model=model)) == 0
-    again = train_arguments(tmp_path / "again", *RUN, *options, model=model)
+def test_a_stopped_or_cut_run_ends_as_one_left_alone(tmp_path, monkeypatch, capsys, options):
+    assert main(train_arguments(tmp_path / "straight", *RUN, *options)) == 0
+    again = train_arguments(tmp_path / "again", *RUN, *options)
     with monkeypatch.context() as patched:
         at_batch(patched, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert main(again) == 143
@@ -80,15 +61,39 @@ def test_a_stopped_or_cut_run_ends_as_one_left_alone(tmp_path, monkeypatch, caps
         "diffjax: SIGTERM: checkpoint written, stopped at step 3; the same command resumes\n"
     )
     assert complete_steps(tmp_path / "again") == [3]
+    ends_as_the_straight_run_after_a_cut(tmp_path, monkeypatch, again, complete=[3, 4])
+    assert "resuming at step 4" in capsys.readouterr().out
+
+
+OWN_RANDOM = {
+    "dis": ("model.drop_path=0.3", "optim.accumulate=2"),
+    "udit": ("diffusion.label_drop=0.5",),  # per level
+    "diffit": ("model.dropout=0.3", "data.augment=0.5"),
+    "diffit-latent": (),
+    "digit": ("tokens.label_drop=0.5",),  # and dropout
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", OWN_RANDOM)
+def test_what_a_backbone_draws_is_drawn_again_after_a_cut(tmp_path, monkeypatch, model):
+    straight, again = (
+        train_arguments(tmp_path / name, *RUN, *OWN_RANDOM[model], model=model) for name in ("straight", "again")
+    )
+    assert main(straight) == 0
+    ends_as_the_straight_run_after_a_cut(tmp_path, monkeypatch, again, complete=[4])
+
+
+def ends_as_the_straight_run_after_a_cut(folder, monkeypatch, again, complete):
+    """The run `again` is cut at step 6, when it has the checkpoints `complete`, and resumed."""
     with monkeypatch.context() as patched:
         at_batch(patched, 6, cut)
         with pytest.raises(Cut):
             main(again)
-    assert complete_steps(tmp_path / "again") == [3, 4]
+    assert complete_steps(folder / "again") == complete
     assert main(again) == 0
-    assert "resuming at step 4" in capsys.readouterr().out
-    assert final_hashes(tmp_path / "again") == final_hashes(tmp_path / "straight")
-    assert len(set(final_hashes(tmp_path / "again").values())) == 3
+    assert final_hashes(folder / "again") == final_hashes(folder / "straight")
+    assert len(set(final_hashes(folder / "again").values())) == 3
 
 
 def test_a_run_stopped_before_its_first_step_goes_on(tmp_path, monkeypatch, capsys):
@@ -157,16 +162,11 @@ LONG = ("model.width=96", "total_steps=160", "checkpoint.every_steps=4", "log.ev
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """model -> hashes of the run never interrupted, read in worker processes or not."""
-
-    @functools.cache
-    def hashes(model):
-        workdir = tmp_path_factory.mktemp(f"straight-{model}")
-        process = start(train_arguments(workdir, *LONG, model=model), workdir.with_suffix(".log"))
-        assert process.wait(240) == 0
-        return final_hashes(workdir, 160)
-
-    return hashes
+    """Hashes of the run never interrupted, read in worker processes or not."""
+    workdir = tmp_path_factory.mktemp("straight")
+    process = start(train_arguments(workdir, *LONG), workdir.with_suffix(".log"))
+    assert process.wait(240) == 0
+    return final_hashes(workdir, 160)
 
 
 def saves_under_way(workdir):
@@ -194,10 +194,10 @@ def nobody_left(pid, seconds=10):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model, workers", [("dit", 0), ("dit", 2), ("dis", 0)])
-def test_killed_at_any_moment(tmp_path, straight, model, workers):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_any_moment(tmp_path, straight, workers):
     workdir, log, moments = tmp_path / "run", tmp_path / "log", random.Random(workers)
-    arguments = train_arguments(workdir, *LONG, f"data.workers={workers}", model=model)
+    arguments = train_arguments(workdir, *LONG, f"data.workers={workers}")
     kills = hits = most_workers = 0
     for number in range(6):
         before = max(complete_steps(workdir), default=0)
@@ -218,9 +218,9 @@ def test_killed_at_any_moment(tmp_path, straight, model, workers):
         assert nobody_left(process.pid), "workers outlive a killed program"
     assert most_workers >= workers
     assert start(arguments, log).wait(240) == 0
-    assert final_hashes(workdir, 160) == straight(model)
+    assert final_hashes(workdir, 160) == straight
     assert not saves_under_way(workdir)
-    print(f"{model}, workers {workers}: {kills} kills, {hits} during a save")
+    print(f"workers {workers}: {kills} kills, {hits} during a save")
     assert hits >= 2
 
 
@@ -242,4 +242,4 @@ def test_asked_to_stop(tmp_path, straight, name, workers):
         assert nobody_left(process.pid), "workers outlive the program"
     assert step > 4
     assert start(arguments, log).wait(240) == 0
-    assert final_hashes(workdir, 160) == straight("dit")
+    assert final_hashes(workdir, 160) == straight
