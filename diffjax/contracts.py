@@ -167,13 +167,14 @@ class Sampler(NamedTuple):
     """A sampler of a method.
 
     Attributes:
-        sample: (apply, params, plan, conditions [b, ...], keys [b], guide=None) -> x as in `Batch`; every example a
+        sample: (apply, params, schedule, conditions [b, ...], keys [b], guide=None) -> x as in `Batch`; every example a
             function of its own condition and key. guide(x, t, conditions): a worse denoiser, for autoguidance.
-        plan: numbers that `sample` needs, a tree; an argument of the compiled program.
+        schedule: what `sample` needs besides, a tree of arrays and an argument of the compiled program: a sampler
+            schedule, or the sampling parameters of tokens.
     """
 
     sample: Callable[..., Array]
-    plan: Tree
+    schedule: Tree
 
 
 class MakeSampler(Protocol):
@@ -181,7 +182,7 @@ class MakeSampler(Protocol):
         """The sampler of the method's sampling options; UserError for contradictory ones.
 
         autoguided: the guidance scale is the weight of a guide that `sample` is given, not of the null condition.
-        max_steps: room in the plan, so that samplers of fewer steps share a compilation; for methods that have steps.
+        max_steps: room in the schedule, so that samplers of fewer steps share a compilation; of methods with steps.
         """
 
 

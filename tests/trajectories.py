@@ -50,11 +50,11 @@ def exact(process: Process, mean: float, std: float, time: Callable = lambda tol
 
 
 def states(
-    plan: samplers.SamplerSchedule, denoise: samplers.Denoise, x: Any, noise: samplers.Noise = jnp.float32
+    schedule: samplers.SamplerSchedule, denoise: samplers.Denoise, x: Any, noise: samplers.Noise = jnp.float32
 ) -> np.ndarray:
     """The state before each call of the network, and the result: [rows + 1, b, ..., c]."""
-    run = jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, noise))
-    return np.stack([run(replace(plan, nfe=np.int32(i)), x) for i in range(int(plan.nfe) + 1)])
+    run = jax.jit(lambda schedule, x: samplers.sample(schedule, denoise, x, noise))
+    return np.stack([run(replace(schedule, nfe=np.int32(i)), x) for i in range(int(schedule.nfe) + 1)])
 
 
 def schedule_at(process: Process, solver: str, t: np.ndarray, **options: Any) -> samplers.SamplerSchedule:

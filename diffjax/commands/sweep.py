@@ -86,7 +86,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     reference = reference_set(values.reference)
     runs = [open_run(folder) for folder in dict.fromkeys(values.workdir)]
     check_pictures(runs, values.reference, reference[0])
-    groups, left_out = plan_cells(runs, wanted, weights)
+    groups, left_out = cells_of_grid(runs, wanted, weights)
     request = {
         "weights_sha256": [run.origin["sha256"] for run in runs],
         "samplers": dict(wanted),
@@ -169,7 +169,7 @@ def check_pictures(runs: list[Run], name: str, train: pixels.Labelled) -> None:
             )
 
 
-def plan_cells(
+def cells_of_grid(
     runs: list[Run], wanted: list[tuple[str, list[int]]], weights: list[float]
 ) -> tuple[list[list[Cell]], list[str]]:
     """The cells in groups that share a compilation (run, sampler, with or without guidance), and what is left out.
@@ -207,7 +207,7 @@ def compile_group(cells: list[Cell], seed: int, labels: np.ndarray) -> functools
     first, experiment = cells[0], cells[0].run.experiment
     hosts.say(f"compiling sampler {first.sampling.sampler} for {first.folder} (once for all its cells)")
     compiled = generate.compile_sampler(first.sampler, experiment.model, experiment.mesh, seed)
-    short = functools.partial(compiled, plan=replace(first.sampler.plan, nfe=np.int32(1)))
+    short = functools.partial(compiled, schedule=replace(first.sampler.schedule, nfe=np.int32(1)))
     numbers = np.arange(len(labels))
     list(generate.generate(short, first.run.params, labels, numbers, experiment.mesh, len(labels)))
     return compiled
@@ -216,7 +216,7 @@ def compile_group(cells: list[Cell], seed: int, labels: np.ndarray) -> functools
 def drawn(cell: Cell, compiled: functools.partial, labels: np.ndarray, batch_size: int) -> tuple[np.ndarray, float]:
     """Images uint8 [n, h, w, c] of a cell and the seconds for all of them. FloatingPointError if one is not finite."""
     started = time.perf_counter()
-    sampler = functools.partial(compiled, plan=cell.sampler.plan)
+    sampler = functools.partial(compiled, schedule=cell.sampler.schedule)
     numbers, rows, mesh = np.arange(len(labels)), min(batch_size, len(labels)), cell.run.experiment.mesh
     batches = generate.generate_everywhere(sampler, cell.run.params, labels, numbers, mesh, rows)
     values = np.concatenate(list(batches))
@@ -243,7 +243,7 @@ def row_of(
         "run": cell.folder,
         "sampler": sampling.sampler,
         "steps": sampling.steps,
-        "evaluations": nfe(cell.sampler.plan),
+        "evaluations": nfe(cell.sampler.schedule),
         "guidance": sampling.guidance.scale,
         "seconds_per_image": seconds / len(images),
         **result_of(

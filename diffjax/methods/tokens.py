@@ -208,14 +208,14 @@ def sample_function(data: DataSpec, second: bool, model: Any, given: Decoding, s
     def sample(
         apply: Apply,
         params: Tree,
-        plan: decoding.SamplingParams,
+        sampling: decoding.SamplingParams,
         conditions: jax.Array,
         keys: jax.Array,
         guide: None = None,
     ) -> jax.Array:
         y, source = (None, conditions) if second else (conditions if num_classes else None, None)
         draw = in_order if model.causal else in_rounds
-        return draw(apply, params, y, source, keys, plan)
+        return draw(apply, params, y, source, keys, sampling)
 
     return sample
 

@@ -31,8 +31,8 @@ def compile_sampler(
 
     `params` are those of `model`, sharded or not. With `fused` they are fused on the way, once per batch, where the
     model can be. decode: makes pictures float32 [b, h, w, c] of what is drawn. A guide (model, params) is the worse
-    network of autoguidance. The result takes `plan=` in place of the sampler's own, and another `seed=`; plans of equal
-    shapes, and all seeds, share one compilation.
+    network of autoguidance. The result takes `schedule=` in place of the sampler's own, and another `seed=`; schedules
+    of equal shapes, and all seeds, share one compilation.
     """
     worse: Any = guide[0] if guide else None
 
@@ -44,7 +44,7 @@ def compile_sampler(
         params: Tree,
         indices: jax.Array,
         conditions: jax.Array,
-        plan: Tree,
+        schedule: Tree,
         decode: Tree,
         seed: jax.Array,
         guide_params: Tree,
@@ -55,12 +55,12 @@ def compile_sampler(
             apply_worse, weights = bound(worse, guide_params)
             denoise_worse = functools.partial(apply_worse, weights)
         apply, weights = bound(model, params)
-        x = sampler.sample(apply, weights, plan, conditions, keys, denoise_worse)
+        x = sampler.sample(apply, weights, schedule, conditions, keys, denoise_worse)
         return x if decode is None else decode(x)
 
     jitted = jax.jit(on_mesh(sample, mesh), out_shardings=batch_sharding(mesh))
     return functools.partial(
-        jitted, plan=sampler.plan, decode=decode, seed=np.uint32(seed), guide_params=guide[1] if guide else None
+        jitted, schedule=sampler.schedule, decode=decode, seed=np.uint32(seed), guide_params=guide[1] if guide else None
     )
 
 

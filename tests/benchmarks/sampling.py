@@ -52,20 +52,20 @@ def main() -> None:
     jax.block_until_ready(forward(params, x, t, y))
 
     @jax.jit
-    def trajectory(params: Any, plan: samplers.SamplerSchedule) -> jax.Array:
+    def trajectory(params: Any, schedule: samplers.SamplerSchedule) -> jax.Array:
         start, noise = samplers.initial_noise(keys, SHAPE), samplers.step_noise(keys, SHAPE)
-        return samplers.sample(plan, lambda x, t, weight: apply(params, x, t, y), start, noise)
+        return samplers.sample(schedule, lambda x, t, weight: apply(params, x, t, y), start, noise)
 
     print(f"{'process':<13}{'sampler':<16}{'calls':>6}{'seconds':>9}  over calls x forward")
     for process, sampler in CASES:
         two = sampler in ("edm", "heun", "sde_heun")
-        plan = samplers.schedule(diffusion.create_process(process), sampler, arguments.calls // (2 if two else 1))
-        calls = int(plan.nfe)
-        jax.block_until_ready(trajectory(params, plan))
+        schedule = samplers.schedule(diffusion.create_process(process), sampler, arguments.calls // (2 if two else 1))
+        calls = int(schedule.nfe)
+        jax.block_until_ready(trajectory(params, schedule))
         ratios, times = [], []
         for _ in range(arguments.turns):
             bare = seconds(lambda: [forward(params, x, t, y) for _ in range(calls)])  # noqa: B023
-            times.append(seconds(lambda: trajectory(params, plan)))  # noqa: B023
+            times.append(seconds(lambda: trajectory(params, schedule)))  # noqa: B023
             ratios.append(times[-1] / bare)
         print(f"{process:<13}{sampler:<16}{calls:>6}{np.median(times):>9.2f}  {np.median(ratios):.3f}", flush=True)
 

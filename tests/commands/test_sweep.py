@@ -66,9 +66,9 @@ def test_one_compilation_for_each_sampler(swept):
 
 
 def test_cells_that_share_a_compilation():
-    """Those of one run and sampler, with guidance or without; their plans have equal shapes."""
+    """Those of one run and sampler, with guidance or without; their schedules have equal shapes."""
     run = Run(build(tiny_config()), None, {"workdir": "a"})
-    groups, left_out = sweep.plan_cells([run], [("ddim", [2, 4]), ("edm", [3])], [1.0, 2.0, 3.0])
+    groups, left_out = sweep.cells_of_grid([run], [("ddim", [2, 4]), ("edm", [3])], [1.0, 2.0, 3.0])
     assert left_out == []
     found = [[(c.sampling.sampler, c.sampling.steps, c.sampling.guidance.scale) for c in g] for g in groups]
     assert found == [
@@ -78,8 +78,8 @@ def test_cells_that_share_a_compilation():
         [("edm", 3, 2.0), ("edm", 3, 3.0)],
     ]
     for cells in groups:
-        assert len({str(jax.tree.map(np.shape, cell.sampler.plan)) for cell in cells}) == 1
-    assert [sweep.nfe(cells[0].sampler.plan) for cells in groups] == [2, 4, 5, 10]
+        assert len({str(jax.tree.map(np.shape, cell.sampler.schedule)) for cell in cells}) == 1
+    assert [sweep.nfe(cells[0].sampler.schedule) for cells in groups] == [2, 4, 5, 10]
 
 
 def test_weights_that_have_no_meaning_are_dropped_and_a_clip_is_kept():
@@ -91,8 +91,8 @@ def test_weights_that_have_no_meaning_are_dropped_and_a_clip_is_kept():
     assert (heun.clip, heun.options) == (True, {})
     assert heun.guidance == dataclasses.replace(own.guidance, scale=2.0)
     assert (unguided.clip, unguided.guidance.schedule, unguided.guidance.options) == (True, "constant", {})
-    groups, _ = sweep.plan_cells([Run(build(config), None, {"workdir": "a"})], [("edm", [8])], [2.0])
-    assert 15 < sweep.nfe(groups[0][0].sampler.plan) < 30
+    groups, _ = sweep.cells_of_grid([Run(build(config), None, {"workdir": "a"})], [("edm", [8])], [2.0])
+    assert 15 < sweep.nfe(groups[0][0].sampler.schedule) < 30
     assert (own.sampler, own.options["eta"], own.guidance.schedule) == ("ddim", 1.0, "interval")
 
 

@@ -48,8 +48,8 @@ def test_a_guided_denoiser_drives_a_sampler():
     """Guidance on a model that ignores labels changes nothing."""
     blind = lambda x, t, y: labelled(x, t, jnp.zeros_like(y))  # noqa: E731
     denoise = guidance.classifier_free(blind, LABELS, NULL)
-    plans = [samplers.schedule(gaussian_diffusion(), "ddim", 5, weight=weight) for weight in (1.0, 4.0)]
-    plain, guided = (samplers.sample(plan, denoise, X, jnp.zeros_like) for plan in plans)
+    schedules = [samplers.schedule(gaussian_diffusion(), "ddim", 5, weight=weight) for weight in (1.0, 4.0)]
+    plain, guided = (samplers.sample(schedule, denoise, X, jnp.zeros_like) for schedule in schedules)
     np.testing.assert_allclose(guided, plain, atol=1e-5)
 
 
@@ -80,19 +80,19 @@ def executed(skip: bool, calls: str, weight) -> tuple[np.ndarray, list[int], sam
         return jnp.tanh(x) + 0.1 * jnp.sin(t + y)[:, None, None, None]
 
     denoise = guidance.classifier_free(network, LABELS, NULL, calls=calls, skip=skip)
-    plan = samplers.schedule(trajectories.edm(), "edm", 12, weight=weight)
-    run = jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, jnp.zeros_like))
-    sample = np.asarray(run(plan, X))
+    schedule = samplers.schedule(trajectories.edm(), "edm", 12, weight=weight)
+    run = jax.jit(lambda schedule, x: samplers.sample(schedule, denoise, x, jnp.zeros_like))
+    sample = np.asarray(run(schedule, X))
     jax.effects_barrier()
-    return sample, sizes, plan
+    return sample, sizes, schedule
 
 
 @pytest.mark.parametrize("calls", ["one", "two"])
 def test_outside_an_interval_the_unconditional_call_is_skipped(calls):
     """By the calls that a compiled loop makes, and without a change to the samples."""
-    everywhere, all_sizes, plan = executed(False, calls, INTERVAL)
+    everywhere, all_sizes, schedule = executed(False, calls, INTERVAL)
     skipped, sizes, _ = executed(True, calls, INTERVAL)
-    total, guided = int(plan.nfe), int((plan.table.weight[: plan.nfe] != 1).sum())
+    total, guided = int(schedule.nfe), int((schedule.table.weight[: schedule.nfe] != 1).sum())
     assert 0 < guided < total
     per_call = {"one": [4], "two": [2, 2]}[calls]
     assert sorted(all_sizes) == sorted(per_call * total)
@@ -103,8 +103,8 @@ def test_outside_an_interval_the_unconditional_call_is_skipped(calls):
 
 
 def test_the_weight_of_a_step_holds_for_both_of_its_calls():
-    _, _, plan = executed(True, "one", INTERVAL)
-    weights = plan.table.weight[: plan.nfe]
+    _, _, schedule = executed(True, "one", INTERVAL)
+    weights = schedule.table.weight[: schedule.nfe]
     np.testing.assert_array_equal(weights[0:-1:2], weights[1::2])
 
 
@@ -125,8 +125,10 @@ def test_an_interval_without_an_end_has_none():
 def test_power_cosine_rises_from_noise_to_data():
     weights = guidance.power_cosine(np.array([1.0, 0.5, 0.0]), 4.0, 1.0)
     np.testing.assert_allclose(weights, [1.0, 2.5, 4.0])
-    plan = samplers.schedule(gaussian_diffusion(), "ddim", 10, weight=guidance.weights("power_cosine", 4.0, power=1.0))
-    assert (np.diff(plan.table.weight) > 0).all()
+    schedule = samplers.schedule(
+        gaussian_diffusion(), "ddim", 10, weight=guidance.weights("power_cosine", 4.0, power=1.0)
+    )
+    assert (np.diff(schedule.table.weight) > 0).all()
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,9 @@ def assert_moments(samples: jax.Array, mean: float, std: float) -> None:
 
 
 def planned(process: GaussianDiffusion, sampler: str, steps: int, denoise: samplers.Denoise, x, noise=None, **options):
-    """Samples of a plan, compiled."""
-    plan = samplers.schedule(process, sampler, steps, **options)
-    return jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, noise or jnp.zeros_like))(plan, x)
+    """Samples of a schedule, compiled."""
+    schedule = samplers.schedule(process, sampler, steps, **options)
+    return jax.jit(lambda schedule, x: samplers.sample(schedule, denoise, x, noise or jnp.zeros_like))(schedule, x)
 
 
 def test_ddpm_reaches_the_data_distribution():
@@ -114,7 +114,7 @@ LINEAR = trajectories.make(paths.linear, paths.predicts_velocity, (0.0, 1.0))
 EDM = trajectories.edm(span=(80.0, 0.002))
 CENTRE = np.array([0.4, -0.2])
 ROOT = np.array([[0.5, 0.0], [0.3, 0.2]])  # of the covariance
-PLANS = {
+SCHEDULES = {
     "ddpm": (DISCRETE, 1000, {}),
     "ddim": (DISCRETE, 250, {}),
     "ddim-eta": (LINEAR, 400, {"eta": 1.0}),
@@ -133,8 +133,10 @@ PLANS = {
 }
 
 
-def named_plan(name: str, steps: int | None = None, **others) -> samplers.SamplerSchedule | samplers.AdaptiveSchedule:
-    process, default, options = PLANS[name]
+def named_schedule(
+    name: str, steps: int | None = None, **others
+) -> samplers.SamplerSchedule | samplers.AdaptiveSchedule:
+    process, default, options = SCHEDULES[name]
     steps = 0 if name == "dopri5" else steps or default
     return samplers.schedule(process, name.split("-")[0], steps, **(options | others))
 
@@ -164,16 +166,16 @@ def correlated(process) -> samplers.Denoise:
     return denoise
 
 
-def drawn(name: str, plan: samplers.SamplerSchedule | samplers.AdaptiveSchedule, keys: jax.Array) -> jax.Array:
+def drawn(name: str, schedule: samplers.SamplerSchedule | samplers.AdaptiveSchedule, keys: jax.Array) -> jax.Array:
     x, noise = samplers.initial_noise(keys, SHAPE), samplers.step_noise(keys, SHAPE)
-    return samplers.sample(plan, correlated(PLANS[name][0]), x, noise)
+    return samplers.sample(schedule, correlated(SCHEDULES[name][0]), x, noise)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_every_sampler_reaches_mean_and_covariance(name):
     """Within four standard errors of 4096 samples, plus 2% for the finite steps."""
     count = 4096
-    samples = np.asarray(jax.jit(partial(drawn, name))(named_plan(name), keys(count, 3)))[:, 0, 0]
+    samples = np.asarray(jax.jit(partial(drawn, name))(named_schedule(name), keys(count, 3)))[:, 0, 0]
     covariance = ROOT @ ROOT.T
     variances = np.diag(covariance)
     np.testing.assert_array_less(np.abs(samples.mean(axis=0) - CENTRE), (4 / count**0.5 + 0.02) * np.sqrt(variances))
@@ -185,34 +187,34 @@ def test_every_sampler_reaches_mean_and_covariance(name):
 FEW = {"ddpm": (7, 10), "ddim": (5, 10), "ddim-eta": (6, 9)}
 
 
-@pytest.mark.parametrize("name", [name for name in PLANS if name != "dopri5"])
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "dopri5"])
 def test_one_compilation_whatever_the_steps_the_weight_and_the_seed(name):
     """And nothing passes between host and device within a trajectory."""
     run = jax.jit(partial(drawn, name))
     few, most = FEW.get(name, (4, 9))
     results = []
     for steps, weight, seed in ((most, 1.0, 0), (few, 2.5, 0), (few, 1.0, 1)):
-        arguments = jax.device_put((named_plan(name, steps, max_steps=most, weight=weight), keys(2, seed)))
+        arguments = jax.device_put((named_schedule(name, steps, max_steps=most, weight=weight), keys(2, seed)))
         with jax.transfer_guard("disallow"):
             results.append(run(*arguments))
     assert run._cache_size() == 1
     assert len({float(result.sum()) for result in results}) == 3
-    unpadded = jax.jit(partial(drawn, name))(named_plan(name, few), keys(2, 1))
+    unpadded = jax.jit(partial(drawn, name))(named_schedule(name, few), keys(2, 1))
     np.testing.assert_allclose(results[-1], unpadded, rtol=1e-5, atol=1e-6)
 
 
 def test_adaptive_sampler_compiles_once_for_all_tolerances_and_seeds():
     run = jax.jit(partial(drawn, "dopri5"))
     for rtol, weight, seed in ((1e-3, 1.0, 0), (1e-4, 1.0, 0), (1e-4, 3.0, 1)):
-        arguments = jax.device_put((named_plan("dopri5", rtol=rtol, weight=weight), keys(2, seed)))
+        arguments = jax.device_put((named_schedule("dopri5", rtol=rtol, weight=weight), keys(2, seed)))
         with jax.transfer_guard("disallow"):
             run(*arguments)
     assert run._cache_size() == 1
 
 
 def test_samplers_with_equal_room_share_a_compilation():
-    def drawn_from(plan, keys):
-        return samplers.sample(plan, correlated(LINEAR), samplers.initial_noise(keys, SHAPE), lambda i: None)
+    def drawn_from(schedule, keys):
+        return samplers.sample(schedule, correlated(LINEAR), samplers.initial_noise(keys, SHAPE), lambda i: None)
 
     run = jax.jit(drawn_from)
     for sampler, room in (("ddim", 32), ("dpmpp_2m", 32), ("euler", 32), ("heun", 16)):
@@ -222,13 +224,13 @@ def test_samplers_with_equal_room_share_a_compilation():
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim-eta", "edm-churn", "euler_maruyama", "sde_heun", "dopri5"])
 def test_a_planned_sample_depends_on_its_own_key_alone(name):
-    run, plan = jax.jit(partial(drawn, name)), named_plan(name, 9 if name != "ddpm" else 10)
-    together = run(plan, keys(6))
-    np.testing.assert_allclose(run(plan, keys(6)[2:4]), together[2:4], rtol=1e-5, atol=1e-6)
+    run, schedule = jax.jit(partial(drawn, name)), named_schedule(name, 9 if name != "ddpm" else 10)
+    together = run(schedule, keys(6))
+    np.testing.assert_allclose(run(schedule, keys(6)[2:4]), together[2:4], rtol=1e-5, atol=1e-6)
     assert len(np.unique(together)) == together.size
 
 
-def calls_of(plan: samplers.SamplerSchedule | samplers.AdaptiveSchedule, process) -> int:
+def calls_of(schedule: samplers.SamplerSchedule | samplers.AdaptiveSchedule, process) -> int:
     """How often the compiled sampler really calls the network."""
     counted = []
 
@@ -236,15 +238,15 @@ def calls_of(plan: samplers.SamplerSchedule | samplers.AdaptiveSchedule, process
         jax.debug.callback(lambda t: counted.append(t), t[0])
         return trajectories.exact(process, 0.0, 1.0)(x, t) if process is not DISCRETE else x
 
-    run = jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, jnp.zeros_like))
-    jax.block_until_ready(run(plan, jnp.ones((1, *SHAPE))))
+    run = jax.jit(lambda schedule, x: samplers.sample(schedule, denoise, x, jnp.zeros_like))
+    jax.block_until_ready(run(schedule, jnp.ones((1, *SHAPE))))
     jax.effects_barrier()
     return len(counted)
 
 
-@pytest.mark.parametrize("name", [name for name in PLANS if "eta" not in name and "churn" not in name])
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if "eta" not in name and "churn" not in name])
 def test_the_network_is_called_as_often_as_the_nfe_says(name):
-    process = PLANS[name][0]
+    process = SCHEDULES[name][0]
     if process is EDM:
         process = trajectories.make(paths.sigma_as_time, paths.predicts_x0, (80.0, 0.002))
     sampler, steps = name.split("-")[0], 10
@@ -252,12 +254,12 @@ def test_the_network_is_called_as_often_as_the_nfe_says(name):
         assert calls_of(samplers.schedule(process, sampler), process) > 7
         assert sampler not in samplers.known_steps()
         return
-    plan = samplers.schedule(process, sampler, steps, max_steps=20)
+    schedule = samplers.schedule(process, sampler, steps, max_steps=20)
     left_out = name == "heun-edm"  # the last look ahead, at no noise
-    assert calls_of(plan, process) == int(plan.nfe) == samplers.SAMPLERS[sampler].nfe(steps) - left_out
+    assert calls_of(schedule, process) == int(schedule.nfe) == samplers.SAMPLERS[sampler].nfe(steps) - left_out
 
 
-def test_plans_of_a_discrete_process_are_its_steps():
+def test_schedules_of_a_discrete_process_are_its_steps():
     """Learned variance, a clip and eta included; the noise of row i is that of the step k = K - 1 - i."""
     full, ten = gaussian_diffusion(), gaussian_diffusion(respacing="10")
     x, noise = samplers.initial_noise(keys(3), SHAPE), samplers.step_noise(keys(3), SHAPE)
@@ -266,16 +268,18 @@ def test_plans_of_a_discrete_process_are_its_steps():
     options = {"ddpm": {}, "ddim": {"eta": 0.6, "spacing": "even"}}
     for sampler, clip in itertools.product(steps, (False, True)):
         expected = single_steps.loop(ten, steps[sampler], wide, x, noise, clip)
-        plan = samplers.schedule(full, sampler, 10, **options[sampler])
-        actual = jax.jit(lambda plan, x, clip=clip: samplers.sample(plan, wide, x, noise, clip))(plan, x)
+        schedule = samplers.schedule(full, sampler, 10, **options[sampler])
+        actual = jax.jit(lambda schedule, x, clip=clip: samplers.sample(schedule, wide, x, noise, clip))(schedule, x)
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "edm-discrete", "dpmpp_2m-discrete"])
 def test_clipping_a_plan_keeps_samples_in_range(name):
-    plan = named_plan(name, 10)
+    schedule = named_schedule(name, 10)
     wild = lambda x, t, weight: -2.0 * x  # noqa: E731
-    free, clipped = (samplers.sample(plan, wild, jnp.ones((1, *SHAPE)), jnp.zeros_like, clip) for clip in (False, True))
+    free, clipped = (
+        samplers.sample(schedule, wild, jnp.ones((1, *SHAPE)), jnp.zeros_like, clip) for clip in (False, True)
+    )
     assert float(jnp.abs(free).max()) > 1.0
     assert float(jnp.abs(clipped).max()) <= 1.0 + 1e-6
 
@@ -283,38 +287,42 @@ def test_clipping_a_plan_keeps_samples_in_range(name):
 @pytest.mark.parametrize("name", ["euler", "heun", "euler_maruyama", "sde_heun"])
 def test_a_clip_acts_on_the_flow(name):
     """At the end of a path, where x is the data and says nothing of the noise, too."""
-    plan = named_plan(name, 4)
+    schedule = named_schedule(name, 4)
     wild = lambda x, t, weight: 20.0 * x  # noqa: E731
-    free, clipped = (samplers.sample(plan, wild, jnp.ones((1, *SHAPE)), jnp.zeros_like, clip) for clip in (False, True))
+    free, clipped = (
+        samplers.sample(schedule, wild, jnp.ones((1, *SHAPE)), jnp.zeros_like, clip) for clip in (False, True)
+    )
     assert np.isfinite(clipped).all()
     assert float(jnp.abs(clipped).max()) < 0.1 * float(jnp.abs(free).max())
 
 
 def test_a_clip_of_an_adaptive_sampler_is_refused():
     with pytest.raises(UserError, match="valid: ddpm, ddim, edm, dpmpp_2m, euler"):
-        samplers.sample(named_plan("dopri5"), correlated(LINEAR), jnp.ones((1, *SHAPE)), jnp.zeros_like, clip=True)
+        samplers.sample(named_schedule("dopri5"), correlated(LINEAR), jnp.ones((1, *SHAPE)), jnp.zeros_like, clip=True)
 
 
 def test_a_network_in_low_precision_leaves_the_state_as_it_is():
-    plan = named_plan("heun", 4)
-    sample = samplers.sample(plan, lambda x, t, weight: x.astype(jnp.bfloat16), jnp.ones((1, *SHAPE)), jnp.zeros_like)
+    schedule = named_schedule("heun", 4)
+    sample = samplers.sample(
+        schedule, lambda x, t, weight: x.astype(jnp.bfloat16), jnp.ones((1, *SHAPE)), jnp.zeros_like
+    )
     assert sample.dtype == jnp.float32
 
 
 def test_output_channels_must_fit():
-    plan, x = samplers.schedule(gaussian_diffusion(), "ddpm", 5), jnp.ones((1, *SHAPE))
+    schedule, x = samplers.schedule(gaussian_diffusion(), "ddpm", 5), jnp.ones((1, *SHAPE))
     with pytest.raises(UserError, match="needs 4 output channels for 2 input channels, the model gives 2"):
-        samplers.sample(plan, lambda x, t, weight: x, x, jnp.zeros_like)
+        samplers.sample(schedule, lambda x, t, weight: x, x, jnp.zeros_like)
     with pytest.raises(UserError, match="needs 2 or 4 output channels"):
-        samplers.sample(named_plan("euler", 5), lambda x, t, weight: x[..., :1], x, jnp.zeros_like)
+        samplers.sample(named_schedule("euler", 5), lambda x, t, weight: x[..., :1], x, jnp.zeros_like)
 
 
 def test_flows_of_a_network_of_discrete_steps_keep_to_them():
     """The times of "heun" on iDDPM's table are in the table, also those between which its steps are measured."""
     process = edm("iddpm")
-    plan = samplers.schedule(process, "heun", 12)
-    levels = plan.table.sigma[: plan.nfe]
+    schedule = samplers.schedule(process, "heun", 12)
+    levels = schedule.table.sigma[: schedule.nfe]
     np.testing.assert_array_equal(levels, process.nearest(levels))
     assert np.all(np.diff(levels)[levels[:-1] > 0.1] <= 0)
-    moved = plan.table.state.eps[: plan.nfe : 2]
+    moved = schedule.table.state.eps[: schedule.nfe : 2]
     np.testing.assert_allclose(moved, np.diff(np.unique(levels)[::-1]), rtol=1e-12)

@@ -31,9 +31,9 @@ def final(process: Process, sampler: str, steps: int, x=None, **options) -> np.n
     """What a sampler makes of x in float64, on the exact network."""
     with float64():
         x = jnp.asarray(np.array([[-1.3], [0.2], [1.7]]) if x is None else x)
-        plan = samplers.schedule(process, sampler, steps, **options)
+        schedule = samplers.schedule(process, sampler, steps, **options)
         denoise = trajectories.exact(process, MEAN, STD)
-        return np.asarray(jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, jnp.zeros))(plan, x))
+        return np.asarray(jax.jit(lambda schedule, x: samplers.sample(schedule, denoise, x, jnp.zeros))(schedule, x))
 
 
 def at_the_last_level(x0: np.ndarray, sigma: float) -> np.ndarray:
@@ -45,14 +45,14 @@ def moments(process: Process, sampler: str, steps: int, **options) -> tuple[floa
     """Mean and variance of what a random sampler makes of N(0, 1), exactly: the sampler is affine in the first x and in
     the noise of each step, so one batch of unit vectors tells all its coefficients."""
     with float64():
-        plan = samplers.schedule(process, sampler, steps, **options)
+        schedule = samplers.schedule(process, sampler, steps, **options)
         unit = jnp.eye(steps + 2)[
             :, :, None
         ]  # first the response to nothing, then to x, then to the noise of each step
         unit = unit.at[0].set(0.0)
         denoise = trajectories.exact(process, MEAN, STD)
-        run = jax.jit(lambda plan: samplers.sample(plan, denoise, unit[:, 1], lambda i: unit[:, i + 2]))
-        out = np.asarray(run(plan))[:, 0]
+        run = jax.jit(lambda schedule: samplers.sample(schedule, denoise, unit[:, 1], lambda i: unit[:, i + 2]))
+        out = np.asarray(run(schedule))[:, 0]
     return float(out[0]), float(np.square(out[1:] - out[0]).sum())
 
 
@@ -159,12 +159,12 @@ def test_deterministic_ddim_is_eulers_method_of_edm():
 def test_levels_of_a_discrete_process_are_its_nearest_steps():
     process = gaussian_diffusion(variance="fixed_small")
     known = np.sqrt(1 - process.alphas_cumprod) / process.sqrt_alphas_cumprod
-    plan = samplers.schedule(process, "edm", 18)
+    schedule = samplers.schedule(process, "edm", 18)
     wanted = sigma_grids.sigma_grid(process, 18, None, None, 7.0)
     nearest = known[[np.abs(known - level).argmin() for level in wanted]]
-    np.testing.assert_allclose(plan.table.sigma[:35], np.repeat(nearest, [1] + [2] * 17), rtol=1e-12)
-    assert plan.table.c_noise[0] == 999
-    assert plan.table.c_noise[34] == 0
+    np.testing.assert_allclose(schedule.table.sigma[:35], np.repeat(nearest, [1] + [2] * 17), rtol=1e-12)
+    assert schedule.table.c_noise[0] == 999
+    assert schedule.table.c_noise[34] == 0
 
 
 def test_times_of_a_path_at_noise_levels():

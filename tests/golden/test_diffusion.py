@@ -211,8 +211,8 @@ def test_loops(case, sampler):
     for name in names:
         stored = group(case, f"loop/{sampler}/{name}")
         process, count = gaussian_diffusion(), int(name.removeprefix("ddim"))
-        plan = samplers.schedule(process, sampler, count, spacing="stride" if "ddim" in name else "even")
-        np.testing.assert_array_equal(plan.table.c_noise, gaussian_diffusion(respacing=name).timestep_map[::-1])
+        schedule = samplers.schedule(process, sampler, count, spacing="stride" if "ddim" in name else "even")
+        np.testing.assert_array_equal(schedule.table.c_noise, gaussian_diffusion(respacing=name).timestep_map[::-1])
         noises = jnp.asarray(stored.get("noises", np.zeros(1)))
-        run = jax.jit(lambda plan, x, noises: samplers.sample(plan, toy_denoise, x, lambda i: noises[i]))
-        np.testing.assert_allclose(run(plan, stored["x_T"], noises), stored["final"], rtol=0, atol=2e-5)
+        run = jax.jit(lambda schedule, x, noises: samplers.sample(schedule, toy_denoise, x, lambda i: noises[i]))
+        np.testing.assert_allclose(run(schedule, stored["x_T"], noises), stored["final"], rtol=0, atol=2e-5)

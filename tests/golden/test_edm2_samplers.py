@@ -42,8 +42,8 @@ def test_guided_trajectories(case, skip):
     with float64():
         x = jnp.asarray(case.arrays["guided_noise"])
         denoise = guidance.autoguidance(main, worse, skip=skip)
-        run = jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, jnp.float32))
+        run = jax.jit(lambda schedule, x: samplers.sample(schedule, denoise, x, jnp.float32))
         for key in keys:
-            plan = samplers.schedule(process, "edm", steps, weight=float(key.removeprefix("guided_final_w")))
+            schedule = samplers.schedule(process, "edm", steps, weight=float(key.removeprefix("guided_final_w")))
             # dividing by c_out, which falls to sigma_min, costs some digits
-            np.testing.assert_allclose(run(plan, x), case.arrays[key], rtol=1e-10, err_msg=key)
+            np.testing.assert_allclose(run(schedule, x), case.arrays[key], rtol=1e-10, err_msg=key)

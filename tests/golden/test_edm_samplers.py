@@ -40,10 +40,10 @@ def assert_calls(states: np.ndarray, case: Case, name: str, tolerance: dict) -> 
     np.testing.assert_allclose(states[-1], case.arrays[f"{name}_final"], **tolerance)
 
 
-def called(plan: samplers.SamplerSchedule) -> np.ndarray:
+def called(schedule: samplers.SamplerSchedule) -> np.ndarray:
     """The noise level of every call of the network."""
-    used = slice(int(plan.nfe))
-    return plan.table.sigma[used] / plan.table.alpha[used]
+    used = slice(int(schedule.nfe))
+    return schedule.table.sigma[used] / schedule.table.alpha[used]
 
 
 @pytest.mark.parametrize("case", cases("edm"))
@@ -55,7 +55,7 @@ def test_noise_levels(case):
         np.testing.assert_allclose(np.append(actual, 0.0), expected, **EXACT, err_msg=key)
 
 
-def heun_plan(case: Case, **options) -> samplers.SamplerSchedule:
+def heun_schedule(case: Case, **options) -> samplers.SamplerSchedule:
     settings = case.info["heun"]
     numbers = {name: settings[name] for name in ("sigma_min", "sigma_max", "rho")}
     return samplers.schedule(edm.edm(), "edm", settings["num_steps"], **numbers, **options)
@@ -65,10 +65,10 @@ def heun_plan(case: Case, **options) -> samplers.SamplerSchedule:
 @pytest.mark.parametrize("case", cases("edm"))
 def test_heun(case, kind):
     stored(case, f"heun_{kind}_f64")
-    plan = heun_plan(case)
-    np.testing.assert_allclose(called(plan), case.arrays[f"heun_{kind}_f64_call_sigma"], **EXACT)
+    schedule = heun_schedule(case)
+    np.testing.assert_allclose(called(schedule), case.arrays[f"heun_{kind}_f64_call_sigma"], **EXACT)
     with float64():
-        states = trajectories.states(plan, network(case, kind), jnp.asarray(case.arrays["traj_latents"]))
+        states = trajectories.states(schedule, network(case, kind), jnp.asarray(case.arrays["traj_latents"]))
     assert_calls(states, case, f"heun_{kind}_f64", EXACT)
 
 
@@ -77,8 +77,8 @@ def test_heun_in_float32(case):
     """The state is float32 here, and float64 around a float32 network there."""
     stored(case, "heun_tanh_f32")
     x = jnp.asarray(case.arrays["traj_latents"], jnp.float32)
-    np.testing.assert_allclose(called(heun_plan(case)), case.arrays["heun_tanh_f32_call_sigma"], **EXACT)
-    states = trajectories.states(heun_plan(case), network(case, "tanh"), x)
+    np.testing.assert_allclose(called(heun_schedule(case)), case.arrays["heun_tanh_f32_call_sigma"], **EXACT)
+    states = trajectories.states(heun_schedule(case), network(case, "tanh"), x)
     assert states.dtype == np.float32
     largest = np.abs(case.arrays["heun_tanh_f32_call_x"]).max()
     assert_calls(states, case, "heun_tanh_f32", {"rtol": 0, "atol": 1e-6 * largest})
@@ -89,22 +89,22 @@ def test_heun_in_float32(case):
 def test_churned_heun(case):
     stored(case, "churn_tanh_f64")
     churn = case.info["churn"]
-    plan = heun_plan(
+    schedule = heun_schedule(
         case,
         churn=churn["S_churn"],
         churn_min=churn["S_min"],
         churn_max=churn["S_max"],
         churn_noise=churn["S_noise"],
     )
-    np.testing.assert_allclose(called(plan), case.arrays["churn_tanh_f64_call_sigma"], **EXACT)
+    np.testing.assert_allclose(called(schedule), case.arrays["churn_tanh_f64_call_sigma"], **EXACT)
     with float64():
         noise = jnp.asarray(case.arrays["churn_noise"])
         x = jnp.asarray(case.arrays["traj_latents"])
-        states = trajectories.states(plan, network(case, "tanh"), x, lambda i: noise[i])
+        states = trajectories.states(schedule, network(case, "tanh"), x, lambda i: noise[i])
     assert_calls(states, case, "churn_tanh_f64", EXACT)
 
 
-def schedule(name: str, levels: np.ndarray) -> ablations.Schedule:
+def time_schedule(name: str, levels: np.ndarray) -> ablations.Schedule:
     """σ(t), that of VP from the highest noise level at t = 1 to the lowest."""
     if name == "vp":
         return ablations.vp(*ablations.vp_betas(levels[-1], levels[0]))
@@ -128,18 +128,18 @@ def test_other_schedules_and_scalings(case, name):
     discretisation = settings["discretization"]
     starts = calls[::2] if second_order else calls
     levels = np.append(starts, 0.0) if discretisation == "iddpm" else ablations.DISCRETISATIONS[discretisation](steps)
-    time = schedule(settings["schedule"], levels[:-1])
+    time = time_schedule(settings["schedule"], levels[:-1])
     process = ablations.rescaled(edm.edm(), time, settings["scaling"])
     ahead = {"ahead": settings["alpha"]} if second_order else {}
     if discretisation == "edm":
-        plan = samplers.schedule(process, "edm", steps, order=2 if second_order else 1, **ahead)
+        schedule = samplers.schedule(process, "edm", steps, order=2 if second_order else 1, **ahead)
     else:
-        plan = trajectories.schedule_at(process, settings["solver"], time.inverse(levels), **ahead)
-    np.testing.assert_allclose(called(plan), calls, **EXACT)
+        schedule = trajectories.schedule_at(process, settings["solver"], time.inverse(levels), **ahead)
+    np.testing.assert_allclose(called(schedule), calls, **EXACT)
     scale = process.path(time.inverse(levels[:1])).sigma[0]
     with float64():
         latents = jnp.asarray(case.arrays["traj_latents"]) * min(1.0, scale)
-        final = trajectories.states(plan, network(case, "tanh"), latents)[-1]
+        final = trajectories.states(schedule, network(case, "tanh"), latents)[-1]
     np.testing.assert_allclose(final, case.arrays[f"{name}_f64_final"], **EXACT)
 
 
@@ -154,8 +154,8 @@ def test_gaussian_data(case, solver, order):
     with float64():
         x = jnp.asarray(case.arrays["traj_latents"])
         for row in settings["errors"][solver]:
-            plan = samplers.schedule(process, "edm", row["N"], order=order)
-            states = trajectories.states(plan, denoise, x)
+            schedule = samplers.schedule(process, "edm", row["N"], order=order)
+            states = trajectories.states(schedule, denoise, x)
             # the file gives the first digits of errors that are differences of numbers near 1
             before, after = (
                 np.abs(state - case.arrays[f"gauss_exact_at_{place}"]).max()

@@ -42,15 +42,15 @@ def test_power_cosine(case, key):
 
 
 @pytest.mark.parametrize("case, key", stored("powcos"))
-def test_power_cosine_in_a_respaced_plan(case, key):
+def test_power_cosine_in_a_respaced_schedule(case, key):
     """By the original step, whatever the sampler keeps of them."""
     assert case is not None, "no stored cases"
     scale, power = numbers(key, "s p")
     kept, process = case.arrays["respaced_t_250"], gaussian_diffusion(steps=len(case.arrays["t"]))
     weight = guidance.weights("power_cosine", scale, power=power)
-    plan = samplers.schedule(process, "ddpm", len(kept), weight=weight)
-    np.testing.assert_array_equal(plan.table.c_noise, kept[::-1])
-    np.testing.assert_allclose(plan.table.weight, case.arrays[key][kept[::-1]], **EXACT)
+    schedule = samplers.schedule(process, "ddpm", len(kept), weight=weight)
+    np.testing.assert_array_equal(schedule.table.c_noise, kept[::-1])
+    np.testing.assert_allclose(schedule.table.weight, case.arrays[key][kept[::-1]], **EXACT)
 
 
 @pytest.mark.parametrize("calls", ["one", "two"])
@@ -88,7 +88,7 @@ def test_intervals(case, key):
     np.testing.assert_array_equal(guidance.interval(levels, scale, low, high), expected)
     info = case.info[key.replace("interval_w", "interval")]
     assert (guidance.interval(levels, 2.0, info["snapped_lo"], info["snapped_hi"]) == 2.0).sum() == info["guided_steps"]
-    plan = samplers.schedule(
+    schedule = samplers.schedule(
         edm.edm(),
         "edm",
         len(levels),
@@ -96,7 +96,7 @@ def test_intervals(case, key):
         sigma_min=levels[-1],
         weight=guidance.weights("interval", scale, low=low, high=high),
     )
-    np.testing.assert_array_equal(plan.table.weight, np.repeat(expected, 2)[:-1])  # both calls of a step
+    np.testing.assert_array_equal(schedule.table.weight, np.repeat(expected, 2)[:-1])  # both calls of a step
 
 
 def dpm_name(key: str) -> tuple[str, int]:
@@ -109,8 +109,8 @@ def test_dpm_solver(case: Case, key):
     assert case is not None, "no stored cases"
     (spacing, steps), settings = dpm_name(key), case.info["dpm"]
     process = gaussian_diffusion(variance="fixed_small")
-    plan = samplers.schedule(process, "dpmpp_2m", steps, spacing=spacing)
-    np.testing.assert_array_equal(plan.table.c_noise, case.arrays[key.replace("traj", "timesteps")])
+    schedule = samplers.schedule(process, "dpmpp_2m", steps, spacing=spacing)
+    np.testing.assert_array_equal(schedule.table.c_noise, case.arrays[key.replace("traj", "timesteps")])
     abar = process.alphas_cumprod
 
     def denoise(x, t, weight):
@@ -119,7 +119,7 @@ def test_dpm_solver(case: Case, key):
         return sigma * (x - alpha * settings["mu"]) / (alpha**2 * settings["s"] ** 2 + sigma**2)
 
     with float64():
-        states = trajectories.states(plan, denoise, jnp.asarray(case.arrays["dpm_z"]))
+        states = trajectories.states(schedule, denoise, jnp.asarray(case.arrays["dpm_z"]))
     np.testing.assert_allclose(states, case.arrays[key], rtol=1e-9, atol=1e-11)
 
 

@@ -49,9 +49,9 @@ def named(prefix: str, parts: int) -> list:
 def test_fixed_steps_on_a_solvable_field(case, solver):
     assert case is not None, "no stored cases"
     expected = case.arrays["ode_toy_euler" if solver == "euler" else "ode_toy_heun2"]
-    plan = samplers.schedule(process(case, "Linear", "velocity"), solver, case.info["ode"]["num_steps"] - 1)
+    schedule = samplers.schedule(process(case, "Linear", "velocity"), solver, case.info["ode"]["num_steps"] - 1)
     with float64():
-        states = trajectories.states(plan, toy(case), jnp.asarray(case.arrays["ode_z"]))
+        states = trajectories.states(schedule, toy(case), jnp.asarray(case.arrays["ode_z"]))
     np.testing.assert_allclose(states if solver == "euler" else states[::2], expected, **TIGHT)
 
 
@@ -61,9 +61,9 @@ def test_backwards(case):
     assert case is not None, "no stored cases"
     steps = case.info["ode"]["num_steps"] - 1
     known = process(case, "Linear", "velocity")
-    plan = trajectories.schedule_at(known, "heun", np.linspace(*known.span[::-1], steps + 1))
+    schedule = trajectories.schedule_at(known, "heun", np.linspace(*known.span[::-1], steps + 1))
     with float64():
-        states = trajectories.states(plan, toy(case), jnp.asarray(case.arrays["ode_z"]))
+        states = trajectories.states(schedule, toy(case), jnp.asarray(case.arrays["ode_z"]))
     np.testing.assert_allclose(states[::2], case.arrays["ode_reverse_toy_heun2"], **TIGHT)
 
 
@@ -75,7 +75,7 @@ def test_adaptive_steps(case):
     stored = case.arrays["ode_toy_dopri5"]
     with float64():
         z = jnp.asarray(case.arrays["ode_z"])
-        run = jax.jit(lambda plan, x: samplers.sample(plan, toy(case), x, jnp.float32))
+        run = jax.jit(lambda schedule, x: samplers.sample(schedule, toy(case), x, jnp.float32))
         end = run(samplers.schedule(known, "dopri5", rtol=1e-12, atol=1e-12), z)
         np.testing.assert_allclose(end, case.arrays["ode_toy_exact_t1"], rtol=1e-9)
         np.testing.assert_allclose(end, stored[-1], rtol=1e-9)
@@ -118,10 +118,10 @@ def test_fixed_steps_on_gaussian_data(case, name):
     assert case is not None, "no stored cases"
     _, path, prediction, solver = name
     known, settings = process(case, path, prediction), case.info["gauss"]
-    plan = samplers.schedule(known, {"heun2": "heun"}.get(solver, solver), case.info["ode"]["num_steps"] - 1)
+    schedule = samplers.schedule(known, {"heun2": "heun"}.get(solver, solver), case.info["ode"]["num_steps"] - 1)
     with float64():
         denoise = trajectories.exact(known, settings["mu"], settings["s"])
-        final = trajectories.states(plan, denoise, jnp.asarray(case.arrays["ode_z"]))[-1]
+        final = trajectories.states(schedule, denoise, jnp.asarray(case.arrays["ode_z"]))[-1]
     np.testing.assert_allclose(final, case.arrays["_".join(["ode", *name])], **NEAR_ENDS)
 
 
@@ -136,10 +136,12 @@ def test_convergence_on_gaussian_data(case, path, solver):
         denoise = trajectories.exact(known, settings["mu"], settings["s"])
         x = jnp.asarray(case.arrays["ode_z"])
         largest = settings["errors"][f"{path}/{solver}"][-1]["updates"]
-        run = jax.jit(lambda plan, x: samplers.sample(plan, denoise, x, jnp.float32))
+        run = jax.jit(lambda schedule, x: samplers.sample(schedule, denoise, x, jnp.float32))
         for row in settings["errors"][f"{path}/{solver}"]:
-            plan = samplers.schedule(known, {"heun2": "heun"}.get(solver, solver), row["updates"], max_steps=largest)
-            final = run(plan, x)
+            schedule = samplers.schedule(
+                known, {"heun2": "heun"}.get(solver, solver), row["updates"], max_steps=largest
+            )
+            final = run(schedule, x)
             error = np.abs(final - case.arrays["gauss_exact_t1"]).max()
             np.testing.assert_allclose(error, row["max_err"], rtol=1e-8)
             stored = f"gauss_{path}_{solver}_n{row['updates'] + 1}"
@@ -152,7 +154,7 @@ def test_stochastic_samplers(case, name):
     assert case is not None, "no stored cases"
     path, prediction, method, form, last_step = name
     known, settings, key = process(case, path, prediction), case.info["gauss"], "_".join(["sde", *name])
-    plan = samplers.schedule(
+    schedule = samplers.schedule(
         known,
         {"Euler": "euler_maruyama", "Heun": "sde_heun"}[method],
         case.info["sde"]["num_steps"] - 1,
@@ -163,7 +165,7 @@ def test_stochastic_samplers(case, name):
     with float64():
         denoise = trajectories.exact(known, settings["mu"], settings["s"])
         noise = jnp.asarray(case.arrays["sde_noise"])
-        states = trajectories.states(plan, denoise, jnp.asarray(case.arrays["ode_z"]), lambda i: noise[i])
+        states = trajectories.states(schedule, denoise, jnp.asarray(case.arrays["ode_z"]), lambda i: noise[i])
     tolerance = TIGHT if prediction == "velocity" else NEAR_ENDS
     np.testing.assert_allclose(states[-1], case.arrays[key], **tolerance)
     if f"{key}_traj" in case.arrays:  # after every update; Euler's, with a call of the network each

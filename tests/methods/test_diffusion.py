@@ -292,8 +292,8 @@ LABELS, KEYS = jnp.array([0, 3]), rng.per_example(jax.random.key(5), jnp.arange(
 
 def drawn(c, guide=None, apply=network, **given):
     sampler = method_of(c).sampler(c.sampling, autoguided=guide is not None)
-    sample = jax.jit(lambda keys, plan: sampler.sample(apply, 0.5, plan, LABELS, keys, guide))
-    return np.asarray(sample(KEYS, given.get("plan", sampler.plan)))
+    sample = jax.jit(lambda keys, schedule: sampler.sample(apply, 0.5, schedule, LABELS, keys, guide))
+    return np.asarray(sample(KEYS, given.get("schedule", sampler.schedule)))
 
 
 @pytest.mark.parametrize("process, sampler", [(p, s) for p in SPANS for s in SPANS[p]])
@@ -313,7 +313,7 @@ def test_options_reach_the_sampler():
         leaves = {f"{sampler}__{name}": value for name, value in pairs("", given).items()}
         configs = [small("flow_linear", sampler, **each) for each in (leaves, {"options": given}, {})]
         assert configs[0] == configs[1]
-        with_, _, without = (method_of(c).sampler(c.sampling).plan for c in configs)
+        with_, _, without = (method_of(c).sampler(c.sampling).schedule for c in configs)
         both = zip(jax.tree.leaves(with_), jax.tree.leaves(without))
         assert any(a.shape != b.shape or (a != b).any() for a, b in both), sampler
 
@@ -348,8 +348,8 @@ def test_guidance_of_one_is_a_plain_call_and_an_interval_is_skipped():
 
 def test_another_plan_is_the_same_as_another_config():
     few, many = (small("flow_linear", "heun", steps=steps, guidance=2.0) for steps in (3, 6))
-    plan = sampler_schedule(process_of(few), few.sampling, max_steps=6)
-    np.testing.assert_allclose(drawn(many, plan=plan), drawn(few), atol=1e-5)
+    schedule = sampler_schedule(process_of(few), few.sampling, max_steps=6)
+    np.testing.assert_allclose(drawn(many, schedule=schedule), drawn(few), atol=1e-5)
 
 
 def test_autoguidance():

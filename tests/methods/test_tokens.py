@@ -177,11 +177,11 @@ def draw(c, params, labels, keys):
     method = method_of(c)
     sampler, decode = method.sampler(c.sampling), method.decoder.load() if method.decoder else None
 
-    def sample(labels, keys, plan, decode):
-        tokens = sampler.sample(bind(method.model), params, plan, labels, keys)
+    def sample(labels, keys, schedule, decode):
+        tokens = sampler.sample(bind(method.model), params, schedule, labels, keys)
         return decode(tokens) if decode else tokens
 
-    return np.asarray(jax.jit(sample)(labels, keys, sampler.plan, decode))
+    return np.asarray(jax.jit(sample)(labels, keys, sampler.schedule, decode))
 
 
 def test_tokens_are_drawn_each_for_itself(stage):

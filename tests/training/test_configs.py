@@ -128,7 +128,7 @@ def test_configs_of_version_1_are_those_of_today(recipe):
 )
 def test_recipes_describe_a_model_and_a_method(recipe, argument):
     config = load(f"{recipe}.py:{argument}")
-    assert method_of(config).sampler(config.sampling).plan is not None
+    assert method_of(config).sampler(config.sampling).schedule is not None
     assert config.data.name in SOURCES
 
 

@@ -44,7 +44,7 @@ def test_labels():
 
 
 def test_each_image_has_its_own_key():
-    def spy(apply, params, plan, conditions, keys, guide):
+    def spy(apply, params, schedule, conditions, keys, guide):
         return jax.random.key_data(keys).astype(jnp.float32)
 
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
@@ -68,8 +68,8 @@ def test_another_plan_is_no_other_program():
     params = jax.tree.map(lambda leaf: jnp.asarray(r.normal(0, 0.1, leaf.shape), jnp.float32), shapes)
     images = []
     for config in configs:
-        plan = experiment.method.sampler(config.sampling, max_steps=4).plan
-        images.append(sampler(params, np.arange(2), np.arange(2), plan=plan))
+        schedule = experiment.method.sampler(config.sampling, max_steps=4).schedule
+        images.append(sampler(params, np.arange(2), np.arange(2), schedule=schedule))
     np.testing.assert_array_equal(images[0], sampler(params, np.arange(2), np.arange(2)))
     assert not np.array_equal(*images)
     assert sampler.func._cache_size() == 1
