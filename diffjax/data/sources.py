@@ -46,10 +46,8 @@ LISTED = 10  # classes, in a line
 
 
 class RandomAccess(Protocol):
-    """Examples by number: {"image": array, "label": integer, tokens [n] or vector [k], and auxiliary arrays by name}.
-
-    Picklable, since worker processes receive a copy.
-    """
+    """Examples by number: {"image": array, "label": integer, tokens [n] or vector [k], and auxiliary arrays by name};
+    picklable, since worker processes receive a copy."""
 
     def __len__(self) -> int: ...
 
@@ -218,11 +216,12 @@ def folder(
     """Image files below `dir` (below its folder `split` when that is not "").
 
     `crop` is "adm" (centre crop to `size`) or "none" (every image must have that size). For `decode` see transforms.py.
-
     The class is the rank of the top-level sub-folder. When `num_classes` is 0 the source is unlabelled.
     """
+    if not dir:
+        raise UserError("data.dir is empty: give the folder of images, with --config.data.dir=FOLDER")
     root = _inside(dir, split)
-    if not dir or not root.is_dir():
+    if not root.is_dir():
         raise UserError(
             f"data.dir={dir!r} with data.split={split!r} is no folder; it should hold images "
             f"({', '.join(SUFFIXES)}), for labels in one sub-folder per class"

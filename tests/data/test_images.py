@@ -213,9 +213,9 @@ def test_links_are_followed_and_each_file_is_listed_once(tmp_path):
 
 
 def test_folder_refusals(tree):
-    with pytest.raises(UserError, match=r"data\.dir='' .* in one sub-folder per class"):
+    with pytest.raises(UserError, match=r"data\.dir is empty: give the folder of images"):
         sources.load(**folder(""))
-    with pytest.raises(UserError, match=r"missing.* is no folder"):
+    with pytest.raises(UserError, match=r"missing.* is no folder; .* in one sub-folder per class"):
         sources.load(**folder(tree / "missing"))
     with pytest.raises(UserError, match=r"data\.num_classes=3, but folder has num_classes=2: dog, dog big"):
         sources.load(**folder(tree, num_classes=3))
