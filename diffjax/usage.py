@@ -104,7 +104,7 @@ def _models() -> str:
     for family in FAMILIES:
         names = ", ".join(name for name, row in MODELS.items() if row.family == family)
         lines += textwrap.wrap(
-            f"{names or family}; or {family} with sizes of your own",
+            f"{names}; or {family} with sizes of your own" if names else f"{family}, with sizes of your own",
             WIDTH,
             initial_indent="  ",
             subsequent_indent="    ",

@@ -112,7 +112,8 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     write(out, trained, compiled, asked, described, values.batch_size, values.raw)
     if hosts.is_lead():
         made = "images" if experiment.method.makes == "pictures" and not values.raw else "raw results"
-        print(f"wrote {values.num} {made} of {trained.describe()}, {form}, to {out}")
+        grid = f", a grid of them to {out.with_suffix('.png')}" if made == "images" else ""
+        print(f"wrote {values.num} {made} of {trained.describe()}, {form}, to {out}{grid}")
 
 
 def _is_finished(out: Path, described: dict[str, Any]) -> bool:

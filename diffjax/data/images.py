@@ -40,11 +40,14 @@ class Listing:
     def __len__(self) -> int:
         return len(self.images)
 
-    def left_out(self) -> str:
-        """In words, what was left out; "" for nothing."""
+    def left_out(self, as_classes: bool = True) -> str:
+        """In words, what was left out; "" for nothing. as_classes: the sub-folders are read as classes."""
         counts = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(self.others.items())]
         found = [f"files that are no images ({', '.join(counts)})"] if counts else []
-        return " and ".join(found + ([f"{self.repeated:,} links to files listed already"] if self.repeated else []))
+        found += [f"{self.repeated:,} links to files listed already"] if self.repeated else []
+        if not as_classes and (classes := len(self.folders)) > 1:
+            found.append(f"the names of {classes} sub-folders (classes with data.num_classes={classes})")
+        return " and ".join(found)
 
 
 def list_images(root: Path) -> Listing:

@@ -254,7 +254,7 @@ def folder(
         len(names),
         identity | _decoded(decode),
         classes=tuple(names),
-        note=found.left_out(),
+        note=found.left_out(as_classes=bool(names)),
         place=str(root),
     )
 

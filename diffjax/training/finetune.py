@@ -5,13 +5,14 @@ Of the latter everything must fit but what `init.new` names, by a part of the mo
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from diffjax import models
+from diffjax import config, models
 from diffjax.errors import UserError
 from diffjax.experiment import Experiment
 from diffjax.parallel import hosts
@@ -59,22 +60,29 @@ def find_start(experiment: Experiment) -> Start | None:
 
 
 def _other_model(folder: Path, experiment: Experiment) -> str:
-    """In which leaves the model of a folder that `convert` or `ema` wrote is another one; "" where it is not."""
-    if not (folder / "model.json").is_file():
+    """In which leaves the model of a folder is another one; "" where it is not or the folder does not say."""
+    name, options = _model_of(folder)
+    if name not in models.FAMILIES and name not in models.MODELS:
         return ""
-    made, model = store.read_model(folder), experiment.model
-    if made["name"] not in models.FAMILIES:
-        return ""
-    begin = f"init.from = {str(folder)!r} holds another model"
-    if models.family_of(made["name"]) != models.family_of(experiment.name):
-        return f"{begin}, a {made['name']} and not a {experiment.name}; give --config.model.name={made['name']}"
-    sizes = {name for name, option in models.option_table(made["name"]).items() if option.leaf.fixed}
-    other = {name: value for name, value in made["kwargs"].items() if name in sizes and value != getattr(model, name)}
+    begin, model = f"init.from = {str(folder)!r} holds another model", experiment.model
+    if models.family_of(name) != models.family_of(experiment.name):
+        return f"{begin}, a {name} and not a {experiment.name}; give --config.model.name={name}"
+    sizes = {name for name, option in models.option_table(name).items() if option.leaf.fixed}
+    other = {name: value for name, value in options.items() if name in sizes and value != getattr(model, name)}
     if not other:
         return ""
     words = ", ".join(f"{name} {value} not {getattr(model, name)}" for name, value in other.items())
     given = " ".join(f"--config.model.{name}={_text(value)}" for name, value in other.items())
     return f"{begin} ({words}); give {given}"
+
+
+def _model_of(folder: Path) -> tuple[str, Mapping[str, Any]]:
+    """Name and options of the model of a run, or of a folder that `convert` or `ema` wrote."""
+    if (folder / "config.json").is_file():
+        model = config.read(folder / "config.json").model
+        return model.name, model.options
+    made = store.read_model(folder)
+    return made["name"], made["kwargs"]
 
 
 def _text(value: Any) -> str:
@@ -137,14 +145,18 @@ def fresh_paths(source: str, stored: dict[str, np.ndarray], leaves: dict[str, An
     if wrong:
         listed = ", ".join(f"{path} {_shape(stored.get(path))} for {_shape(leaves.get(path))}" for path in wrong[:6])
         rest = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        parts = sorted({part for part, pattern in PARTS.items() for path in wrong if re.search(pattern, path)})
-        more = NULL_CLASS if all(_one_row_more(stored.get(path), leaves.get(path)) for path in wrong) else ""
-        advice = ",".join(filter(None, [more] if more else parts)) or "the starts of their paths"
+        more = all(_one_row_more(stored.get(path), leaves.get(path)) for path in wrong)
+        advice = NULL_CLASS if more else ",".join(sorted({_part(path) for path in wrong}))
         raise UserError(
             f"init.from = {source!r} does not fit this model: {listed}{rest}; name what is to start fresh, for example "
             f"init.new = {advice}"
         )
     return started & leaves.keys()
+
+
+def _part(path: str) -> str:
+    """The part of a model that a parameter belongs to; the start of its path where it has no name."""
+    return next((part for part, pattern in PARTS.items() if re.search(pattern, path)), path.split("/")[0])
 
 
 def fits(stored: np.ndarray | None, leaf: Any, path: str, new: tuple[str, ...]) -> bool:

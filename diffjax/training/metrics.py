@@ -160,7 +160,7 @@ class Reporter:
         self._write({"step": step, **values})
         if self._board:
             self._board.scalars(step, values)
-        short = {"loss": ".4f", "grad_norm": ".3f", "images_per_second": ".0f", "mfu": ".1%"}
+        short = {"loss": ".4f", "grad_norm": ".3f", "learning_rate": ".2g", "images_per_second": ".0f", "mfu": ".1%"}
         text = "  ".join(f"{name} {values[name]:{form}}" for name, form in short.items() if name in values)
         if self._bar:
             self._bar.set_postfix_str(text)

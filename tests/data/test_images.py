@@ -187,6 +187,14 @@ def test_what_was_found_and_what_was_left_out_is_said(tree):
         "4 images of folder, 2 classes: dog, dog big; left out: files that are no images (1 without a suffix, "
         "1 .txt) and 2 links to files listed already"
     )
+    assert (
+        sources.load(**folder(tree, num_classes=0))
+        .describe()
+        .endswith(
+            "no classes; left out: files that are no images (1 without a suffix, 1 .txt) and 2 links to files listed "
+            "already and the names of 2 sub-folders (classes with data.num_classes=2)"
+        )
+    )
     assert sources.load(**configs.digits()).describe() == (
         "1,500 images of digits, 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
     )

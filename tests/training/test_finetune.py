@@ -50,11 +50,20 @@ def started(source: Path, *overrides: str, new: str = "") -> tuple[dict[str, np.
     return flat(state.params), flat(experiment.init().params)
 
 
-def test_another_model_is_said_in_leaves_to_give(converted):
-    with pytest.raises(UserError, match=r"holds another model \(width \d+ not 72\); give --config.model.width=\d+"):
-        started(converted, "model.width=72")
-    with pytest.raises(UserError, match=r"a DiT and not a DiS; give --config.model.name=DiT"):
-        started(converted, "model.name=DiS")
+def test_another_model_is_said_in_leaves_to_give(trained, converted):
+    for source in (trained, converted):
+        with pytest.raises(UserError, match=r"holds another model \(width 48 not 72\); give --config.model.width=48"):
+            started(source, "model.width=72")
+        with pytest.raises(UserError, match=r"a DiT and not a DiS; give --config.model.name=DiT"):
+            started(source, "model.name=DiS")
+
+
+def test_the_start_of_a_path_is_said_where_a_part_has_no_name(converted, tmp_path):
+    r = np.random.default_rng(0)
+    np.savez(tmp_path / "train.npz", images=r.integers(256, size=(9, 8, 8, 3), dtype=np.uint8), conditions=np.arange(9))
+    leaves = ("data.name=arrays", f"data.dir={tmp_path}", "data.channels=3", "data.num_classes=10")
+    with pytest.raises(UserError, match=r"patch_embed/kernel .* for example init.new = head,patch_embed$"):
+        started(converted, *leaves)
 
 
 def test_output_channels_of_a_variance_are_left_out_where_the_process_has_none(converted, caplog):
