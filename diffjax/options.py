@@ -148,7 +148,7 @@ def _annotated(owner: Any) -> dict[str, Option]:
 
 def type_hints(owner: Any) -> Mapping[str, Any]:
     """The annotations of a dataclass or function with their `Annotated` parts, evaluated once."""
-    return _type_hints(owner)
+    return _type_hints(owner)  # which, cached, takes no type[Any] for the type checker
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-# Tiny models spend their time in the compiler: half of it, for programs that are fast enough at their sizes.
+# Tiny models spend their time in the compiler. Level 0 halves it; the programs are fast enough at these sizes.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax

@@ -111,8 +111,9 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     hosts.say("compiling the sampler (once); the first images wait for it")
     write(out, trained, compiled, asked, described, values.batch_size, values.raw)
     if hosts.is_lead():
-        made = "images" if experiment.method.makes == "pictures" and not values.raw else "raw results"
-        grid = f", a grid of them to {out.with_suffix('.png')}" if made == "images" else ""
+        pictures = experiment.method.makes == "pictures" and not values.raw
+        made = "images" if pictures else "raw results"
+        grid = f", a grid of them to {out.with_suffix('.png')}" if pictures else ""
         print(f"wrote {values.num} {made} of {trained.describe()}, {form}, to {out}{grid}")
 
 

@@ -122,9 +122,12 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         print_table(results)
         if caveat := pixels.caveat(values.num, len(reference[0][0]), reference[0][0]):
             print(caveat)
-        if not without_plot:
-            samples.write_png(out.with_suffix(".png"), picture(results))
-        print(f"wrote {out}" + ("" if without_plot else f" and {out.with_suffix('.png')}"))
+        drawn_to = out.with_suffix(".png")
+        if without_plot:
+            drawn_to.unlink(missing_ok=True)  # that of other results
+        else:
+            samples.write_png(drawn_to, picture(results))
+        print(f"wrote {out}" + ("" if without_plot else f" and {drawn_to}"))
 
 
 def parse_samplers(texts: list[str], steps: list[Any]) -> list[tuple[str, list[int]]]:

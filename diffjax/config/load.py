@@ -302,13 +302,13 @@ def check_same_run(
 
 def _as_stored(stored: Config, refused: Iterable[str]) -> str:
     """How a command line gives the leaves that it may not change, in words; of many, that it may leave out --config."""
-    texts = [_argument(name, stored.values[name]) for name in refused if name in stored.values]
+    texts = [argument(name, stored.values[name]) for name in refused if name in stored.values]
     if not texts or len(texts) > GIVEN_BACK:
         return ", or leave out --config, which continues with the stored one"
     return f", or give {' '.join(texts)} to continue as before"
 
 
-def _argument(leaf: str, value: Value) -> str:
+def argument(leaf: str, value: Value) -> str:
     """--config.LEAF=VALUE as `parse` understands it, and a shell passes it on."""
     if isinstance(value, tuple | list):
         text = ",".join(map(str, value))

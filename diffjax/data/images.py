@@ -40,14 +40,11 @@ class Listing:
     def __len__(self) -> int:
         return len(self.images)
 
-    def left_out(self, as_classes: bool = True) -> str:
-        """In words, what was left out; "" for nothing. as_classes: the sub-folders are read as classes."""
+    def left_out(self) -> str:
+        """In words, what was left out; "" for nothing."""
         counts = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(self.others.items())]
         found = [f"files that are no images ({', '.join(counts)})"] if counts else []
-        found += [f"{self.repeated:,} links to files listed already"] if self.repeated else []
-        if not as_classes and (classes := len(self.folders)) > 1:
-            found.append(f"the names of {classes} sub-folders (classes with data.num_classes={classes})")
-        return " and ".join(found)
+        return " and ".join(found + ([f"{self.repeated:,} links to files listed already"] if self.repeated else []))
 
 
 def list_images(root: Path) -> Listing:
@@ -119,6 +116,15 @@ def class_names(root: Path, found: Listing) -> list[str]:
             "has; convert its files, or remove the folder"
         )
     return found.folders
+
+
+def unread_classes(root: Path, found: Listing) -> str:
+    """In words, that the sub-folders of unlabelled images could be read as classes; "" where they could not."""
+    try:
+        count = len(class_names(root, found))
+    except UserError:
+        return ""
+    return f"the names of {count} sub-folders (classes with data.num_classes={count})" if count > 1 else ""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from diffjax import contracts
 from diffjax.contracts import Condition
 from diffjax.data import draws, embedded, shards
 from diffjax.data.arrays import ArrayExamples, check_conditions, read_arrays
-from diffjax.data.images import SUFFIXES, FolderExamples, PreparedExamples, class_names, list_images
+from diffjax.data.images import SUFFIXES, FolderExamples, PreparedExamples, class_names, list_images, unread_classes
 from diffjax.data.latents import LatentExamples, Sample, read_manifest
 from diffjax.data.tokens import TokenExamples, choose_view, kinds
 from diffjax.data.tokens import read_manifest as read_token_manifest
@@ -254,7 +254,7 @@ def folder(
         len(names),
         identity | _decoded(decode),
         classes=tuple(names),
-        note=found.left_out(as_classes=bool(names)),
+        note=" and ".join(filter(None, (found.left_out(), "" if names else unread_classes(root, found)))),
         place=str(root),
     )
 

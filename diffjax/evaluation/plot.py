@@ -43,14 +43,16 @@ def scatter(points: Sequence[Point], title: str, x_name: str, y_name: str) -> np
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.margins(0.08)
+    lines = {}
     for name in dict.fromkeys(point.series for point in points):
-        line = sorted((point.x, point.y) for point in points if point.series == name)
-        axes.plot(*zip(*line), "o-", alpha=0.8, label=name)
+        places = sorted((point.x, point.y) for point in points if point.series == name)
+        [lines[name]] = axes.plot(*zip(*places), "o-", alpha=0.8)
     for point in points:
-        axes.annotate(point.label, (point.x, point.y), (6, 4), textcoords="offset points", fontsize="small")
+        axes.annotate(point.label, (point.x, point.y), (9, 5), textcoords="offset points", fontsize="small")
     front = [(point.x, point.y) for point in pareto_front(points)]
-    axes.plot(*zip(*front), "o:", color="black", fillstyle="none", markersize=13, label="Pareto front")
-    figure.legend(loc="outside right upper")
+    [lines["Pareto front"]] = axes.plot(*zip(*front), "o:", color="black", fillstyle="none", markersize=13)
+    columns = 1 if max(map(len, lines)) > 40 else 3
+    figure.legend(list(lines.values()), list(lines), loc="outside lower left", ncols=columns, fontsize="small")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]

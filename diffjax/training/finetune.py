@@ -5,16 +5,17 @@ Of the latter everything must fit but what `init.new` names, by a part of the mo
 
 import logging
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from diffjax import config, models
+from diffjax import config, frozen, models
+from diffjax.config.load import argument
 from diffjax.errors import UserError
 from diffjax.experiment import Experiment
+from diffjax.options import Options
 from diffjax.parallel import hosts
 from diffjax.parallel.rules import key_path
 from diffjax.training.checkpoint import Checkpoints
@@ -62,7 +63,7 @@ def find_start(experiment: Experiment) -> Start | None:
 def _other_model(folder: Path, experiment: Experiment) -> str:
     """In which leaves the model of a folder is another one; "" where it is not or the folder does not say."""
     name, options = _model_of(folder)
-    if name not in models.FAMILIES and name not in models.MODELS:
+    if not name:
         return ""
     begin, model = f"init.from = {str(folder)!r} holds another model", experiment.model
     if models.family_of(name) != models.family_of(experiment.name):
@@ -72,22 +73,27 @@ def _other_model(folder: Path, experiment: Experiment) -> str:
     if not other:
         return ""
     words = ", ".join(f"{name} {value} not {getattr(model, name)}" for name, value in other.items())
-    given = " ".join(f"--config.model.{name}={_text(value)}" for name, value in other.items())
+    if models.published_sizes(name):
+        return f"{begin} ({words}); give --config.model.name={name}"
+    family = {"name": models.family_of(name)} if models.published_sizes(experiment.name) else {}
+    given = " ".join(argument(f"model.{leaf}", value) for leaf, value in {**family, **other}.items())
     return f"{begin} ({words}); give {given}"
 
 
-def _model_of(folder: Path) -> tuple[str, Mapping[str, Any]]:
-    """Name and options of the model of a run, or of a folder that `convert` or `ema` wrote."""
-    if (folder / "config.json").is_file():
-        model = config.read(folder / "config.json").model
-        return model.name, model.options
-    made = store.read_model(folder)
-    return made["name"], made["kwargs"]
+def _model_of(folder: Path) -> tuple[str, Options]:
+    """Name and options of the backbone of a run, or of a folder that `convert` or `ema` wrote; ("", {}): not known."""
+    try:
+        if _is_run(folder):
+            model = config.read(folder / "config.json").model
+            return model.name, model.options
+        made = store.read_model(folder)
+    except UserError:
+        return "", {}
+    return ("", {}) if made["name"] in frozen.FAMILIES else (made["name"], made["kwargs"])
 
 
-def _text(value: Any) -> str:
-    """A value as the command line takes it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir()
 
 
 def _without_variance(
@@ -119,7 +125,7 @@ def initial_state(experiment: Experiment, start: Start | None) -> TrainState:
 
 def read(folder: Path) -> dict[str, np.ndarray]:
     """Parameters by path of a run folder (the average of its latest step) or of one that `convert` or `ema` wrote."""
-    if (folder / "checkpoints").is_dir():
+    if _is_run(folder):
         checkpoints = Checkpoints(folder, read_only=True)
         latest = checkpoints.latest()
         if latest is None:

@@ -17,6 +17,7 @@ from diffjax.errors import UserError, writing
 from diffjax.files import write_text
 
 # Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets, by the start of jax's device_kind.
+LAST = ("learning_rate",)  # of a window the last value is reported, of all others the mean
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -100,7 +101,8 @@ class Reporter:
         self._last_time = now
         for name, value in fetched.items():
             new = clu_metrics.Average(total=np.float64(value), count=np.int64(1))
-            self._window[name] = self._window[name].merge(new) if name in self._window else new
+            mean = name in self._window and name not in LAST
+            self._window[name] = self._window[name].merge(new) if mean else new
         if self._bar:
             self._bar.update(1)
         if step % self._every_steps == 0 or step == self._total_steps:

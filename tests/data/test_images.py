@@ -200,6 +200,17 @@ def test_what_was_found_and_what_was_left_out_is_said(tree):
     )
 
 
+def test_sub_folders_that_could_not_be_classes_are_not_offered(tree, tmp_path):
+    unlabelled = lambda: sources.load(**folder(tree, num_classes=0)).describe()  # noqa: E731
+    assert "data.num_classes=2" in unlabelled()
+    (tree / "empty").mkdir()
+    assert "sub-folders" not in unlabelled()
+    (tree / "empty").rmdir()
+    picture(0).save(tree / "loose.png")
+    assert "sub-folders" not in unlabelled()
+    assert "sub-folders" not in sources.load(**folder(tree / "dog", num_classes=0)).describe()
+
+
 def test_links_are_followed_and_each_file_is_listed_once(tmp_path):
     outside = tmp_path / "outside"
     for path in ("set/a/0.png", "set/b/0.png", "outside/1.png", "pool/2.png"):

@@ -55,7 +55,7 @@ def assert_moments(samples: jax.Array, mean: float, std: float) -> None:
     assert abs(float(samples.std()) / std - 1.0) < 5 / np.sqrt(2 * count)
 
 
-def planned(process: GaussianDiffusion, sampler: str, steps: int, denoise: samplers.Denoise, x, noise=None, **options):
+def sampled(process: GaussianDiffusion, sampler: str, steps: int, denoise: samplers.Denoise, x, noise=None, **options):
     """Samples of a schedule, compiled."""
     schedule = samplers.schedule(process, sampler, steps, **options)
     return jax.jit(lambda schedule, x: samplers.sample(schedule, denoise, x, noise or jnp.zeros_like))(schedule, x)
@@ -64,7 +64,7 @@ def planned(process: GaussianDiffusion, sampler: str, steps: int, denoise: sampl
 def test_ddpm_reaches_the_data_distribution():
     x, noise = samplers.initial_noise(keys(8192), SHAPE), samplers.step_noise(keys(8192), SHAPE)
     denoise = exact_denoise(gaussian_diffusion(respacing="100"))
-    assert_moments(planned(gaussian_diffusion(), "ddpm", 100, denoise, x, noise), MEAN, STD)
+    assert_moments(sampled(gaussian_diffusion(), "ddpm", 100, denoise, x, noise), MEAN, STD)
 
 
 def test_deterministic_ddim_is_the_map_between_the_gaussians():
@@ -72,7 +72,7 @@ def test_deterministic_ddim_is_the_map_between_the_gaussians():
     x = samplers.initial_noise(keys(16), SHAPE)
     errors = []
     for steps in (50, 100, 200):
-        sample = planned(gaussian_diffusion(), "ddim", steps, exact_eps, x, spacing="even")
+        sample = sampled(gaussian_diffusion(), "ddim", steps, exact_eps, x, spacing="even")
         errors.append(float(jnp.abs(sample - (MEAN + STD * x)).max()))
     assert errors[2] < errors[1] < errors[0] < 0.1
     assert errors[2] < 0.02
@@ -81,7 +81,7 @@ def test_deterministic_ddim_is_the_map_between_the_gaussians():
 def test_random_ddim_reaches_the_data_distribution():
     """Its variance β~ leaves out that of x0 given x_k, an error that falls with the step: 5% at 250 steps."""
     x, noise = samplers.initial_noise(keys(8192, 1), SHAPE), samplers.step_noise(keys(8192, 1), SHAPE)
-    sample = planned(gaussian_diffusion(), "ddim", 1000, exact_eps, x, noise, eta=1.0)
+    sample = sampled(gaussian_diffusion(), "ddim", 1000, exact_eps, x, noise, eta=1.0)
     assert abs(float(sample.mean()) - MEAN) < 0.02
     assert abs(float(sample.std()) / STD - 1.0) < 0.03
 
@@ -101,13 +101,13 @@ def test_the_network_is_traced_once_and_told_the_original_steps():
         jax.debug.callback(lambda t: seen.append(np.asarray(t)), t, ordered=True)
         return jnp.zeros_like(x)
 
-    planned(gaussian_diffusion(), "ddim", 5, denoise, jnp.ones((3, *SHAPE)), spacing="even").block_until_ready()
+    sampled(gaussian_diffusion(), "ddim", 5, denoise, jnp.ones((3, *SHAPE)), spacing="even").block_until_ready()
     jax.effects_barrier()
     assert traces == [(3,)]
     np.testing.assert_array_equal(np.stack(seen)[:, 0], process.timestep_map[::-1])
 
 
-# Plans: every sampler on every kind of process
+# Schedules: every sampler on every kind of process
 
 DISCRETE = gaussian_diffusion(variance="fixed_large")
 LINEAR = trajectories.make(paths.linear, paths.predicts_velocity, (0.0, 1.0))
@@ -223,7 +223,7 @@ def test_samplers_with_equal_room_share_a_compilation():
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim-eta", "edm-churn", "euler_maruyama", "sde_heun", "dopri5"])
-def test_a_planned_sample_depends_on_its_own_key_alone(name):
+def test_a_sample_depends_on_its_own_key_alone(name):
     run, schedule = jax.jit(partial(drawn, name)), named_schedule(name, 9 if name != "ddpm" else 10)
     together = run(schedule, keys(6))
     np.testing.assert_allclose(run(schedule, keys(6)[2:4]), together[2:4], rtol=1e-5, atol=1e-6)
@@ -274,7 +274,7 @@ def test_schedules_of_a_discrete_process_are_its_steps():
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "edm-discrete", "dpmpp_2m-discrete"])
-def test_clipping_a_plan_keeps_samples_in_range(name):
+def test_clipping_keeps_samples_in_range(name):
     schedule = named_schedule(name, 10)
     wild = lambda x, t, weight: -2.0 * x  # noqa: E731
     free, clipped = (

@@ -204,7 +204,7 @@ def test_fixed_variances(case, name, variance):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("case", cases("diffusion"))
 def test_loops(case, sampler):
-    """Plans of the process with all its steps; the noise of step i is noises[i]."""
+    """Schedules of the process with all its steps; the noise of step i is noises[i]."""
     assert case is not None, "no stored cases"
     names = sorted({key.split("/")[2] for key in case.arrays if key.startswith(f"loop/{sampler}/")})
     assert names

@@ -346,7 +346,7 @@ def test_guidance_of_one_is_a_plain_call_and_an_interval_is_skipped():
     assert len(skipped) == 15
 
 
-def test_another_plan_is_the_same_as_another_config():
+def test_another_schedule_is_the_same_as_another_config():
     few, many = (small("flow_linear", "heun", steps=steps, guidance=2.0) for steps in (3, 6))
     schedule = sampler_schedule(process_of(few), few.sampling, max_steps=6)
     np.testing.assert_allclose(drawn(many, schedule=schedule), drawn(few), atol=1e-5)

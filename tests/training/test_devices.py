@@ -25,7 +25,7 @@ OWN_SHAPES = {
 # A parameter, and its part on a device of the layouts that are tried: all with the smallest, else all axes at once.
 SHARDED = {
     "dit": (("blocks", "mlp", "fc1", "kernel"), {"dp8": (64, 256), "fsdp8": (8, 256), "2x2x2": (32, 128)}),
-    "dis": (("out_blocks", "mixer", "out_proj", "kernel"), {"2x2x2": (64, 32)}),
+    "dis": (("out_blocks", "mixer", "out_proj", "kernel"), {"fsdp8": (16, 64), "2x2x2": (64, 32)}),
     "udit": (("latent", "mlp", "in_1", "kernel"), {"2x2x2": (64, 128)}),
     "diffit": (("encoder_1_1", "block", "attention", "relative_bias"), {"2x2x2": (2,)}),
     "diffit-latent": (("blocks", "attention", "relative_bias"), {"2x2x2": (49, 2)}),

@@ -1,6 +1,7 @@
 """Runs that start from other parameters: what is kept is kept bit for bit, and what does not fit has to be named."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from diffjax import weights
 from diffjax.__main__ import main
+from diffjax.config import model_defaults
 from diffjax.data import sources
 from diffjax.errors import UserError
 from diffjax.experiment import build
@@ -56,6 +58,31 @@ def test_another_model_is_said_in_leaves_to_give(trained, converted):
             started(source, "model.width=72")
         with pytest.raises(UserError, match=r"a DiT and not a DiS; give --config.model.name=DiT"):
             started(source, "model.name=DiS")
+
+
+def test_another_model_of_a_published_name_is_given_by_its_name(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    stored = json.loads(path.read_text())
+    named = {**stored, "model": model_defaults("dit-s-4") | {"name": "dit-s-4"}}
+    path.write_text(json.dumps(named))
+    with pytest.raises(UserError, match=r"width 384 not 48, .*; give --config.model.name=dit-s-4$"):
+        started(tmp_path / "run", "model.heads=4")
+    with pytest.raises(UserError, match=r"give --config.model.name=DiT .*--config.model.width=48"):
+        started(trained, "model.name=dit-s-4")
+
+
+def test_a_run_that_does_not_say_its_model_is_answered_with_the_arrays_that_differ(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    for text in (None, "[]"):
+        (tmp_path / "run/config.json").unlink()
+        if text:
+            (tmp_path / "run/config.json").write_text(text)
+        with pytest.raises(
+            UserError, match=r"does not fit this model: blocks/.* for \[.*; name what is to start fresh"
+        ):
+            started(tmp_path / "run", "model.width=72")
+        (tmp_path / "run/config.json").write_text("{}")
 
 
 def test_the_start_of_a_path_is_said_where_a_part_has_no_name(converted, tmp_path):

@@ -59,7 +59,7 @@ def test_each_image_has_its_own_key():
     assert sampler.func._cache_size() == 1
 
 
-def test_another_plan_is_no_other_program():
+def test_another_schedule_is_no_other_program():
     """Steps and guidance weights are arguments of the compiled sampler."""
     configs = [tiny_config("sampling.steps=4"), tiny_config("sampling.steps=2", "sampling.guidance.scale=3.0")]
     experiment = build(configs[0], devices=jax.devices()[:1])

@@ -25,14 +25,15 @@ def scalars(loss, grad_norm=1.0):
 def test_windows_are_averaged_and_appended(tmp_path, capsys):
     report = reporter(tmp_path)
     for step, loss in enumerate((1.0, 3.0, 5.0, 9.0), start=1):
-        report.step(step, scalars(loss))
+        report.step(step, scalars(loss) | {"learning_rate": jnp.float32(step / 8)})
     report.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(2, 2.0), (4, 7.0)]
     assert lines[1]["images_per_second"] == pytest.approx(8 / lines[1]["step_seconds"])
     assert lines[1]["tflops_per_second"] == pytest.approx(1e-3 / lines[1]["step_seconds"])
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("step 2/4  loss 2.0000")
+    assert out[0].startswith("step 2/4  loss 2.0000  grad_norm 1.000  learning_rate 0.25  images_per_second ")
+    assert lines[1]["learning_rate"] == 0.5
 
 
 @pytest.mark.parametrize("values", [scalars(np.nan), scalars(np.inf), scalars(1.0, np.nan)])

@@ -61,8 +61,7 @@ def test_a_stopped_or_cut_run_ends_as_one_left_alone(tmp_path, monkeypatch, caps
         "diffjax: SIGTERM: checkpoint written, stopped at step 3; the same command resumes\n"
     )
     assert complete_steps(tmp_path / "again") == [3]
-    ends_as_the_straight_run_after_a_cut(tmp_path, monkeypatch, again, complete=[3, 4])
-    assert "resuming at step 4" in capsys.readouterr().out
+    ends_as_the_straight_run_after_a_cut(tmp_path, monkeypatch, capsys, again, complete=[3, 4])
 
 
 OWN_RANDOM = {
@@ -76,15 +75,15 @@ OWN_RANDOM = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", OWN_RANDOM)
-def test_what_a_backbone_draws_is_drawn_again_after_a_cut(tmp_path, monkeypatch, model):
+def test_what_a_backbone_draws_is_drawn_again_after_a_cut(tmp_path, monkeypatch, capsys, model):
     straight, again = (
         train_arguments(tmp_path / name, *RUN, *OWN_RANDOM[model], model=model) for name in ("straight", "again")
     )
     assert main(straight) == 0
-    ends_as_the_straight_run_after_a_cut(tmp_path, monkeypatch, again, complete=[4])
+    ends_as_the_straight_run_after_a_cut(tmp_path, monkeypatch, capsys, again, complete=[4])
 
 
-def ends_as_the_straight_run_after_a_cut(folder, monkeypatch, again, complete):
+def ends_as_the_straight_run_after_a_cut(folder, monkeypatch, capsys, again, complete):
     """The run `again` is cut at step 6, when it has the checkpoints `complete`, and resumed."""
     with monkeypatch.context() as patched:
         at_batch(patched, 6, cut)
@@ -92,6 +91,7 @@ def ends_as_the_straight_run_after_a_cut(folder, monkeypatch, again, complete):
             main(again)
     assert complete_steps(folder / "again") == complete
     assert main(again) == 0
+    assert "resuming at step 4" in capsys.readouterr().out
     assert final_hashes(folder / "again") == final_hashes(folder / "straight")
     assert len(set(final_hashes(folder / "again").values())) == 3
 
