@@ -5,9 +5,14 @@ from typing import Any
 import flax.linen as nn
 
 from diffjax.errors import UserError
-from diffjax.frozen import dinov2, vqgan
+from diffjax.frozen import dinov2, tiny_vae, vae, vqgan
 
-FAMILIES: dict[str, type[nn.Module]] = {"DINOv2": dinov2.DINOv2, "VQGAN": vqgan.VQGAN}
+FAMILIES: dict[str, type[nn.Module]] = {
+    "DINOv2": dinov2.DINOv2,
+    "VQGAN": vqgan.VQGAN,
+    "VAE": vae.VAE,
+    "TinyVAE": tiny_vae.TinyVAE,
+}
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:

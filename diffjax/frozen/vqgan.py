@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from diffjax.errors import UserError
+from diffjax.frozen.layers import conv, norm_silu, twice
 from diffjax.ops.dtypes import DTYPES
 from diffjax.parallel.rules import constrain
 
@@ -54,15 +55,6 @@ def decode(module: "VQGAN", params: Mapping[str, Any], tokens: jax.Array) -> jax
     return jnp.clip(images, 0, 1)
 
 
-def conv(features: int, side: int, bias: bool, dtype: Any, name: str) -> nn.Conv:
-    return nn.Conv(features, (side, side), use_bias=bias, dtype=dtype, name=name)
-
-
-def norm_silu(x: jax.Array, dtype: Any, name: str) -> jax.Array:
-    """GroupNorm with epsilon 1e-6 and statistics in float32, then SiLU."""
-    return nn.silu(nn.GroupNorm(GROUPS, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)(x))
-
-
 class ResBlock(nn.Module):
     """[b, h, w, c] -> [b, h, w, features]; the shortcut is a map of the result, not of x, as in the published net."""
 
@@ -72,8 +64,8 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = constrain(x, "batch")
-        h = conv(self.features, 3, False, self.dtype, "conv1")(norm_silu(x, self.dtype, "norm1"))
-        h = conv(self.features, 3, False, self.dtype, "conv2")(norm_silu(h, self.dtype, "norm2"))
+        h = conv(self.features, 3, False, self.dtype, "conv1")(norm_silu(x, GROUPS, self.dtype, "norm1"))
+        h = conv(self.features, 3, False, self.dtype, "conv2")(norm_silu(h, GROUPS, self.dtype, "norm2"))
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, False, self.dtype, "shortcut")(h)
         return x + h
@@ -98,7 +90,7 @@ class Encoder(nn.Module):
                 x = nn.avg_pool(x, (2, 2), strides=(2, 2))
         for block in (1, 2):
             x = ResBlock(x.shape[-1], self.dtype, name=f"middle_{block}")(x)
-        return conv(self.features, 1, True, self.dtype, "conv_out")(norm_silu(x, self.dtype, "norm_out"))
+        return conv(self.features, 1, True, self.dtype, "conv_out")(norm_silu(x, GROUPS, self.dtype, "norm_out"))
 
 
 class Decoder(nn.Module):
@@ -117,9 +109,8 @@ class Decoder(nn.Module):
             for block in range(self.depth):
                 x = ResBlock(self.widths[level], self.dtype, name=f"level_{level}_block_{block}")(x)
             if level:
-                x = x.repeat(2, axis=1).repeat(2, axis=2)
-                x = conv(self.widths[level], 3, True, self.dtype, f"level_{level}_up")(x)
-        return conv(3, 3, True, self.dtype, "conv_out")(norm_silu(x, self.dtype, "norm_out"))
+                x = conv(self.widths[level], 3, True, self.dtype, f"level_{level}_up")(twice(x))
+        return conv(3, 3, True, self.dtype, "conv_out")(norm_silu(x, GROUPS, self.dtype, "norm_out"))
 
 
 class VQGAN(nn.Module):

@@ -9,7 +9,7 @@ import flax.linen as nn
 import numpy as np
 
 from diffjax.errors import UserError
-from diffjax.weights import diffit, digit, dinov2, dis, dit, sit, udit, vqgan
+from diffjax.weights import diffit, digit, dinov2, dis, dit, sit, tiny_vae, udit, vae, vqgan
 
 FAMILIES: dict[str, ModuleType | digit.Family] = {
     "dit": dit,
@@ -20,6 +20,8 @@ FAMILIES: dict[str, ModuleType | digit.Family] = {
     **{family.name: family for family in (digit.STAGE1, digit.STAGE2_AR, digit.STAGE2_NAR)},
     "dinov2": dinov2,
     "vqgan": vqgan,
+    "vae": vae,
+    "tiny_vae": tiny_vae,
 }
 
 PREFIXES = ("module.", "_orig_mod.")  # of models wrapped for data parallelism or averaging, and compiled ones

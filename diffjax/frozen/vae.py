@@ -1,0 +1,204 @@
+"""The autoencoder of latent diffusion (arXiv 2112.10752, section 3.1), as `AutoencoderKL` of the public checkpoints.
+
+    mean, log-variance = encoder(image);  z = mean + exp(log-variance / 2) eps;  latent = (z - shift) scale
+    image = decoder(latent / scale + shift)
+
+Both halves are residual blocks at several resolutions with one head of self-attention in the middle, and images lie in
+[-1, 1] on either side. `scale` and `shift` belong to the latents of the diffusion model: `encode` and `decode` work
+with z, `to_latent` and `from_latent` go from one to the other.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from diffjax.errors import UserError
+from diffjax.frozen.layers import conv, group_norm, norm_silu, twice
+from diffjax.ops.attention import attention
+from diffjax.ops.dtypes import DTYPES
+from diffjax.parallel.rules import constrain
+
+LOWEST, HIGHEST = -30.0, 20.0  # what the log-variance is cut to
+
+
+class ResBlock(nn.Module):
+    """out = x + conv(silu(GN(conv(silu(GN(x)))))), with W x where the channels change; [b, h, w, c] -> features."""
+
+    features: int
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = constrain(x, "batch")
+        h = conv(self.features, 3, True, self.dtype, "conv1")(norm_silu(x, self.groups, self.dtype, "norm1"))
+        h = conv(self.features, 3, True, self.dtype, "conv2")(norm_silu(h, self.groups, self.dtype, "norm2"))
+        if x.shape[-1] != self.features:
+            x = conv(self.features, 1, True, self.dtype, "shortcut")(x)
+        return x + h
+
+
+class Attention(nn.Module):
+    """x + W softmax(q k^T / sqrt(c)) v over all positions of a map, one head; [b, h, w, c] -> the same."""
+
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features, height = x.shape[-1], x.shape[1]
+        h = rearrange(group_norm(x, self.groups, self.dtype, "norm"), "b h w c -> b (h w) 1 c")
+        q, k, v = (nn.Dense(features, dtype=self.dtype, name=name)(h) for name in ("query", "key", "value"))
+        out = nn.Dense(features, dtype=self.dtype, name="out")(attention(q, k, v))
+        return x + rearrange(out, "b (h w) 1 c -> b h w c", h=height)
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the smallest map."""
+
+    groups: int
+    attention: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = ResBlock(x.shape[-1], self.groups, self.dtype, name="block_1")(x)
+        if self.attention:
+            x = Attention(self.groups, self.dtype, name="attention")(x)
+        return ResBlock(x.shape[-1], self.groups, self.dtype, name="block_2")(x)
+
+
+class Encoder(nn.Module):
+    """Images [b, h, w, c] -> [b, h/f, w/f, features]; widths are those of the levels, from the largest map down."""
+
+    widths: tuple[int, ...]
+    depth: int
+    features: int
+    groups: int
+    attention: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = conv(self.widths[0], 3, True, self.dtype, "conv_in")(x)
+        for level, width in enumerate(self.widths):
+            for block in range(self.depth):
+                x = ResBlock(width, self.groups, self.dtype, name=f"level_{level}_block_{block}")(x)
+            if level < len(self.widths) - 1:
+                # One row and column of zeros at the right and the bottom alone.
+                down = nn.Conv(width, (3, 3), 2, ((0, 1), (0, 1)), dtype=self.dtype, name=f"level_{level}_down")
+                x = down(x)
+        x = Middle(self.groups, self.attention, self.dtype, name="middle")(x)
+        x = norm_silu(x, self.groups, self.dtype, "norm_out")
+        return conv(self.features, 3, True, self.dtype, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """The way back: [b, h/f, w/f, c] -> images [b, h, w, channels]; one block more at each level than the encoder."""
+
+    widths: tuple[int, ...]
+    depth: int
+    channels: int
+    groups: int
+    attention: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = conv(self.widths[-1], 3, True, self.dtype, "conv_in")(x)
+        x = Middle(self.groups, self.attention, self.dtype, name="middle")(x)
+        for level in reversed(range(len(self.widths))):
+            width = self.widths[level]
+            for block in range(self.depth + 1):
+                x = ResBlock(width, self.groups, self.dtype, name=f"level_{level}_block_{block}")(x)
+            if level:
+                x = conv(width, 3, True, self.dtype, f"level_{level}_up")(twice(x))
+        x = norm_silu(x, self.groups, self.dtype, "norm_out")
+        return conv(self.channels, 3, True, self.dtype, "conv_out")(x)
+
+
+class VAE(nn.Module):
+    """The network; see the module docstring. The defaults are the published sizes, those of Stable Diffusion.
+
+    Attributes:
+        channels: of images.
+        latent_channels: of z.
+        widths: channels of the levels, from the largest map to the smallest; each but the last halves the map.
+        depth: residual blocks of a level in the encoder; the decoder has one more.
+        groups: of every GroupNorm.
+        quant: 1 x 1 convolutions of the moments and of z.
+        attention: in the middle of either half.
+        scale, shift: latent = (z - shift) scale.
+        dtype: compute dtype, "float32" or "bfloat16"; norm statistics, softmax and what is returned are float32.
+    """
+
+    channels: int = 3
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    depth: int = 2
+    groups: int = 32
+    quant: bool = True
+    attention: bool = True
+    scale: float = 0.18215
+    shift: float = 0.0
+    dtype: str = "float32"
+
+    @property
+    def factor(self) -> int:
+        """How many pixels of a side become one of a latent's."""
+        return 2 ** (len(self.widths) - 1)
+
+    def validate(self) -> None:
+        """Raise UserError for sizes that exclude each other, before anything is traced."""
+        if self.dtype not in DTYPES:
+            raise UserError(f"VAE: dtype = {self.dtype!r} is unknown; valid: {', '.join(DTYPES)}")
+        for option in ("channels", "latent_channels", "depth", "groups"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"VAE: {option} = {value!r}; valid: a positive integer")
+        if not self.widths or any(width < 1 or width % self.groups for width in self.widths):
+            raise UserError(f"VAE: widths = {tuple(self.widths)}; valid: multiples of groups = {self.groups}")
+        if not self.scale > 0:
+            raise UserError(f"VAE: scale = {self.scale}; valid: above 0")
+
+    def setup(self) -> None:
+        dtype, features = DTYPES[self.dtype], 2 * self.latent_channels
+        sizes: dict[str, Any] = {
+            "widths": self.widths,
+            "depth": self.depth,
+            "groups": self.groups,
+            "attention": self.attention,
+        }
+        self.encoder = Encoder(**sizes, features=features, dtype=dtype)
+        self.decoder = Decoder(**sizes, channels=self.channels, dtype=dtype)
+        if self.quant:
+            self.quant_conv = nn.Conv(features, (1, 1), dtype=dtype)
+            self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=dtype)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Images [b, h, w, c] reconstructed from the means of their posteriors, of the same shape, not cut."""
+        return self.decode(self.encode(images)[0])
+
+    def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and log-variance, float32 [b, h/f, w/f, latent channels] each, of images [b, h, w, c] in [-1, 1]."""
+        height, width = images.shape[1:3]
+        if height % self.factor or width % self.factor:
+            raise UserError(f"VAE: images of {height} x {width} pixels; valid: sides divisible by {self.factor}")
+        moments = self.encoder(images)
+        if self.quant:
+            moments = self.quant_conv(moments)
+        mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(log_variance, LOWEST, HIGHEST)
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        """z [b, h, w, latent channels] -> images float32 [b, f h, f w, c] in about [-1, 1], not cut."""
+        return self.decoder(self.post_quant_conv(z) if self.quant else z).astype(jnp.float32)
+
+    def to_latent(self, z: jax.Array) -> jax.Array:
+        return (z - self.shift) * self.scale
+
+    def from_latent(self, latent: jax.Array) -> jax.Array:
+        return latent / self.scale + self.shift
