@@ -187,9 +187,15 @@ class MakeSampler(Protocol):
 
 
 class Decoder(NamedTuple):
-    """Decodes a method's samples to pictures."""
+    """Decodes a method's samples to pictures.
 
-    load: Callable[[], Tree]  # -> a callable tree (`jax.tree_util.Partial`): x -> float32 [b, h, w, c] in [-1, 1]
+    Attributes:
+        load: -> a callable tree (`jax.tree_util.Partial`): x -> float32 [b, h, w, c] in [-1, 1].
+        recorded: whether the protocol of samples says its sha256, since nothing else says which decoder it was.
+    """
+
+    load: Callable[[], Tree]
+    recorded: bool = False
 
 
 @dataclass(frozen=True)
@@ -234,6 +240,7 @@ class DataSpec(NamedTuple):
     flip: bool
     augment: float
     options: Options  # of the source
+    autoencoder: str = ""  # of latents: weights that decode them to pictures
 
 
 @dataclass(frozen=True)

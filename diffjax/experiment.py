@@ -186,6 +186,11 @@ class Experiment:
         """The decoder from samples to pictures, with its parameters; None where samples are pictures."""
         return self.method.decoder.load() if self.method.decoder else None
 
+    def decoder_sha256(self) -> str:
+        """sha256 of the decoder's parameters; "" where samples need none, or are described by how they were made."""
+        decoder = self.method.decoder
+        return tree_sha256(self.decode) if decoder and decoder.recorded else ""
+
     @functools.cached_property
     def frozen(self) -> dict[str, Tree]:
         """The parameters that the method uses and does not train, by network, sharded like the others."""
@@ -415,7 +420,16 @@ def model_maker(name: str, options: Options) -> contracts.MakeModel:
 def data_spec(config: Config) -> DataSpec:
     data = config.data
     condition = contracts.condition(data.condition, data.num_classes, data.condition_size)
-    return DataSpec(data.name, data.size, data.channels, condition, data.flip, data.augment, data.options)
+    return DataSpec(
+        data.name,
+        data.size,
+        data.channels,
+        condition,
+        data.flip,
+        data.augment,
+        data.options,
+        config.autoencoder.weights,
+    )
 
 
 def load_source(data: Any, **options: Any) -> sources.Source:

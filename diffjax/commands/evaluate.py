@@ -25,7 +25,7 @@ from diffjax.commands import (
     make_folder,
     refuse_other_result,
 )
-from diffjax.commands.sample import describe, describe_form
+from diffjax.commands.sample import autoencoder_leaf, describe, describe_form
 from diffjax.data import sources
 from diffjax.errors import UserError
 from diffjax.evaluation import pixels, protocol
@@ -51,6 +51,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define_path("workdir", None, "run folder whose images are drawn, instead of --samples", values)
     flags.DEFINE_integer("num", 500, "how many, with --workdir", lower_bound=2, flag_values=values)
     flags.DEFINE_string("reference", None, f"{', '.join(EMBEDDED)}, or an .npz file like samples", flag_values=values)
+    define_path("autoencoder", None, "with --workdir: as autoencoder.weights of the config", values)
     out = "result file; <samples>.scores.json or <workdir>/scores.json by default"
     define_path("out", None, out, values)
     define_overwrite(values)
@@ -68,12 +69,14 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError("evaluate: give --reference with either --samples or --workdir, or --compare")
     if values.samples and values["num"].present:
         raise UserError("evaluate: --num is of --workdir; it has no effect on --samples")
+    if values.samples and values.autoencoder:
+        raise UserError("evaluate: --autoencoder is of --workdir; it has no effect on --samples")
     if values.workdir:
         hosts.start(values.distributed)
         out = values.out or values.workdir / "scores.json"
         reference = reference_set(values.reference)
         make_folder(out)
-        evaluate_run(open_run(values.workdir), values.num, reference, out, values.overwrite)
+        evaluate_run(open_run(values.workdir, autoencoder_leaf(values)), values.num, reference, out, values.overwrite)
         return
     hosts.start("off")
     out = values.out or values.samples.with_suffix(".scores.json")
@@ -107,6 +110,8 @@ def evaluate_run(run: Run, num: int, reference: Reference, out: Path, overwrite:
     form = describe_form(experiment.model, run.params, fused=True)
     said = "interleaved" if condition else NO_LABELS
     settings: dict[str, Any] = {"labels": said, "seed": experiment.seed, "first": 0, "num": num}
+    if decoder := experiment.decoder_sha256():
+        settings["autoencoder_sha256"] = decoder
     made = describe(experiment, run.origin, form, **settings)
     refuse_other_result(out, _request(made, reference.identity, num), overwrite)
     if run.caveat:

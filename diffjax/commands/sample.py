@@ -38,6 +38,7 @@ from diffjax.sampling import conditions, generate, parts, samples
 from diffjax.weights import store
 
 INTERRUPTED = "what is drawn is kept, the same command resumes"
+NO_DECODER = "give their autoencoder to decode them (--autoencoder=FILE or FOLDER), or --raw to write them as they are"
 REQUIRED = ("num", "out")
 
 
@@ -61,6 +62,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool("fused", True, "sample the fused form of a backbone that has one (U-DiT)", flag_values=values)
+    define_path("autoencoder", None, "weights that decode latents, as autoencoder.weights of the config", values)
     define_path("guide", None, "worse network: a run folder, or one written by `convert` or `ema`", values)
     define_path("source", None, "stage-2 models: source tokens, .npz that --raw of stage 1 wrote", values)
     define_path("conditions", None, ".npz with an array `conditions`, of a model of vectors or tokens", values)
@@ -74,11 +76,10 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     out = values.out
     if out.suffix != ".npz" or out.is_dir():
         raise UserError(f"--out={out}: give a file that ends in .npz")
-    trained = _open(values, overrides)
+    trained = _open(values, [*overrides, *autoencoder_leaf(values)])
     experiment = trained.experiment
     if experiment.method.makes != "pictures" and not values.raw:
-        makes = experiment.method.makes
-        raise UserError(f"sample: this model makes {makes}, not pictures; --raw writes them as they are")
+        raise UserError(f"sample: this model makes {experiment.method.makes}, not pictures; {NO_DECODER}")
     guide = open_guide(values.guide, experiment) if values.guide else None
     sampler = experiment.method.sampler(experiment.sampling, autoguided=True) if guide else experiment.sampler
     asked = _conditions(values, trained)
@@ -92,7 +93,8 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         **asked.described,
     }
     guided = {"guide": guide.origin} if guide else {}
-    settings |= {"raw": True} if values.raw else {}
+    decoder = "" if values.raw else experiment.decoder_sha256()
+    settings |= ({"raw": True} if values.raw else {}) | ({"autoencoder_sha256": decoder} if decoder else {})
     described = describe(experiment, trained.origin, form, **guided, **settings)
     if not values.overwrite and _is_finished(out, described):
         hosts.say(f"{out} is finished: {values.num} of {trained.describe()}; --overwrite draws them again")
@@ -132,6 +134,11 @@ def _is_finished(out: Path, described: dict[str, Any]) -> bool:
         return False
     refuse_other(out, stored, described)
     return not under_way
+
+
+def autoencoder_leaf(values: flags.FlagValues) -> list[str]:
+    """--autoencoder as an override of the config."""
+    return [f"--config.autoencoder.weights={values.autoencoder}"] if values.autoencoder else []
 
 
 def _open(values: flags.FlagValues, overrides: list[str]) -> Run:

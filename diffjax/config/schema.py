@@ -105,6 +105,15 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Autoencoder:
+    """The autoencoder of latents."""
+
+    weights: Annotated[
+        str, Leaf("weights that decode latents to pictures: a file, or a folder of `convert` or diffusers", "place")
+    ] = ""
+
+
+@dataclass(frozen=True)
 class Images:
     """The images that tokens are made of, by `tokenize`; leaves as in `data`."""
 
@@ -163,6 +172,7 @@ class Config:
     init: Init = field(default_factory=Init)
     model: Model = field(default_factory=lambda: Model("", {}))
     data: Data = field(default_factory=lambda: Data("digits"))
+    autoencoder: Autoencoder = field(default_factory=Autoencoder)
     images: Images = field(default_factory=Images)
     settings: Annotated[Any, Chosen("method", MethodTable("section"))] = None
     sampling: Annotated[Any, Chosen("method", MethodTable("sampling"), flat=True)] = None
@@ -194,6 +204,8 @@ def leaves(model: str = "") -> dict[str, Spec]:
     for spec in _of_section(Config, "", ()):
         found[spec.path] = _merged(found[spec.path], spec) if spec.path in found else spec
     found |= {spec.path: spec for spec in model_leaves(model)}
+    for path in [path for path in found if path.startswith("autoencoder.")]:
+        found[path] = dataclasses.replace(found[path], when=(("data.name", ("latents",)),))
     images = tuple(path for path in found if path.startswith("images."))
     for name, record in METHODS.items():
         for path in (*record.unread, *(() if record.images else images)):

@@ -106,6 +106,10 @@ def pixel_scores(
     check_pictures(subject, "scores")
     if subject.method.condition is not None and subject.method.condition.kind != "labels":
         raise UserError("evals.scores compares labels, which this model has not; valid: evals.scores.every_steps = 0")
+    if subject.method.decoder and subject.source.kind != "images":
+        raise UserError(
+            "evals.scores compares with the training images, and these data are none; set evals.scores.every_steps = 0"
+        )
     conditions = subject.conditions(0, num)
     train: Any = None
 

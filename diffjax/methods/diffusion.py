@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax import models, rng
-from diffjax.contracts import Apply, Batch, DataSpec, MakeModel, Method, MethodRecord, Metrics, Sampler, Tree
+from diffjax.contracts import Apply, Batch, DataSpec, Decoder, MakeModel, Method, MethodRecord, Metrics, Sampler, Tree
 from diffjax.diffusion import PROCESSES, create_process, guidance, samplers, weighting
 from diffjax.diffusion.gaussian import GaussianDiffusion
 from diffjax.diffusion.samplers import AdaptiveSchedule, SamplerSchedule
 from diffjax.diffusion.sigma_grids import AnyProcess
 from diffjax.errors import UserError
+from diffjax.methods import latents
 from diffjax.ops import augment
 from diffjax.options import Chosen, Leaf, Options, at_least, fraction, one_of
 
@@ -81,7 +82,8 @@ def build(make_model: MakeModel, data: DataSpec, diffusion: Diffusion) -> Method
     drop = 0.0 if getattr(model, "label_drop_per_level", False) else diffusion.label_drop
     terms = training_terms(process, data, drop)
     x = jnp.zeros((1, data.size, data.size, data.channels))
-    pictures = data.channels in (1, 3) and data.name != "latents"
+    decoder = decoder_of(data)
+    pictures = decoder is not None or (data.channels in (1, 3) and data.name != "latents")
     return Method(
         model=model,
         inputs=(x, jnp.zeros((1,)), None if data.condition is None else jnp.asarray(data.condition.blank())),
@@ -90,9 +92,19 @@ def build(make_model: MakeModel, data: DataSpec, diffusion: Diffusion) -> Method
         terms=terms,
         sampler=partial(make_sampler, process, data, null),
         makes="pictures" if pictures else f"latents of {data.channels} channels",
+        decoder=decoder,
         extra=lambda key: {"uncertainty": weighting.init_uncertainty()} if process.uncertainty else {},
         extra_axes=(("uncertainty/kernel", (None,)),),
     )
+
+
+def decoder_of(data: DataSpec) -> Decoder | None:
+    """The decoder from latents to pictures; None where the config names none."""
+    if not data.autoencoder:
+        return None
+    folder, scale = str(data.options["dir"]), float(str(data.options["scale"]))
+    load = partial(latents.load_decoder, data.autoencoder, folder, data.channels, scale)
+    return Decoder(load, recorded=True)
 
 
 def condition_arguments(data: DataSpec, null: bool) -> dict[str, Any]:

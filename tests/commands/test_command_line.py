@@ -124,7 +124,7 @@ MISTAKES = {
     "unread-source-leaf": (changed("data.dir=x"), "data.dir = 'x' is not read with data.name = digits, only with"),
     "unread-method-leaf": (changed("tokens.patch=2"), "tokens.patch = 2 is not read with method = diffusion"),
     "unread-optimizer-leaf": (changed("optim.name=adafactor", "optim.b1=0.5"), "optim.b1 = 0.5 is not read"),
-    "no-near-leaf": (changed("wobble=1"), "no leaf 'wobble'; sections: checkpoint, data, diffusion"),
+    "no-near-leaf": (changed("wobble=1"), "no leaf 'wobble'; sections: autoencoder, checkpoint, data, diffusion"),
     "unknown-leaf-no": (changed("nose=1"), "the config has no leaf 'nose'"),
     "leaf-with-space": ((*TRAIN, "--config.seed", "3"), "'3' is not a flag; write --name=value"),
     "leaf-without-value": ((*TRAIN, "--config.seed"), "--config.seed: write --config.seed=VALUE"),

@@ -126,9 +126,11 @@ def test_what_a_run_is_scored_on_is_checked_before_its_images_are_drawn(tmp_path
         raise AssertionError("images were drawn")
 
     method = SimpleNamespace(makes="pictures", condition=None, decoder=None)
-    experiment = SimpleNamespace(method=method, conditions=lambda *_: np.zeros(3), seed=0, model=None, size=8)
+    experiment = SimpleNamespace(
+        method=method, conditions=lambda *_: np.zeros(3), seed=0, model=None, size=8, decoder_sha256=str
+    )
     run = SimpleNamespace(experiment=experiment, params={}, origin={"sha256": "0"}, caveat="", describe=str)
-    monkeypatch.setattr(evaluate, "open_run", lambda folder: run)
+    monkeypatch.setattr(evaluate, "open_run", lambda folder, overrides: run)
     monkeypatch.setattr(evaluate, "describe_form", lambda *_, **__: "as trained")
     monkeypatch.setattr(evaluate, "describe", lambda *_, **settings: settings)
     monkeypatch.setattr(experiment, "images", draw, raising=False)

@@ -205,7 +205,10 @@ def check_leaves(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
         read |= MESH
     said = declared(config)
     assert said - read - MESH == set(), "the schema says that they are read"
-    handed_on = set(METHODS[config.method].unread)  # facts of the data, which every method is given
+    handed_on = {
+        *METHODS[config.method].unread,
+        "autoencoder.weights",
+    }  # facts of the data, which every method is given
     assert read - said - handed_on == set(), "the schema says that they are not read"
     idle = [path for path in specs if path not in said and not path.startswith("evals.")]
     changed = {path: another(specs[path], specs[path].option.default) for path in idle}

@@ -1,0 +1,53 @@
+"""From latents to pictures, by the decoder of an autoencoder."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.tree_util import Partial
+
+from diffjax.data.latents import MANIFEST, read_manifest
+from diffjax.errors import UserError
+from diffjax.parallel.mesh import BATCH_AXES
+from diffjax.weights import autoencoders
+
+AT_ONCE = 2**19  # pixels that a device decodes at a time: two images of 512 pixels, some 2 GB of activations
+
+
+def load_decoder(weights: str, data_folder: str, channels: int, scale: float) -> Partial:
+    """Latents float32 [b, h, w, channels], as models train on them -> images float32 [b, f h, f w, c].
+
+    weights: see `autoencoders.read`. data_folder: of the latents; where it is at hand, its manifest says of what scale
+    they are. UserError for an autoencoder of other latents.
+    """
+    module, params, _ = autoencoders.read(Path(weights))
+    if module.latent_channels != channels:
+        raise UserError(
+            f"autoencoder.weights = {weights!r} is for latents of {module.latent_channels} channels, not {channels}"
+        )
+    own = getattr(module, "scale", None)
+    if own is not None and not math.isclose(own, scale):
+        raise UserError(f"autoencoder.weights = {weights!r} scales latents by {own}, and data.scale = {scale}")
+    if (Path(data_folder) / MANIFEST).is_file() and (stored := read_manifest(Path(data_folder))["scale"]) != scale:
+        raise UserError(f"data.scale = {scale}, but the latents in {data_folder} have scale = {stored}")
+    return Partial(partial(decode, module), jax.tree.map(jnp.asarray, params))
+
+
+def decode(module: Any, params: Any, latents: jax.Array) -> jax.Array:
+    """Images of latents in memory for a few at a time; every device decodes its own part of the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    own = len(latents) // devices if len(latents) % devices == 0 else len(latents)
+    pixels = latents.shape[1] * latents.shape[2] * module.factor**2
+    together = max(n for n in range(1, own + 1) if own % n == 0 and (n == 1 or n * pixels <= AT_ONCE))
+
+    def images(latents: jax.Array) -> jax.Array:
+        return module.apply({"params": params}, module.from_latent(latents), method="decode")
+
+    # Rows of one device lie together, so that each step takes `together` of every device's own.
+    steps = jax.lax.map(images, rearrange(latents, "(b steps) ... -> steps b ...", steps=own // together))
+    return rearrange(steps, "steps b ... -> (b steps) ...")
