@@ -464,6 +464,47 @@ def with_sampling(experiment: Experiment, sampling: Any) -> Experiment:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """The settings of `encode`: images, autoencoder, and what latents a config expects.
+
+    Attributes:
+        weights: of the autoencoder, see `autoencoders.read`.
+        size, channels, scale: of the latents.
+        mirrored: whether the encoding of the mirrored image is stored, too.
+        threads: that read images.
+    """
+
+    images: sources.Source
+    weights: str
+    size: int
+    channels: int
+    scale: float
+    mirrored: bool
+    threads: int
+
+
+def encoding(config: Config) -> Encoding:
+    """The `Encoding` of a config. UserError for a config of other data than latents, and without an autoencoder."""
+    if config.data.name != "latents":
+        raise UserError(f"encode: the config's data are {config.data.name}; give one whose data.name is latents")
+    if not config.autoencoder.weights:
+        raise UserError(
+            "encode: autoencoder.weights is empty; give a file of weights, or a folder of `convert` or diffusers, with "
+            "--config.autoencoder.weights=PATH"
+        )
+    data = config.data
+    return Encoding(
+        images=load_source(config.images),
+        weights=config.autoencoder.weights,
+        size=data.size,
+        channels=data.channels,
+        scale=float(str(data.options["scale"])),
+        mirrored=data.flip,
+        threads=max(data.threads, 1),
+    )
+
+
+@dataclass(frozen=True)
 class Tokenization:
     """The settings of `tokenize`: images, encoder and codebook.
 

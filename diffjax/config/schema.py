@@ -56,6 +56,7 @@ class MethodTable(Mapping[str, Any]):
         return len(METHODS)
 
 
+OF_SOURCES = {"images": ("latents", "tokens"), "autoencoder": ("latents",)}  # sections that these alone have
 IMAGE_SOURCES = {name: SOURCES[name] for name in ("digits", "emoji32", "folder", "tfds")}
 
 
@@ -115,7 +116,7 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class Images:
-    """The images that tokens are made of, by `tokenize`; leaves as in `data`."""
+    """The images that latents or tokens are made of, by `encode` or `tokenize`; leaves as in `data`."""
 
     name: Annotated[str, Leaf("data source", valid=one_of(IMAGE_SOURCES))] = "digits"
     size: Annotated[int, Leaf("side of an image", valid=COUNT)] = 32
@@ -204,11 +205,11 @@ def leaves(model: str = "") -> dict[str, Spec]:
     for spec in _of_section(Config, "", ()):
         found[spec.path] = _merged(found[spec.path], spec) if spec.path in found else spec
     found |= {spec.path: spec for spec in model_leaves(model)}
-    for path in [path for path in found if path.startswith("autoencoder.")]:
-        found[path] = dataclasses.replace(found[path], when=(("data.name", ("latents",)),))
-    images = tuple(path for path in found if path.startswith("images."))
+    for path, spec in found.items():
+        if sources := OF_SOURCES.get(path.partition(".")[0]):
+            found[path] = dataclasses.replace(spec, when=(("data.name", sources), *spec.when))
     for name, record in METHODS.items():
-        for path in (*record.unread, *(() if record.images else images)):
+        for path in record.unread:
             found[path] = _without(found[path], name)
     return found
 

@@ -8,7 +8,7 @@ scale, and `{i}.npy` int64 [1], its label. Such a set gets std 0 and `scale_appl
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,24 @@ def write_latents(out: Path, examples: Iterable[tuple[np.ndarray, int]], origin:
     contents = shards.write(out, "latents", encoded(), SHARD_SIZE)
     layout = {"version": records.VERSION, "views": shape[0], "shape": shape[2:], "dtype": "float16"}
     return shards.write_manifest(out / MANIFEST, layout | contents | asdict(origin))
+
+
+def finish(out: Path, names: Sequence[str], views: int, shape: tuple[int, int, int], origin: Origin) -> dict[str, Any]:
+    """Write the manifest of shards that are there, each in whole; returns it.
+
+    It also holds mean and standard deviation of the scaled latents by channel, over all positions and draws.
+    """
+    sums = np.zeros((2, shape[2]))
+
+    def look(record: bytes) -> None:
+        mean, std = np.moveaxis(records.decode(record, shape)[0].astype(np.float64), 1, 0)
+        sums[:] += np.stack([mean, mean**2 + std**2]).sum(axis=(1, 2, 3))
+
+    contents = shards.contents(out, names, look)
+    mean, square = sums / (contents["count"] * views * shape[0] * shape[1])
+    spread = {"mean": (mean * origin.scale).tolist(), "std": (np.sqrt(square - mean**2) * origin.scale).tolist()}
+    layout = {"version": records.VERSION, "views": views, "shape": shape, "dtype": "float16"}
+    return shards.write_manifest(out / MANIFEST, layout | contents | asdict(origin) | spread)
 
 
 def _check(moments: np.ndarray, label: int, shape: tuple[int, ...], origin: Origin) -> None:

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,42 @@ def write(out: Path, name: str, records: Iterable[bytes], size: int) -> dict[str
     """Write `records` to shards `name-00000.array_record`, ... of `size` each; returns what a manifest says of them."""
     digest, shards, count = hashlib.sha256(), [], 0
     for shard, members in groupby(enumerate(records), lambda numbered: numbered[0] // size):
-        shards.append(f"{name}-{shard:05d}.array_record")
-        writer = ArrayRecordWriter(str(out / shards[-1]), "group_size:1")
-        for _, record in members:
-            digest.update(record)
-            writer.write(record)
-            count += 1
-        writer.close()
+        shards.append(file_name(name, shard))
+        count += write_shard(out / shards[-1], (record for _, record in members), digest)
     if not count:
         raise UserError(f"no {name} to write to {out}")
     return {"count": count, "shards": shards, "records_sha256": digest.hexdigest()}
+
+
+def file_name(name: str, shard: int) -> str:
+    return f"{name}-{shard:05d}.array_record"
+
+
+def write_shard(path: Path, records: Iterable[bytes], digest: Any = None) -> int:
+    """Write one shard, which has its name when it is whole; returns how many records. digest: takes them all."""
+    unfinished, count = path.with_suffix(".unfinished"), 0
+    writer = ArrayRecordWriter(str(unfinished), "group_size:1")
+    for record in records:
+        if digest is not None:
+            digest.update(record)
+        writer.write(record)
+        count += 1
+    writer.close()
+    os.replace(unfinished, path)
+    return count
+
+
+def contents(root: Path, names: Sequence[str], look: Callable[[bytes], None]) -> dict[str, Any]:
+    """What `write` returns, of shards that are there. look: called with every record, in order."""
+    import grain  # heavy, and of no use where records are written
+
+    records = grain.sources.ArrayRecordDataSource([str(root / name) for name in names])
+    digest = hashlib.sha256()
+    for i in range(len(records)):
+        record = records[i]
+        digest.update(record)
+        look(record)
+    return {"count": len(records), "shards": list(names), "records_sha256": digest.hexdigest()}
 
 
 def make_folder(out: Path, manifest: str) -> None:

@@ -123,6 +123,8 @@ def read_leaves(config: Config, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     built.stream().close()
     if config.method == "tokens":
         experiment.tokenization(built.config)
+    if config.data.name == "latents":
+        experiment.encoding(built.config)
     return seen & set(leaves(config.model.name))
 
 
@@ -150,7 +152,8 @@ def combination(method: str, source: str, process: str, sampler: str) -> dict[st
     if method == "tokens":
         return {**SMALL, **TOKENS, "data.name": source}
     steps = 0 if sampler == "dopri5" else 3
-    pictures = {} if source != "latents" else {"evals.samples.every_steps": 0, "evals.scores.every_steps": 0}
+    latents = {"evals.samples.every_steps": 0, "evals.scores.every_steps": 0, "autoencoder.weights": "vae"}
+    pictures = latents if source == "latents" else {}
     return values(
         **pictures,
         **{"data.name": source, "diffusion.process": process, "sampling.sampler": sampler, "sampling.steps": steps},

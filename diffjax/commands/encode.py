@@ -1,0 +1,196 @@
+"""Turn images into latents: OUT/latents-*.array_record and OUT/latents.json, which says how.
+
+python -m diffjax encode --config=configs/imagenet256.py --out=data/imagenet256-latents \\
+  --config.images.dir=data/imagenet256 --config.autoencoder.weights=sd-vae-ft-ema
+
+The config's section `images` says which images, `autoencoder.weights` by which autoencoder, `data` what the latents
+should be; with data.flip the mirrored images are encoded, too. Stored are mean and standard deviation of the posterior,
+not scaled; training draws from it anew at each visit. Several processes each write shards of their own.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from diffjax.commands import define_distributed, define_path
+from diffjax.config import load
+from diffjax.data import latents, records, shards
+from diffjax.errors import UserError
+from diffjax.experiment import Encoding, encoding
+from diffjax.files import only_writer, write_json
+from diffjax.parallel import hosts
+from diffjax.parallel.mesh import batch_sharding, make_mesh, replicated
+from diffjax.weights import autoencoders
+
+REQUEST = "encode.json"  # what is being made, while it is
+INTERRUPTED = "finished shards are kept, the same command makes the others"
+REQUIRED = ("config", "out")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("config", None, "recipe of a model of latents", flag_values=values)
+    define_path("out", None, "folder for the latents", values)
+    flags.DEFINE_integer("batch_size", 32, "images at a time", lower_bound=1, flag_values=values)
+    define_distributed(values)
+
+
+def run(values: flags.FlagValues, overrides: list[str]) -> None:
+    hosts.start(values.distributed)
+    encode(encoding(load(values.config, overrides)), values.out, values.batch_size)
+
+
+def encode(asked: Encoding, out: Path, batch_size: int = 32) -> None:
+    """Latents of all images, in the folder `out`; shards that are there already stay."""
+    module, params, sha256 = autoencoders.read(Path(asked.weights))
+    check(asked, module)
+    mesh = make_mesh({"data": -1}, jax.local_devices())  # shards are of one process each
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    request = {
+        "source": json.dumps(asked.images.fingerprint, sort_keys=True),
+        "weights_sha256": sha256,
+        "mirrored": asked.mirrored,
+        "scale": asked.scale,
+        "shard_size": latents.SHARD_SIZE,
+    }
+    if hosts.is_lead():
+        shards.make_folder(out, latents.MANIFEST)
+        with only_writer(out):
+            agree(out, request)
+            write(asked, module, params, out, batch_size, mesh)
+            finish(asked, module, sha256, out)
+        return
+    multihost_utils.sync_global_devices("the folder of latents")
+    write(asked, module, params, out, batch_size, mesh)
+
+
+def check(asked: Encoding, module: Any) -> None:
+    """UserError for an autoencoder that does not make the latents that the config expects."""
+    size, channels = asked.images.size, asked.images.channels
+    if size != asked.size * module.factor or asked.channels != module.latent_channels:
+        raise UserError(
+            f"encode: of images of {size} pixels this autoencoder makes latents of size {size // module.factor} and "
+            f"{module.latent_channels} channels; the config has data.size = {asked.size}, "
+            f"data.channels = {asked.channels}, images.size = {size}"
+        )
+    if channels != module.channels:
+        raise UserError(f"encode: the images have {channels} channels, and this autoencoder takes {module.channels}")
+    if not math.isclose(own := getattr(module, "scale", 1.0), asked.scale):
+        raise UserError(f"encode: this autoencoder scales latents by {own}, and data.scale = {asked.scale}")
+
+
+def agree(out: Path, request: dict[str, Any]) -> None:
+    """Leave the request in the folder. UserError where it holds shards of another one."""
+    path = out / REQUEST
+    if path.is_file():
+        stored = json.loads(path.read_text())
+        if differing := [name for name, value in request.items() if stored.get(name) != value]:
+            raise UserError(
+                f"{out} holds shards of another encoding ({', '.join(differing)} differ); choose another folder"
+            )
+    else:
+        write_json(path, request)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the folder of latents")
+
+
+def write(asked: Encoding, module: Any, params: Any, out: Path, batch_size: int, mesh: Mesh) -> None:
+    """The shards that are missing, of which each process makes its own."""
+    count = len(asked.images.examples)
+    own = range(jax.process_index(), number_of_shards(asked), jax.process_count())
+    missing = [shard for shard in own if not (out / shard_name(shard)).is_file()]
+    params = jax.device_put(params, replicated(mesh))
+    moments = jax.jit(lambda params, images: moments_of(module, params, images, asked.mirrored))
+    jobs = [range(n * latents.SHARD_SIZE, min((n + 1) * latents.SHARD_SIZE, count)) for n in missing]
+    done = count - sum(map(len, jobs)) if jax.process_count() == 1 else 0
+    with (
+        ThreadPoolExecutor(asked.threads) as readers,
+        ThreadPoolExecutor(1) as ahead,
+        tqdm(total=count, initial=done, unit="image", disable=None if hosts.is_lead() else True) as bar,
+    ):
+
+        def read(numbers: range) -> tuple[np.ndarray, list[int]]:
+            examples = list(readers.map(asked.images.examples.__getitem__, numbers))
+            return np.stack([each["image"] for each in examples]), [int(each["label"]) for each in examples]
+
+        for shard, numbers in zip(missing, jobs):
+            batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+            encoded = encoded_batches((ahead.submit(read, each) for each in batches), params, moments, batch_size, mesh)
+            shards.write_shard(out / shard_name(shard), of_batches(encoded, bar))
+
+
+def encoded_batches(
+    reads: Iterator[Any], params: Any, moments: Any, batch_size: int, mesh: Mesh
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Moments float16 [b, views, 2, h, w, c] and labels. Reading, computing and writing overlap by a batch each."""
+    following, computed = next(reads, None), None
+    while following is not None:
+        current, following = following, next(reads, None)
+        images, labels = current.result()
+        filled = np.concatenate([images, np.repeat(images[-1:], batch_size - len(images), axis=0)])
+        previous, computed = computed, (moments(params, jax.device_put(filled, batch_sharding(mesh))), labels)
+        if previous:
+            yield np.asarray(previous[0]), previous[1]
+    if computed:
+        yield np.asarray(computed[0]), computed[1]
+
+
+def of_batches(batches: Iterator[tuple[np.ndarray, list[int]]], bar: tqdm) -> Iterator[bytes]:
+    for moments, labels in batches:
+        for each, label in zip(moments, labels):
+            yield records.encode(each, label)
+        bar.update(len(labels))
+
+
+def moments_of(module: Any, params: Any, images: jax.Array, mirrored: bool) -> jax.Array:
+    """uint8 images [b, h, w, c] -> mean and standard deviation, float16 [b, views, 2, h/f, w/f, c]."""
+
+    def of_view(view: jax.Array) -> jax.Array:
+        values = view.astype(jnp.float32) / 127.5 - 1
+        mean, log_variance = module.apply({"params": params}, values, method="encode")
+        return jnp.stack([mean, jnp.exp(log_variance / 2)], axis=1)
+
+    views = [images, images[:, :, ::-1]] if mirrored else [images]
+    with jax.default_matmul_precision("highest"):
+        return jnp.stack([of_view(view) for view in views], axis=1).astype(jnp.float16)
+
+
+def finish(asked: Encoding, module: Any, sha256: str, out: Path) -> None:
+    """Write the manifest when all processes have written their shards."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("shards of latents")
+    names = [shard_name(shard) for shard in range(number_of_shards(asked))]
+    origin = latents.Origin(
+        source=json.dumps(asked.images.fingerprint, sort_keys=True),
+        autoencoder=type(module).__name__,
+        weights_sha256=sha256,
+        input_range=(-1.0, 1.0),
+        scale=asked.scale,
+        scale_applied=False,
+        num_classes=asked.images.num_classes,
+        label_table_sha256=hashlib.sha256("\n".join(asked.images.classes).encode()).hexdigest(),
+    )
+    manifest = latents.finish(out, names, 1 + asked.mirrored, (asked.size, asked.size, asked.channels), origin)
+    (out / REQUEST).unlink()
+    spread = ", ".join(f"{value:.3g}" for value in manifest["std"])
+    print(f"wrote {manifest['count']} latents of {asked.size} x {asked.size} x {asked.channels} to {out}")
+    print(f"standard deviation of the scaled latents by channel: {spread} (about 1 is right)")
+
+
+def number_of_shards(asked: Encoding) -> int:
+    return -(-len(asked.images.examples) // latents.SHARD_SIZE)
+
+
+def shard_name(shard: int) -> str:
+    return shards.file_name("latents", shard)

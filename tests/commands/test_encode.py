@@ -1,0 +1,156 @@
+"""`encode`: the latents are the autoencoder's, once each, also after an interruption; a model trains on them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from diffjax.__main__ import main
+from diffjax.commands import encode
+from diffjax.data import latents, records, shards, sources
+from diffjax.frozen import create
+from diffjax.sampling.samples import read_samples
+from diffjax.weights import store
+from tests.data import configs
+from tests.frozen.test_vae import some_params
+from tests.programs import TINY
+
+VAE = {"channels": 1, "widths": (8, 8), "depth": 1, "groups": 4, "scale": 0.5}
+SHARD = 600  # of 1,500 images
+LEAVES = (
+    *("images.name=digits", "images.size=8", "images.channels=1", "images.num_classes=10"),
+    *("data.name=latents", "data.split=", "data.size=4", "data.channels=4", "data.scale=0.5", "data.flip=true"),
+    *("model.patch=2", "sampling.clip=false", "evals.samples.every_steps=0", "log.tensorboard=false"),
+)
+
+
+def given(*leaves):
+    return [f"--config={TINY}", *(f"--config.{leaf}" for leaf in (*LEAVES, *leaves))]
+
+
+def run(vae, out, *leaves, batch_size=64):
+    arguments = given(f"autoencoder.weights={vae}", *leaves)
+    return main(["encode", *arguments, f"--out={out}", f"--batch_size={batch_size}"])
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    module = create("VAE", **VAE)
+    store.save(folder, module, some_params(module), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(vae, tmp_path_factory):
+    out = tmp_path_factory.mktemp("encoded") / "latents"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents, "SHARD_SIZE", SHARD)
+        assert run(vae, out) == 0
+    return out
+
+
+def stored(out):
+    manifest = latents.read_manifest(out)
+    found = shards.open_records(out, manifest)
+    pairs = [records.decode(found[i], tuple(manifest["shape"])) for i in range(len(found))]
+    return np.stack([moments for moments, _ in pairs]), np.array([label for _, label in pairs]), manifest
+
+
+def test_latents_are_those_of_the_autoencoder(vae, encoded):
+    """Also of the mirrored images; to float16, in the order of the images."""
+    moments, labels, manifest = stored(encoded)
+    images, expected = sources.arrays(sources.load(**configs.digits()))
+    np.testing.assert_array_equal(labels, expected)
+    module, params, model = store.load(vae)
+    for view, pixels in enumerate((images, images[:, :, ::-1])):
+        mean, log_variance = module.apply({"params": params}, pixels / np.float32(127.5) - 1, method="encode")
+        np.testing.assert_allclose(moments[:, view, 0], mean, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(moments[:, view, 1], np.exp(log_variance / 2), rtol=1e-3, atol=1e-4)
+    assert (manifest["views"], manifest["count"], manifest["shape"]) == (2, 1500, [4, 4, 4])
+    assert manifest["shards"] == [f"latents-0000{i}.array_record" for i in range(3)]
+    assert (manifest["scale"], manifest["scale_applied"], manifest["num_classes"]) == (0.5, False, 10)
+    assert manifest["weights_sha256"] == model["sha256"]
+    assert json.loads(manifest["source"])["name"] == "digits"
+    draws = moments[:, :, 0] + moments[:, :, 1] * np.random.default_rng(0).standard_normal(moments[:, :, 0].shape)
+    np.testing.assert_allclose(manifest["mean"], 0.5 * draws.mean(axis=(0, 1, 2, 3)), atol=0.01)
+    np.testing.assert_allclose(manifest["std"], 0.5 * draws.std(axis=(0, 1, 2, 3)), rtol=0.02)
+    assert sorted(path.name for path in encoded.iterdir()) == [".lock", *manifest["shards"], latents.MANIFEST]
+
+
+def test_an_interrupted_encoding_goes_on(vae, encoded, tmp_path, monkeypatch):
+    """Whole shards stay, the one that was being written is made anew: the same files in the end."""
+    monkeypatch.setattr(latents, "SHARD_SIZE", SHARD)
+
+    class Cut(Exception):
+        pass
+
+    write, written = shards.write_shard, []
+
+    def write_or_cut(path, encoded_records, digest=None):
+        written.append(path.name)
+        if len(written) == 2:
+            write(path.with_name("other"), (next(encoded_records) for _ in range(100)))
+            raise Cut
+        return write(path, encoded_records, digest)
+
+    monkeypatch.setattr(shards, "write_shard", write_or_cut)
+    with pytest.raises(Cut):
+        run(vae, tmp_path / "out")
+    assert not (tmp_path / "out" / latents.MANIFEST).exists()
+    (tmp_path / "out/latents-00001.unfinished").write_bytes(b"half")
+    (tmp_path / "out/other").unlink()
+    assert run(vae, tmp_path / "out") == 0
+    assert written == [f"latents-0000{i}.array_record" for i in (0, 1, 1, 2)]
+    assert latents.read_manifest(tmp_path / "out") == latents.read_manifest(encoded)
+    names = {path.name for path in encoded.iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (encoded / name).read_bytes(), name
+
+
+def test_batches_change_nothing_but_rounding(vae, encoded, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD_SIZE", SHARD)
+    assert run(vae, tmp_path / "out", batch_size=56) == 0
+    for ours, theirs in zip(stored(tmp_path / "out")[:2], stored(encoded)[:2]):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4)
+
+
+def test_a_model_trains_on_them_and_makes_pictures(vae, encoded, tmp_path):
+    leaves = given(f"data.dir={encoded}", f"autoencoder.weights={vae}", "total_steps=2", "ema.decay=0.5")
+    assert main(["train", *leaves, f"--workdir={tmp_path / 'run'}"]) == 0
+    assert main(["sample", f"--workdir={tmp_path / 'run'}", "--num=4", f"--out={tmp_path / 's.npz'}"]) == 0
+    images, labels, made = read_samples(tmp_path / "s.npz")
+    assert images.shape == (4, 8, 8, 3)  # grey pictures in three channels
+    np.testing.assert_array_equal(labels, np.arange(4))
+    assert made["autoencoder_sha256"]
+
+
+def test_what_does_not_fit_costs_nothing(vae, encoded, tmp_path, capsys):
+    def error(*leaves, out=tmp_path / "out"):
+        assert run(vae, out, *leaves) == 2
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1
+        return text
+
+    assert "makes latents of size 4 and 4 channels; the config has data.size = 8" in error("data.size=8")
+    assert "data.channels = 3" in error("data.channels=3")
+    assert "scales latents by 0.5, and data.scale = 0.18215" in error("data.scale=0.18215")
+    assert "images have 3 channels, and this autoencoder takes 1" in error(
+        "images.name=emoji32", "images.size=32", "images.channels=3", "images.num_classes=9", "data.size=16"
+    )
+    assert "autoencoder.weights is empty; give a file of weights" in error("autoencoder.weights=")
+    assert "already holds a latents.json" in error(out=encoded)
+    assert not (tmp_path / "out").exists()
+    assert main(["encode", f"--config={TINY}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "the config's data are digits; give one whose data.name is latents" in capsys.readouterr().err
+
+
+def test_shards_of_another_request_are_not_mixed(vae, encoded, tmp_path, capsys):
+    shutil.copytree(encoded, tmp_path / "out")
+    (tmp_path / "out" / latents.MANIFEST).unlink()
+    request = {"source": "", "weights_sha256": "", "mirrored": True, "scale": 0.5, "shard_size": latents.SHARD_SIZE}
+    (tmp_path / "out" / encode.REQUEST).write_text(json.dumps(request))
+    assert run(vae, tmp_path / "out") == 2
+    assert "holds shards of another encoding (source, weights_sha256 differ)" in capsys.readouterr().err
