@@ -32,6 +32,7 @@ COMMANDS = {
     "tokenize": "images -> tokens of their features, for token models",
     "probe": "linear probe of each block of a token model",
     "convert": "public weights -> diffjax parameters",
+    "export": "diffjax parameters -> a file in the layout of a public checkpoint",
     "inspect": "steps, sizes and sha256 of a run's parameters, average and optimizer state, as json",
     "bench": "steps/s, images/s and MFU of a config, and what the loop adds to the bare step",
 }

@@ -24,6 +24,20 @@ FAMILIES: dict[str, ModuleType | digit.Family] = {
     "tiny_vae": tiny_vae,
 }
 
+# The backbone or frozen network that a family's weights become.
+MODELS = {
+    "dit": "DiT",
+    "sit": "DiT",
+    "dis": "DiS",
+    "udit": "U-DiT",
+    "diffit": "DiffiT",
+    **dict.fromkeys(("digit_stage1", "digit_stage2_ar", "digit_stage2_nar"), "DiGIT"),
+    "dinov2": "DINOv2",
+    "vqgan": "VQGAN",
+    "vae": "VAE",
+    "tiny_vae": "TinyVAE",
+}
+
 PREFIXES = ("module.", "_orig_mod.")  # of models wrapped for data parallelism or averaging, and compiled ones
 AVERAGES = {"ema", "emas", "swa", "avg", "average", "averaged"}  # words in the names of averaged weights
 NO_WEIGHTS = re.compile("(last_)?opt|sched|lr_|arg|conf|cfg|hparam|hyper", re.IGNORECASE)  # starts of names

@@ -333,7 +333,10 @@ def test_leaves_that_nothing_reads_are_refused_by_name():
         ("sampling.edm.churn=1", "sampling.edm.churn = 1.0 is not read with sampling.sampler = ddim, only with edm"),
         ("data.vocabulary=5", "data.vocabulary = 5 is not read with data.name = digits, only with tokens"),
         ("tokens.patch=4", "tokens.patch = 4 is not read with method = diffusion, only with tokens"),
-        ("images.name=emoji32", "images.name = 'emoji32' is not read with data.name = digits, only with latents or tokens"),
+        (
+            "images.name=emoji32",
+            "images.name = 'emoji32' is not read with data.name = digits, only with latents or tokens",
+        ),
         ("init.new=head", "init.new = ('head',) is not read without init.from"),
     ):
         with pytest.raises(UserError) as raised:

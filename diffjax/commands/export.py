@@ -1,0 +1,71 @@
+"""Write parameters in the layout of the public checkpoint of a family, so that other programs read them: OUT.
+
+python -m diffjax export --workdir=runs/a --family=dit --out=dit.safetensors
+python -m diffjax export --params=params/dit-xl --family=dit --out=dit.safetensors
+
+Of a run it takes the averaged parameters; --weights=params the last ones. `convert` reads the file back.
+"""
+
+import jax
+from absl import flags
+from safetensors.numpy import save
+
+from diffjax import models
+from diffjax.commands import define_overwrite, define_path, make_folder
+from diffjax.errors import UserError
+from diffjax.files import atomic, file_sha256
+from diffjax.parallel import hosts
+from diffjax.runs import open_run
+from diffjax.weights import FAMILIES, MODELS, store, to_reference
+
+REQUIRED = ("family", "out")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    define_path("workdir", None, "run folder", values)
+    define_path("params", None, "folder that `convert` or `ema` wrote, instead of --workdir", values)
+    flags.DEFINE_integer("step", None, "of --workdir: which checkpoint; the latest by default", flag_values=values)
+    flags.DEFINE_enum("weights", "ema", ["ema", "params"], "of --workdir: average or last ones", flag_values=values)
+    flags.DEFINE_string("family", None, f"whose layout: {', '.join(FAMILIES)}", flag_values=values)
+    define_path("out", None, "file, .safetensors", values)
+    define_overwrite(values)
+
+
+def run(values: flags.FlagValues, overrides: list[str]) -> None:
+    hosts.start("off")
+    out = values.out
+    if bool(values.workdir) == bool(values.params):
+        raise UserError("export: give either --workdir or --params")
+    if values.params and (values["step"].present or values["weights"].present):
+        raise UserError("export: --step and --weights choose within a run folder; they have no effect on --params")
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise UserError(f"--out={out}: give a file that ends in .safetensors")
+    if out.exists() and not values.overwrite:
+        raise UserError(f"{out} is there already; choose another --out, or --overwrite replaces it")
+    if values.workdir:
+        found = open_run(values.workdir, weights=values.weights, step=values.step)
+        module, params, name = found.experiment.model, jax.device_get(found.params), found.describe()
+        kind = models.family_of(found.experiment.name)
+    else:
+        module, params, made = store.load(values.params)
+        kind, name = made["name"], f"{made['name']} of {values.params}"
+    check_family(values.family, kind, name)
+    make_folder(out)
+    weights = to_reference(values.family, module, params)
+    with atomic(out) as file:
+        file.write(save(weights, {"format": "pt"}))
+    count = sum(array.size for array in weights.values())
+    print(f"wrote {len(weights)} arrays with {count:,} numbers of {name} to {out}, sha256 {file_sha256(out)}")
+
+
+def check_family(family: str, kind: str, name: str) -> None:
+    """UserError unless the model can be written in the layout of a family."""
+    if family not in FAMILIES:
+        raise UserError(f"--family={family} is unknown; valid: {', '.join(FAMILIES)}")
+    if MODELS[family] != kind:
+        valid = (
+            ", ".join(each for each, model in MODELS.items() if model == kind) or "none, no public checkpoint has it"
+        )
+        raise UserError(
+            f"--family={family} is the layout of {MODELS[family]}, and {name} holds a {kind}; valid: {valid}"
+        )

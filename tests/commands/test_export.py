@@ -1,0 +1,67 @@
+"""`export` writes what the reference would, and `convert` reads it back, of a run and of converted parameters."""
+
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from diffjax.__main__ import main
+from diffjax.commands.inspect import inspect
+from diffjax.frozen import create
+from diffjax.weights import FAMILIES, MODELS, store
+from tests.frozen.test_vae import SMALL, some_params
+from tests.programs import train_arguments
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("export") / "run"
+    assert main(train_arguments(workdir, "total_steps=2", "ema.decay=0.5")) == 0
+    return workdir
+
+
+def convert(family, file, out, *arguments):
+    flags = [f"--arguments={','.join(arguments)}"] if arguments else []
+    assert main(["convert", f"--family={family}", f"--checkpoint={file}", f"--out={out}", *flags]) == 0
+    return store.load(out)[2]["sha256"]
+
+
+@pytest.mark.parametrize("weights", ["ema", "params"])
+def test_a_run_comes_back(run, tmp_path, capsys, weights):
+    out = tmp_path / "dit.safetensors"
+    assert main(["export", f"--workdir={run}", "--family=dit", f"--weights={weights}", f"--out={out}"]) == 0
+    assert f"({weights}) to {out}, sha256 " in capsys.readouterr().out
+    assert convert("dit", out, tmp_path / "back", "num_heads=3") == inspect(run)["sha256"][weights]
+    with safe_open(out, "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert "blocks.0.attn.qkv.weight" in load_file(out)
+
+
+@pytest.mark.parametrize("family, name", [("vae", "VAE"), ("tiny_vae", "TinyVAE")])
+def test_a_frozen_network_comes_back(tmp_path, family, name):
+    module = create(name, **SMALL[name])
+    made = store.save(tmp_path / "params", module, some_params(module), {})
+    out = tmp_path / "vae.safetensors"
+    assert main(["export", f"--params={tmp_path / 'params'}", f"--family={family}", f"--out={out}"]) == 0
+    arguments = ["norm_num_groups=8"] if family == "vae" else []
+    assert convert(family, out, tmp_path / "back", *arguments) == made["sha256"]
+
+
+def test_what_cannot_be_written_is_said(run, tmp_path, capsys):
+    def error(*flags, out=tmp_path / "a.safetensors"):
+        assert main(["export", f"--workdir={run}", f"--out={out}", *flags]) == 2
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1
+        return text
+
+    assert "is the layout of DiS, and" in (text := error("--family=dis"))
+    assert "holds a DiT; valid: dit, sit" in text
+    assert "--family=vit is unknown; valid: dit, sit" in error("--family=vit")
+    assert "give a file that ends in .safetensors" in error("--family=dit", out=tmp_path / "a.pt")
+    assert "give either --workdir or --params" in error("--family=dit", f"--params={run}")
+    (tmp_path / "a.safetensors").write_text("mine")
+    assert "is there already; choose another --out, or --overwrite" in error("--family=dit")
+    assert (tmp_path / "a.safetensors").read_text() == "mine"
+
+
+def test_every_family_has_a_model():
+    assert MODELS.keys() == FAMILIES.keys()
