@@ -27,6 +27,8 @@ from diffjax.data import pipeline, sources
 from diffjax.errors import UserError
 from diffjax.evaluation.evaluators import EVALUATORS
 from diffjax.methods import METHODS, encoders
+from diffjax.methods.encoders import Preparation, Tokenization
+from diffjax.methods.latents import Encoding
 from diffjax.ops.macs import count_macs
 from diffjax.options import Options
 from diffjax.parallel.mesh import batch_sharding, check_batch, check_processes, make_mesh, replicated
@@ -420,16 +422,8 @@ def model_maker(name: str, options: Options) -> contracts.MakeModel:
 def data_spec(config: Config) -> DataSpec:
     data = config.data
     condition = contracts.condition(data.condition, data.num_classes, data.condition_size)
-    return DataSpec(
-        data.name,
-        data.size,
-        data.channels,
-        condition,
-        data.flip,
-        data.augment,
-        data.options,
-        config.autoencoder.weights,
-    )
+    given = (data.name, data.size, data.channels, condition, data.flip, data.augment, data.options)
+    return DataSpec(*given, autoencoder=config.autoencoder.weights)
 
 
 def load_source(data: Any, **options: Any) -> sources.Source:
@@ -441,10 +435,10 @@ def load_source(data: Any, **options: Any) -> sources.Source:
     return sources.load(data.name, **{**given, **options})
 
 
-def preparation(config: Config) -> encoders.Preparation:
+def preparation(config: Config) -> Preparation:
     """The settings of the encoder that makes the tokens, and of its input images."""
     tokens, images = config.settings, config.images
-    return encoders.Preparation(
+    return Preparation(
         encoder=str(config.data.options["encoder"]),
         grid=config.data.size,
         image_size=images.size,
@@ -457,30 +451,10 @@ def preparation(config: Config) -> encoders.Preparation:
 
 
 def with_sampling(experiment: Experiment, sampling: Any) -> Experiment:
-    """The experiment with other options of sampling; all else is shared, nothing is built again."""
+    """The experiment with other options of sampling; all else is shared."""
     values = {**experiment.config.values, **section_values("sampling.", sampling)}
     config = dataclasses.replace(experiment.config, sampling=sampling, values=values)
     return dataclasses.replace(experiment, config=config)
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """The settings of `encode`: images, autoencoder, and what latents a config expects.
-
-    Attributes:
-        weights: of the autoencoder, see `autoencoders.read`.
-        size, channels, scale: of the latents.
-        mirrored: whether the encoding of the mirrored image is stored, too.
-        threads: that read images.
-    """
-
-    images: sources.Source
-    weights: str
-    size: int
-    channels: int
-    scale: float
-    mirrored: bool
-    threads: int
 
 
 def encoding(config: Config) -> Encoding:
@@ -488,10 +462,7 @@ def encoding(config: Config) -> Encoding:
     if config.data.name != "latents":
         raise UserError(f"encode: the config's data are {config.data.name}; give one whose data.name is latents")
     if not config.autoencoder.weights:
-        raise UserError(
-            "encode: autoencoder.weights is empty; give a file of weights, or a folder of `convert` or diffusers, with "
-            "--config.autoencoder.weights=PATH"
-        )
+        raise UserError("encode: autoencoder.weights is empty; give its weights, --config.autoencoder.weights=PATH")
     data = config.data
     return Encoding(
         images=load_source(config.images),
@@ -502,25 +473,6 @@ def encoding(config: Config) -> Encoding:
         mirrored=data.flip,
         threads=max(data.threads, 1),
     )
-
-
-@dataclass(frozen=True)
-class Tokenization:
-    """The settings of `tokenize`: images, encoder and codebook.
-
-    Attributes:
-        counts: sizes of the vocabularies by leaf: `vocabulary` of the features and `decoder_vocabulary` of a decoder.
-        fit_images, iterations, init, seed: of the k-means that fits the codebook; see section `tokens`.
-    """
-
-    images: sources.Source
-    made: encoders.Preparation
-    counts: Mapping[str, int]
-    mirrored: bool
-    fit_images: int
-    iterations: int
-    init: str
-    seed: int
 
 
 def tokenization(config: Config) -> Tokenization:

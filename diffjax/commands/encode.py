@@ -28,8 +28,9 @@ from diffjax.commands import define_distributed, define_path
 from diffjax.config import load
 from diffjax.data import latents, records, shards
 from diffjax.errors import UserError
-from diffjax.experiment import Encoding, encoding
+from diffjax.experiment import encoding
 from diffjax.files import only_writer, write_json
+from diffjax.methods.latents import Encoding
 from diffjax.parallel import hosts
 from diffjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from diffjax.weights import autoencoders

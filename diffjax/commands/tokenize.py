@@ -24,9 +24,9 @@ from diffjax.config import Config, load
 from diffjax.data import draws, shards, sources
 from diffjax.data import tokens as records
 from diffjax.errors import UserError
-from diffjax.experiment import Tokenization, tokenization
+from diffjax.experiment import tokenization
 from diffjax.files import atomic, only_writer, write_npy
-from diffjax.methods.encoders import Encoder, load_encoder, load_vqgan
+from diffjax.methods.encoders import Encoder, Tokenization, load_encoder, load_vqgan
 from diffjax.parallel import hosts
 from diffjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from diffjax.tokens import codebooks, kmeans

@@ -3,7 +3,8 @@
 Images are float32 [b, h, w, c] in [-1, 1] throughout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jax.tree_util import Partial
 
+from diffjax.data import sources
 from diffjax.data import tokens as records
 from diffjax.errors import UserError
 from diffjax.frozen import dinov2, vqgan
@@ -38,6 +40,25 @@ class Preparation(NamedTuple):
 
     def images(self) -> dict[str, Any]:
         return {"image_size": self.image_size, "image_crop": self.image_crop}
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """The settings of `tokenize`: images, encoder and codebook.
+
+    Attributes:
+        counts: sizes of the vocabularies by leaf: `vocabulary` of the features and `decoder_vocabulary` of a decoder.
+        fit_images, iterations, init, seed: of the k-means that fits the codebook; see section `tokens`.
+    """
+
+    images: sources.Source
+    made: Preparation
+    counts: Mapping[str, int]
+    mirrored: bool
+    fit_images: int
+    iterations: int
+    init: str
+    seed: int
 
 
 class Encoder(NamedTuple):

@@ -1,6 +1,7 @@
-"""From latents to pictures, by the decoder of an autoencoder."""
+"""Latents of images by an autoencoder, and pictures of latents."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,33 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.tree_util import Partial
 
+from diffjax.data import sources
 from diffjax.data.latents import MANIFEST, read_manifest
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import BATCH_AXES
 from diffjax.weights import autoencoders
 
 AT_ONCE = 2**19  # pixels that a device decodes at a time: two images of 512 pixels, some 2 GB of activations
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The settings of `encode`: images, autoencoder, and what latents a config expects.
+
+    Attributes:
+        weights: of the autoencoder, see `autoencoders.read`.
+        size, channels, scale: of the latents.
+        mirrored: whether the encoding of the mirrored image is stored, too.
+        threads: that read images.
+    """
+
+    images: sources.Source
+    weights: str
+    size: int
+    channels: int
+    scale: float
+    mirrored: bool
+    threads: int
 
 
 def load_decoder(weights: str, data_folder: str, channels: int, scale: float) -> Partial:

@@ -140,7 +140,7 @@ def test_what_does_not_fit_costs_nothing(vae, encoded, tmp_path, capsys):
     assert "images have 3 channels, and this autoencoder takes 1" in error(
         "images.name=emoji32", "images.size=32", "images.channels=3", "images.num_classes=9", "data.size=16"
     )
-    assert "autoencoder.weights is empty; give a file of weights" in error("autoencoder.weights=")
+    assert "autoencoder.weights is empty; give its weights" in error("autoencoder.weights=")
     assert "already holds a latents.json" in error(out=encoded)
     assert not (tmp_path / "out").exists()
     assert main(["encode", f"--config={TINY}", f"--out={tmp_path / 'out'}"]) == 2

@@ -19,7 +19,7 @@ BOTH = pytest.mark.parametrize("name", SMALL)
 
 
 def shapes(module, side=16):
-    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, side, side, module.channels)))["params"]
+    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, side, side, getattr(module, "channels", 3))))["params"]
 
 
 def some_params(module):
