@@ -19,7 +19,8 @@ BOTH = pytest.mark.parametrize("name", SMALL)
 
 
 def shapes(module, side=16):
-    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, side, side, getattr(module, "channels", 3))))["params"]
+    blank = jnp.zeros((1, side, side, getattr(module, "channels", 3)))
+    return jax.eval_shape(module.init, jax.random.key(0), blank)["params"]
 
 
 def some_params(module):
