@@ -14,9 +14,8 @@ from absl import flags
 
 from diffjax.commands import define_path
 from diffjax.errors import UserError
-from diffjax.files import file_sha256
 from diffjax.parallel import hosts
-from diffjax.weights import FAMILIES, choose, from_reference, store, torch_file
+from diffjax.weights import FAMILIES, checkpoints, choose, from_reference, store
 
 INTERRUPTED = "what --out holds is not complete; remove it before the same command"
 REQUIRED = ("family", "checkpoint", "out")
@@ -24,7 +23,8 @@ REQUIRED = ("family", "checkpoint", "out")
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("family", None, f"whose weights: {', '.join(FAMILIES)}", flag_values=values)
-    define_path("checkpoint", None, ".pt, .pth or .safetensors file", values)
+    what = ".safetensors, .pt, .pth, .ckpt or .bin file; *.index.json of several; or a folder of diffusers"
+    define_path("checkpoint", None, what, values)
     flags.DEFINE_string("weights", "", "entry of a training checkpoint; its average by default", flag_values=values)
     define_path("out", None, "new folder for the parameters", values)
     flags.DEFINE_list(
@@ -48,10 +48,11 @@ def convert(family: str, checkpoint: Path, out: Path, entry: str = "", **config:
         config: the reference's constructor arguments, where needed.
     """
     store.refuse_full(out)
-    name, weights = choose(torch_file.read(checkpoint), entry)
+    found = checkpoints.read(checkpoint)
+    name, weights = choose(found.content, entry)
     print(f"read {len(weights)} entries of {checkpoint}{f', its {name!r}' if name else ''}")
-    module, params = from_reference(family, weights, **config)
-    source = {"family": family, "checkpoint": checkpoint.name, "checkpoint_sha256": file_sha256(checkpoint)}
+    module, params = from_reference(family, weights, **{**found.config, **config})
+    source = {"family": family, "checkpoint": checkpoint.name, "checkpoint_sha256": found.sha256}
     model = store.save(out, module, params, source)
     print(f"model {model['name']}({', '.join(f'{name}={value}' for name, value in model['kwargs'].items())})")
     print(f"parameters {model['parameters']:,}, sha256 {model['sha256']}")

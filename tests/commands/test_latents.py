@@ -109,7 +109,9 @@ def test_what_cannot_decode_is_said(world, tmp_path, capsys):
         return text
 
     assert "makes latents of 4 channels, not pictures; give their autoencoder to decode them (--autoencoder" in error()
-    assert f"{world / 'run'} is no autoencoder: neither" in error(f"--autoencoder={world / 'run'}")
+    assert f"{world / 'run'} is no folder of diffusers, which holds config.json" in error(
+        f"--autoencoder={world / 'run'}"
+    )
     assert "gone: no such file" in error(f"--autoencoder={tmp_path / 'gone'}")
     for name, changed, words in (
         ("scaled", {"scale": 0.5}, "scales latents by 0.5, and data.scale = 0.25"),

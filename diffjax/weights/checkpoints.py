@@ -1,0 +1,77 @@
+"""Where public weights lie: in one file, in several with an index, or in a folder of diffusers with config.json."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffjax.errors import UserError
+from diffjax.files import file_sha256
+from diffjax.weights import torch_file
+
+INDEX = ".index.json"  # {"weight_map": {name of an array: file beside it}}
+STEM = "diffusion_pytorch_model"
+FOLDER = (f"{STEM}.safetensors", f"{STEM}.safetensors{INDEX}", f"{STEM}.bin")  # weights in a folder of diffusers
+NAME = re.compile(r"\w[\w.-]*")  # no folder in it
+
+
+class Checkpoint(NamedTuple):
+    """What was found.
+
+    Attributes:
+        content: nested dicts of arrays and plain values, see `torch_file.read`.
+        config: constructor arguments that lie beside; {} for none.
+        sha256: of the file; of several, over their names and hashes.
+    """
+
+    content: Any
+    config: dict[str, Any]
+    sha256: str
+
+
+def read(path: Path) -> Checkpoint:
+    """A file of weights (.safetensors, .pt, .pth, .ckpt, .bin), an index of several, or a folder of diffusers.
+
+    UserError for what is missing, damaged or of another format.
+    """
+    if path.is_dir():
+        weights = next((path / name for name in FOLDER if (path / name).is_file()), None)
+        if not weights or not (path / "config.json").is_file():
+            raise UserError(f"{path} is no folder of diffusers, which holds config.json and {' or '.join(FOLDER)}")
+        config = {name: value for name, value in _json(path / "config.json").items() if not name.startswith("_")}
+        return read(weights)._replace(config=config)
+    if path.name.endswith(INDEX):
+        return _read_several(path)
+    return Checkpoint(torch_file.read(path), {}, file_sha256(path))
+
+
+def _read_several(path: Path) -> Checkpoint:
+    places = _json(path).get("weight_map")
+    if not isinstance(places, Mapping) or not places:
+        raise UserError(f"{path} has no table weight_map, which says in which file each array lies")
+    if strange := [name for name in places.values() if not isinstance(name, str) or not NAME.fullmatch(name)]:
+        raise UserError(f"{path} names the file {strange[0]!r}; valid: names of files beside it")
+    names = sorted(set(places.values()))
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
+        raise UserError(f"{path.parent} lacks {missing[0]}, which {path.name} names")
+    content: dict[str, Any] = {}
+    for name in names:
+        found = torch_file.read(path.parent / name)
+        wanted = [key for key, place in places.items() if place == name]
+        if lacking := [key for key in wanted if key not in found]:
+            raise UserError(f"{path.parent / name} lacks {lacking[0]}, which {path.name} says is in it")
+        content |= {key: found[key] for key in wanted}
+    hashes = "".join(f"{name} {file_sha256(path.parent / name)}\n" for name in names)
+    return Checkpoint(content, {}, hashlib.sha256(hashes.encode()).hexdigest())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid json ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a table")
+    return found
