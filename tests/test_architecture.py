@@ -1,6 +1,7 @@
 """The import levels of the package, and what importing it must not do."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -34,6 +35,18 @@ def test_nothing_in_the_package_imports_the_recipes():
 def test_one_module_knows_orbax():
     users = [p.name for p in (ROOT / "diffjax").rglob("*.py") if "orbax" in imported(p)]
     assert users == ["archive.py"]
+
+
+def test_files_are_written_whole_by_one_module():
+    """But for the metrics, which are appended to, and the program that makes the embedded sets."""
+    writes = re.compile(r"""\.write_(text|bytes)\(|np\.savez?\w*\(|open\([^)]*["'][wax]b?\+?["']""")
+    found = {
+        str(path.relative_to(ROOT / "diffjax"))
+        for path in (ROOT / "diffjax").rglob("*.py")
+        for line in path.read_text().splitlines()
+        if writes.search(line)
+    }
+    assert found - {"files.py"} == {"training/metrics.py", "data/embedded/rebuild.py"}
 
 
 def imported(path):

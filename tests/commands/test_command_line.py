@@ -190,6 +190,10 @@ MISTAKES = {
         "init.from = 'params' holds another model (depth 3 not 2, width 24 not 48, heads 2 not 3); give --config.",
     ),
     "dtype": (changed("model.dtype=float8"), "dtype"),
+    "clip-of-latents": (
+        changed("data.name=latents"),
+        "sampling.clip limits pixels, and data.name = 'latents' has none",
+    ),
     "data-set": (changed("data.name=mnist"), "data.name = 'mnist': valid: digits, emoji32, folder"),
     "split": (changed("data.split=dev"), "data.split='dev' is not a split of digits"),
     "size-of-data": (changed("data.size=16"), "data.size=16, but digits has size=8"),
@@ -394,6 +398,7 @@ def test_a_mistake_is_one_line(world, monkeypatch, capsys, mistake):
     printed, error = capsys.readouterr()
     assert message in error
     assert error.startswith("diffjax: ")
+    assert error.count("diffjax: ") == 1
     assert error.count("\n") == 1
     assert printed == "" or arguments[0] == "convert"
     assert listing(world) == before
