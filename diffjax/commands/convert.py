@@ -15,7 +15,7 @@ from absl import flags
 from diffjax.commands import define_path
 from diffjax.errors import UserError
 from diffjax.parallel import hosts
-from diffjax.weights import FAMILIES, checkpoints, choose, from_reference, store
+from diffjax.weights import FAMILIES, checkpoints, choose, from_reference, part_of, store
 
 INTERRUPTED = "what --out holds is not complete; remove it before the same command"
 REQUIRED = ("family", "checkpoint", "out")
@@ -49,7 +49,7 @@ def convert(family: str, checkpoint: Path, out: Path, entry: str = "", **config:
     """
     store.refuse_full(out)
     found = checkpoints.read(checkpoint)
-    name, weights = choose(found.content, entry)
+    name, weights = choose(found.content, entry, part_of(family))
     print(f"read {len(weights)} entries of {checkpoint}{f', its {name!r}' if name else ''}")
     module, params = from_reference(family, weights, **{**found.config, **config})
     source = {"family": family, "checkpoint": checkpoint.name, "checkpoint_sha256": found.sha256}

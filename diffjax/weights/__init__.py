@@ -57,7 +57,8 @@ def from_reference(family: str, state_dict: Mapping[str, Any], **config: Any) ->
             unexpected, missing and wrongly shaped keys, all in one message; values that are not finite.
     """
     empty = isinstance(state_dict, Mapping) and not any(_entries(state_dict, ()))
-    return _family(family).from_reference({} if empty else unwrap(state_dict), **config)
+    weights = {} if empty else unwrap(state_dict, part=part_of(family))
+    return _family(family).from_reference(weights, **config)
 
 
 def to_reference(family: str, module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -65,15 +66,20 @@ def to_reference(family: str, module: nn.Module, params: Mapping[str, Any]) -> d
     return _family(family).to_reference(module, params)
 
 
-def unwrap(checkpoint: Any, entry: str = "") -> dict[str, Any]:
+def part_of(family: str) -> str:
+    """What the keys of a family begin with inside a checkpoint of a larger model; "" for nothing."""
+    return str(getattr(_family(family), "PART", ""))
+
+
+def unwrap(checkpoint: Any, entry: str = "", part: str = "") -> dict[str, Any]:
     """The weights inside a file, without a prefix "module." or "_orig_mod.": see `choose` for which.
 
     The prefixes come from saving a model that was wrapped for data parallelism, or compiled.
     """
-    return choose(checkpoint, entry)[1]
+    return choose(checkpoint, entry, part)[1]
 
 
-def choose(checkpoint: Any, entry: str = "") -> tuple[str, dict[str, Any]]:
+def choose(checkpoint: Any, entry: str = "", part: str = "") -> tuple[str, dict[str, Any]]:
     """(name of the entry of a training checkpoint, "" for all of it; the weights in it).
 
     The published results use averaged weights: an entry that is named as an average (ema, model_ema, ema_model,
@@ -81,12 +87,18 @@ def choose(checkpoint: Any, entry: str = "") -> tuple[str, dict[str, Any]]:
     named "model" or "state_dict", or stand alone, are taken from a file without an average.
 
     entry: which one instead, by its name; parts of nested ones are joined by ".".
+    part: where keys begin with it, those alone are taken, without it, whatever else the checkpoint holds.
 
     Raises:
         UserError: no weights; an average without weights; several entries, none of which is the one; no such entry.
     """
     if not isinstance(checkpoint, Mapping):
         raise UserError(f"the checkpoint holds no weights but a {type(checkpoint).__name__}")
+    if part and not entry:
+        for name, tree in {"": checkpoint, **checkpoint}.items():
+            if isinstance(tree, Mapping) and any(str(key).startswith(part) for key in tree):
+                inside = {str(key): value for key, value in tree.items() if str(key).startswith(part)}
+                return f"{name}.{part}".strip("."), {key.removeprefix(part): value for key, value in inside.items()}
     found = dict(_entries(checkpoint, ()))
     listed = ", ".join(name or "the whole file" for name in found) or "none"
     if entry:

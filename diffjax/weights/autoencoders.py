@@ -21,7 +21,7 @@ def read(path: Path) -> tuple[Any, Any, str]:
             raise UserError(f"{path} holds a {made['name']}, not an autoencoder of latents ({', '.join(KINDS)})")
         return module, params, made["sha256"]
     found = checkpoints.read(path)
-    weights = unwrap(found.content)
+    weights = unwrap(found.content, part=vae.PART)
     family = tiny_vae if any(key.startswith("encoder.layers.") for key in weights) else vae
     module, params = family.from_reference(weights, **found.config)
     return module, params, tree_sha256(params)

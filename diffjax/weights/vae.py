@@ -16,7 +16,7 @@ from diffjax.frozen import create
 from diffjax.weights import convolutions, mapping
 from diffjax.weights.convolutions import KERNEL1, Rows, axis, conv, linear, norm
 
-PREFIX = "first_stage_model."  # in a whole latent diffusion model
+PART = "first_stage_model."  # in a whole latent diffusion model
 LOSS = "loss."  # the discriminator, in a checkpoint of the autoencoder's training
 
 # (pattern, replacement) of CompVis's names, in this order; "{up}" counts from the other side
@@ -91,8 +91,7 @@ def to_reference(module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.n
 
 def renamed(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of the autoencoder by the names of diffusers, of any of the three layouts."""
-    inside = {key.removeprefix(PREFIX): value for key, value in state_dict.items() if key.startswith(PREFIX)}
-    weights = {key: value for key, value in (inside or state_dict).items() if not key.startswith(LOSS)}
+    weights = {key: value for key, value in state_dict.items() if not key.startswith(LOSS)}
     up = [int(match[1]) for key in weights if (match := UP.match(key))]
     return {_renamed(key, max(up, default=0)): _as_linear(key, value) for key, value in weights.items()}
 

@@ -125,7 +125,8 @@ def test_the_layout_of_latent_diffusion(widths):
     trained = {"state_dict": theirs | {"loss.discriminator.main.0.weight": np.zeros((2, 2))}, "epoch": 3}
     unet = {"model.diffusion_model.out.0.weight": np.zeros(3), "betas": np.zeros(9), "logvar": np.zeros(9)}
     whole = {f"first_stage_model.{key}": value for key, value in theirs.items()} | unet
-    for checkpoint in (theirs, trained, {"state_dict": whole}):
+    averaged = {f"model_ema.{key.replace('.', '')}": value for key, value in unet.items()}
+    for checkpoint in (theirs, trained, whole, {"state_dict": whole}, {"state_dict": whole | averaged, "epoch": 1}):
         same(from_reference("vae", checkpoint, **CONFIG), (module, params))
 
 
