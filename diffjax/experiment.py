@@ -191,7 +191,7 @@ class Experiment:
     def decoder_sha256(self) -> str:
         """sha256 of the decoder's parameters; "" where samples need none, or are described by how they were made."""
         decoder = self.method.decoder
-        return tree_sha256(self.decode) if decoder and decoder.recorded else ""
+        return tree_sha256(self.decode.args[0]) if decoder and decoder.recorded else ""
 
     @functools.cached_property
     def frozen(self) -> dict[str, Tree]:
@@ -470,6 +470,7 @@ def encoding(config: Config) -> Encoding:
         size=data.size,
         channels=data.channels,
         scale=float(str(data.options["scale"])),
+        num_classes=data.num_classes,
         mirrored=data.flip,
         threads=max(data.threads, 1),
     )

@@ -52,7 +52,7 @@ def convert(family: str, checkpoint: Path, out: Path, entry: str = "", **config:
     name, weights = choose(found.content, entry, part_of(family))
     print(f"read {len(weights)} entries of {checkpoint}{f', its {name!r}' if name else ''}")
     module, params = from_reference(family, weights, **{**found.config, **config})
-    source = {"family": family, "checkpoint": checkpoint.name, "checkpoint_sha256": found.sha256}
+    source = {"family": family, "checkpoint": checkpoint.name, "checkpoint_sha256": found.sha256()}
     model = store.save(out, module, params, source)
     print(f"model {model['name']}({', '.join(f'{name}={value}' for name, value in model['kwargs'].items())})")
     print(f"parameters {model['parameters']:,}, sha256 {model['sha256']}")

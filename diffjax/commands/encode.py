@@ -1,13 +1,15 @@
 """Turn images into latents: OUT/latents-*.array_record and OUT/latents.json, which says how.
 
 python -m diffjax encode --config=configs/imagenet256.py --out=data/imagenet256-latents \\
-  --config.images.dir=data/imagenet256 --config.autoencoder.weights=sd-vae-ft-ema
+  --config.images.name=folder --config.images.dir=imagenet/train --config.images.split="" --config.images.size=256 \\
+  --config.images.num_classes=1000 --config.autoencoder.weights=sd-vae-ft-ema
 
 The config's section `images` says which images, `autoencoder.weights` by which autoencoder, `data` what the latents
 should be; with data.flip the mirrored images are encoded, too. Stored are mean and standard deviation of the posterior,
-not scaled; training draws from it anew at each visit. Several processes each write shards of their own.
+not scaled; training draws from it anew at each visit.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -20,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from diffjax.data import latents, records, shards
 from diffjax.errors import UserError
 from diffjax.experiment import encoding
 from diffjax.files import only_writer, write_json
-from diffjax.methods.latents import Encoding
+from diffjax.methods.latents import Encoding, check_shift
 from diffjax.parallel import hosts
 from diffjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from diffjax.weights import autoencoders
@@ -54,26 +55,31 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
 
 def encode(asked: Encoding, out: Path, batch_size: int = 32) -> None:
     """Latents of all images, in the folder `out`; shards that are there already stay."""
+    if jax.process_count() > 1:
+        raise UserError("encode runs as one process, on all its devices; start it on one host")
     module, params, sha256 = autoencoders.read(Path(asked.weights))
     check(asked, module)
-    mesh = make_mesh({"data": -1}, jax.local_devices())  # shards are of one process each
+    mesh = make_mesh({"data": -1})
     batch_size = -(-batch_size // mesh.size) * mesh.size
     request = {
         "source": json.dumps(asked.images.fingerprint, sort_keys=True),
+        "autoencoder": describe(module),
         "weights_sha256": sha256,
         "mirrored": asked.mirrored,
         "scale": asked.scale,
         "shard_size": latents.SHARD_SIZE,
     }
-    if hosts.is_lead():
-        shards.make_folder(out, latents.MANIFEST)
-        with only_writer(out):
-            agree(out, request)
-            write(asked, module, params, out, batch_size, mesh)
-            finish(asked, module, sha256, out)
-        return
-    multihost_utils.sync_global_devices("the folder of latents")
-    write(asked, module, params, out, batch_size, mesh)
+    shards.make_folder(out, latents.MANIFEST)
+    with only_writer(out):
+        agree(out, request)
+        write(asked, module, params, out, batch_size, mesh)
+        finish(asked, request, out)
+
+
+def describe(module: Any) -> str:
+    """The autoencoder with its sizes, in a line."""
+    fields = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
+    return f"{type(module).__name__}({', '.join(f'{name}={getattr(module, name)}' for name in fields)})"
 
 
 def check(asked: Encoding, module: Any) -> None:
@@ -87,38 +93,44 @@ def check(asked: Encoding, module: Any) -> None:
         )
     if channels != module.channels:
         raise UserError(f"encode: the images have {channels} channels, and this autoencoder takes {module.channels}")
+    if asked.num_classes not in (0, asked.images.num_classes):
+        raise UserError(
+            f"encode: images.num_classes = {asked.images.num_classes}, and data.num_classes = {asked.num_classes}; "
+            "valid: the same, or data.num_classes = 0"
+        )
+    check_shift(module)
     if not math.isclose(own := getattr(module, "scale", 1.0), asked.scale):
         raise UserError(f"encode: this autoencoder scales latents by {own}, and data.scale = {asked.scale}")
 
 
 def agree(out: Path, request: dict[str, Any]) -> None:
-    """Leave the request in the folder. UserError where it holds shards of another one."""
+    """Leave the request in the folder. UserError where it holds shards of another one, or does not say of which."""
     path = out / REQUEST
-    if path.is_file():
-        stored = json.loads(path.read_text())
-        if differing := [name for name, value in request.items() if stored.get(name) != value]:
+    if not path.is_file():
+        if left := sorted(out.glob(shard_name(0).replace("00000", "*"))):
             raise UserError(
-                f"{out} holds shards of another encoding ({', '.join(differing)} differ); choose another folder"
+                f"{out} holds {left[0].name} and does not say of what; remove such files, or choose another folder"
             )
-    else:
         write_json(path, request)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the folder of latents")
+        return
+    stored = json.loads(path.read_text())
+    if differing := [name for name, value in request.items() if stored.get(name) != value]:
+        raise UserError(
+            f"{out} holds shards of another encoding ({', '.join(differing)} differ); choose another folder"
+        )
 
 
 def write(asked: Encoding, module: Any, params: Any, out: Path, batch_size: int, mesh: Mesh) -> None:
-    """The shards that are missing, of which each process makes its own."""
-    count = len(asked.images.examples)
-    own = range(jax.process_index(), number_of_shards(asked), jax.process_count())
-    missing = [shard for shard in own if not (out / shard_name(shard)).is_file()]
+    """The shards that are missing."""
+    size, count = latents.SHARD_SIZE, len(asked.images.examples)
+    missing = [shard for shard in range(-(-count // size)) if not (out / shard_name(shard)).is_file()]
+    jobs = [range(shard * size, min((shard + 1) * size, count)) for shard in missing]
     params = jax.device_put(params, replicated(mesh))
     moments = jax.jit(lambda params, images: moments_of(module, params, images, asked.mirrored))
-    jobs = [range(n * latents.SHARD_SIZE, min((n + 1) * latents.SHARD_SIZE, count)) for n in missing]
-    done = count - sum(map(len, jobs)) if jax.process_count() == 1 else 0
     with (
         ThreadPoolExecutor(asked.threads) as readers,
         ThreadPoolExecutor(1) as ahead,
-        tqdm(total=count, initial=done, unit="image", disable=None if hosts.is_lead() else True) as bar,
+        tqdm(total=count, initial=count - sum(map(len, jobs)), unit="image", disable=None) as bar,
     ):
 
         def read(numbers: range) -> tuple[np.ndarray, list[int]]:
@@ -167,30 +179,26 @@ def moments_of(module: Any, params: Any, images: jax.Array, mirrored: bool) -> j
         return jnp.stack([of_view(view) for view in views], axis=1).astype(jnp.float16)
 
 
-def finish(asked: Encoding, module: Any, sha256: str, out: Path) -> None:
-    """Write the manifest when all processes have written their shards."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("shards of latents")
-    names = [shard_name(shard) for shard in range(number_of_shards(asked))]
+def finish(asked: Encoding, request: dict[str, Any], out: Path) -> None:
+    """Write the manifest."""
+    count = len(asked.images.examples)
     origin = latents.Origin(
-        source=json.dumps(asked.images.fingerprint, sort_keys=True),
-        autoencoder=type(module).__name__,
-        weights_sha256=sha256,
+        source=request["source"],
+        autoencoder=request["autoencoder"],
+        weights_sha256=request["weights_sha256"],
         input_range=(-1.0, 1.0),
         scale=asked.scale,
         scale_applied=False,
         num_classes=asked.images.num_classes,
         label_table_sha256=hashlib.sha256("\n".join(asked.images.classes).encode()).hexdigest(),
     )
-    manifest = latents.finish(out, names, 1 + asked.mirrored, (asked.size, asked.size, asked.channels), origin)
+    names = [shard_name(shard) for shard in range(-(-count // latents.SHARD_SIZE))]
+    shape = (asked.size, asked.size, asked.channels)
+    manifest = latents.finish(out, names, count, 1 + asked.mirrored, shape, origin)
     (out / REQUEST).unlink()
     spread = ", ".join(f"{value:.3g}" for value in manifest["std"])
-    print(f"wrote {manifest['count']} latents of {asked.size} x {asked.size} x {asked.channels} to {out}")
+    print(f"wrote {count} latents of {asked.size} x {asked.size} x {asked.channels} to {out}")
     print(f"standard deviation of the scaled latents by channel: {spread} (about 1 is right)")
-
-
-def number_of_shards(asked: Encoding) -> int:
-    return -(-len(asked.images.examples) // latents.SHARD_SIZE)
 
 
 def shard_name(shard: int) -> str:

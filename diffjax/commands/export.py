@@ -8,7 +8,7 @@ Of a run it takes the averaged parameters; --weights=params the last ones. `conv
 
 import jax
 from absl import flags
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from diffjax import models
 from diffjax.commands import define_overwrite, define_path, make_folder
@@ -53,7 +53,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     make_folder(out)
     weights = to_reference(values.family, module, params)
     with atomic(out) as file:
-        file.write(save(weights, {"format": "pt"}))
+        save_file(weights, file.name, {"format": "pt"})
     count = sum(array.size for array in weights.values())
     print(f"wrote {len(weights)} arrays with {count:,} numbers of {name} to {out}, sha256 {file_sha256(out)}")
 

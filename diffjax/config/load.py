@@ -280,14 +280,16 @@ def check_same_run(
     specs = leaves(str(stored.values["model.name"])) | leaves(str(given.values["model.name"]))
     if unknown := [name for name in accepted if name not in specs]:
         raise UserError(f"--accept={','.join(unknown)}: the config has no such leaf{hint(unknown[0], specs)}")
-    fixed = {name for name, spec in specs.items() if spec.option.leaf.fixed}
+    # Images that latents were made of: training does not see them.
+    unseen = {name for name in specs if name.startswith("images.") and given.data.name == "latents"}
+    fixed = {name for name, spec in specs.items() if spec.option.leaf.fixed and name not in unseen}
     if bool(stored.init.from_) != bool(given.init.from_):  # the parameters may have moved, but not come from elsewhere
         fixed |= {"init.from"}
     if wrong := [name for name in accepted if name in fixed]:
         raise UserError(f"--accept={','.join(wrong)}: cannot change within a run; use another --workdir")
     found = differences(stored, given)
-    free = {name for name in found if name not in fixed and (specs[name].kind in FREE or name in accepted)}
-    changed = [name for name in found if specs[name].kind not in FREE]
+    free = {n for n in found if n in unseen or (n not in fixed and (specs[n].kind in FREE or n in accepted))}
+    changed = [name for name in found if specs[name].kind not in FREE and name not in unseen]
     reason = misfit() if changed and not fixed & found.keys() else ""
     if reason and all(name in accepted for name in changed):
         raise UserError(f"--accept={','.join(changed)}: the run's state does not fit: {reason}; use another --workdir")

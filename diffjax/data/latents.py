@@ -59,18 +59,26 @@ def write_latents(out: Path, examples: Iterable[tuple[np.ndarray, int]], origin:
     return shards.write_manifest(out / MANIFEST, layout | contents | asdict(origin))
 
 
-def finish(out: Path, names: Sequence[str], views: int, shape: tuple[int, int, int], origin: Origin) -> dict[str, Any]:
-    """Write the manifest of shards that are there, each in whole; returns it.
+def finish(
+    out: Path, names: Sequence[str], count: int, views: int, shape: tuple[int, int, int], origin: Origin
+) -> dict[str, Any]:
+    """Write the manifest of shards that are there, of `count` records in all; returns it. UserError for others.
 
     It also holds mean and standard deviation of the scaled latents by channel, over all positions and draws.
     """
     sums = np.zeros((2, shape[2]))
 
     def look(record: bytes) -> None:
-        mean, std = np.moveaxis(records.decode(record, shape)[0].astype(np.float64), 1, 0)
+        moments, label = records.decode(record, shape)
+        _check(moments, label, (views, 2, *shape), origin)
+        mean, std = np.moveaxis(moments.astype(np.float64), 1, 0)
         sums[:] += np.stack([mean, mean**2 + std**2]).sum(axis=(1, 2, 3))
 
     contents = shards.contents(out, names, look)
+    if contents["count"] != count:
+        raise UserError(
+            f"{out} holds {contents['count']} latents of {count} images; remove its shards and make them again"
+        )
     mean, square = sums / (contents["count"] * views * shape[0] * shape[1])
     spread = {"mean": (mean * origin.scale).tolist(), "std": (np.sqrt(square - mean**2) * origin.scale).tolist()}
     layout = {"version": records.VERSION, "views": views, "shape": shape, "dtype": "float16"}

@@ -1,10 +1,11 @@
 """Numbered ArrayRecord shards of a folder, and the json manifest beside them that says what their bytes mean."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -36,28 +37,47 @@ def file_name(name: str, shard: int) -> str:
 def write_shard(path: Path, records: Iterable[bytes], digest: Any = None) -> int:
     """Write one shard, which has its name when it is whole; returns how many records. digest: takes them all."""
     unfinished, count = path.with_suffix(".unfinished"), 0
-    writer = ArrayRecordWriter(str(unfinished), "group_size:1")
+    with _in_words(path, "cannot be written"):
+        writer = ArrayRecordWriter(str(unfinished), "group_size:1")
     for record in records:
         if digest is not None:
             digest.update(record)
-        writer.write(record)
+        with _in_words(path, "cannot be written"):
+            writer.write(record)
         count += 1
-    writer.close()
-    os.replace(unfinished, path)
+    with _in_words(path, "cannot be written"):
+        writer.close()
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
     return count
+
+
+@contextlib.contextmanager
+def _in_words(path: Path, what: str) -> Iterator[None]:
+    """UserError for what ArrayRecord and the system say of a file."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{path} {what}: {' '.join(str(error).split())[:200]}") from error
 
 
 def contents(root: Path, names: Sequence[str], look: Callable[[bytes], None]) -> dict[str, Any]:
     """What `write` returns, of shards that are there. look: called with every record, in order."""
     import grain  # heavy, and of no use where records are written
 
-    records = grain.sources.ArrayRecordDataSource([str(root / name) for name in names])
-    digest = hashlib.sha256()
-    for i in range(len(records)):
-        record = records[i]
-        digest.update(record)
-        look(record)
-    return {"count": len(records), "shards": list(names), "records_sha256": digest.hexdigest()}
+    digest, count = hashlib.sha256(), 0
+    for name in names:
+        with _in_words(root / name, "is damaged; remove it and make it again"):
+            records = grain.sources.ArrayRecordDataSource(str(root / name))
+            number = len(records)
+        for i in range(number):
+            with _in_words(root / name, "is damaged; remove it and make it again"):
+                record = records[i]
+            digest.update(record)
+            look(record)
+        count += number
+    return {"count": count, "shards": list(names), "records_sha256": digest.hexdigest()}
 
 
 def make_folder(out: Path, manifest: str) -> None:

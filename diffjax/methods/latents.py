@@ -26,7 +26,7 @@ class Encoding:
 
     Attributes:
         weights: of the autoencoder, see `autoencoders.read`.
-        size, channels, scale: of the latents.
+        size, channels, scale, num_classes: of the latents.
         mirrored: whether the encoding of the mirrored image is stored, too.
         threads: that read images.
     """
@@ -36,6 +36,7 @@ class Encoding:
     size: int
     channels: int
     scale: float
+    num_classes: int
     mirrored: bool
     threads: int
 
@@ -51,12 +52,19 @@ def load_decoder(weights: str, data_folder: str, channels: int, scale: float) ->
         raise UserError(
             f"autoencoder.weights = {weights!r} is for latents of {module.latent_channels} channels, not {channels}"
         )
+    check_shift(module)
     own = getattr(module, "scale", None)
     if own is not None and not math.isclose(own, scale):
         raise UserError(f"autoencoder.weights = {weights!r} scales latents by {own}, and data.scale = {scale}")
     if (Path(data_folder) / MANIFEST).is_file() and (stored := read_manifest(Path(data_folder))["scale"]) != scale:
         raise UserError(f"data.scale = {scale}, but the latents in {data_folder} have scale = {stored}")
     return Partial(partial(decode, module), jax.tree.map(jnp.asarray, params))
+
+
+def check_shift(module: Any) -> None:
+    """UserError for an autoencoder whose latents are shifted, as those here are not."""
+    if shift := getattr(module, "shift", 0.0):
+        raise UserError(f"the autoencoder shifts its latents by {shift}, which is not supported; valid: 0")
 
 
 def decode(module: Any, params: Any, latents: jax.Array) -> jax.Array:
@@ -68,7 +76,8 @@ def decode(module: Any, params: Any, latents: jax.Array) -> jax.Array:
     together = max(n for n in range(1, own + 1) if own % n == 0 and (n == 1 or n * pixels <= AT_ONCE))
 
     def images(latents: jax.Array) -> jax.Array:
-        return module.apply({"params": params}, module.from_latent(latents), method="decode")
+        with jax.default_matmul_precision("highest"):
+            return module.apply({"params": params}, module.from_latent(latents), method="decode")
 
     # Rows of one device lie together, so that each step takes `together` of every device's own.
     steps = jax.lax.map(images, rearrange(latents, "(b steps) ... -> steps b ...", steps=own // together))

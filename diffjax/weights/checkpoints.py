@@ -23,12 +23,19 @@ class Checkpoint(NamedTuple):
     Attributes:
         content: nested dicts of arrays and plain values, see `torch_file.read`.
         config: constructor arguments that lie beside; {} for none.
-        sha256: of the file; of several, over their names and hashes.
+        files: that hold the weights.
     """
 
     content: Any
     config: dict[str, Any]
-    sha256: str
+    files: tuple[Path, ...]
+
+    def sha256(self) -> str:
+        """Of the file; of several, over their names and hashes."""
+        if len(self.files) == 1:
+            return file_sha256(self.files[0])
+        hashes = "".join(f"{file.name} {file_sha256(file)}\n" for file in self.files)
+        return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 def read(path: Path) -> Checkpoint:
@@ -40,11 +47,13 @@ def read(path: Path) -> Checkpoint:
         weights = next((path / name for name in FOLDER if (path / name).is_file()), None)
         if not weights or not (path / "config.json").is_file():
             raise UserError(f"{path} is no folder of diffusers, which holds config.json and {' or '.join(FOLDER)}")
-        config = {name: value for name, value in _json(path / "config.json").items() if not name.startswith("_")}
-        return read(weights)._replace(config=config)
+        return read(weights)
+    beside = path.parent / "config.json"
+    given = _json(beside) if path.name in FOLDER and beside.is_file() else {}
+    config = {name: value for name, value in given.items() if not name.startswith("_")}  # those are of the program
     if path.name.endswith(INDEX):
-        return _read_several(path)
-    return Checkpoint(torch_file.read(path), {}, file_sha256(path))
+        return _read_several(path)._replace(config=config)
+    return Checkpoint(torch_file.read(path), config, (path,))
 
 
 def _read_several(path: Path) -> Checkpoint:
@@ -63,8 +72,7 @@ def _read_several(path: Path) -> Checkpoint:
         if lacking := [key for key in wanted if key not in found]:
             raise UserError(f"{path.parent / name} lacks {lacking[0]}, which {path.name} says is in it")
         content |= {key: found[key] for key in wanted}
-    hashes = "".join(f"{name} {file_sha256(path.parent / name)}\n" for name in names)
-    return Checkpoint(content, {}, hashlib.sha256(hashes.encode()).hexdigest())
+    return Checkpoint(content, {}, tuple(path.parent / name for name in names))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from diffjax.__main__ import main
 from diffjax.commands import encode
 from diffjax.data import latents, records, shards, sources
+from diffjax.errors import UserError
 from diffjax.frozen import create
 from diffjax.sampling.samples import read_samples
 from diffjax.weights import store
@@ -21,6 +23,7 @@ SHARD = 600  # of 1,500 images
 LEAVES = (
     *("images.name=digits", "images.size=8", "images.channels=1", "images.num_classes=10"),
     *("data.name=latents", "data.split=", "data.size=4", "data.channels=4", "data.scale=0.5", "data.flip=true"),
+    "data.num_classes=10",
     *("model.patch=2", "sampling.clip=false", "evals.samples.every_steps=0", "log.tensorboard=false"),
 )
 
@@ -72,6 +75,7 @@ def test_latents_are_those_of_the_autoencoder(vae, encoded):
     assert manifest["shards"] == [f"latents-0000{i}.array_record" for i in range(3)]
     assert (manifest["scale"], manifest["scale_applied"], manifest["num_classes"]) == (0.5, False, 10)
     assert manifest["weights_sha256"] == model["sha256"]
+    assert manifest["autoencoder"].startswith("VAE(channels=1, latent_channels=4, widths=(8, 8), ")
     assert json.loads(manifest["source"])["name"] == "digits"
     draws = moments[:, :, 0] + moments[:, :, 1] * np.random.default_rng(0).standard_normal(moments[:, :, 0].shape)
     np.testing.assert_allclose(manifest["mean"], 0.5 * draws.mean(axis=(0, 1, 2, 3)), atol=0.01)
@@ -124,7 +128,11 @@ def test_a_model_trains_on_them_and_makes_pictures(vae, encoded, tmp_path):
     images, labels, made = read_samples(tmp_path / "s.npz")
     assert images.shape == (4, 8, 8, 3)  # grey pictures in three channels
     np.testing.assert_array_equal(labels, np.arange(4))
-    assert made["autoencoder_sha256"]
+    assert made["autoencoder_sha256"] == store.load(vae)[2]["sha256"]
+    again = given(
+        "images.split=test", f"data.dir={encoded}", f"autoencoder.weights={vae}", "total_steps=2", "ema.decay=0.5"
+    )
+    assert main(["train", *again, f"--workdir={tmp_path / 'run'}"]) == 0  # it does not look at images
 
 
 def test_what_does_not_fit_costs_nothing(vae, encoded, tmp_path, capsys):
@@ -137,8 +145,14 @@ def test_what_does_not_fit_costs_nothing(vae, encoded, tmp_path, capsys):
     assert "makes latents of size 4 and 4 channels; the config has data.size = 8" in error("data.size=8")
     assert "data.channels = 3" in error("data.channels=3")
     assert "scales latents by 0.5, and data.scale = 0.18215" in error("data.scale=0.18215")
+    assert "images.num_classes = 10, and data.num_classes = 5; valid: the same" in error("data.num_classes=5")
     assert "images have 3 channels, and this autoencoder takes 1" in error(
-        "images.name=emoji32", "images.size=32", "images.channels=3", "images.num_classes=9", "data.size=16"
+        "images.name=emoji32",
+        "images.size=32",
+        "images.channels=3",
+        "images.num_classes=9",
+        "data.size=16",
+        "data.num_classes=9",
     )
     assert "autoencoder.weights is empty; give its weights" in error("autoencoder.weights=")
     assert "already holds a latents.json" in error(out=encoded)
@@ -153,4 +167,53 @@ def test_shards_of_another_request_are_not_mixed(vae, encoded, tmp_path, capsys)
     request = {"source": "", "weights_sha256": "", "mirrored": True, "scale": 0.5, "shard_size": latents.SHARD_SIZE}
     (tmp_path / "out" / encode.REQUEST).write_text(json.dumps(request))
     assert run(vae, tmp_path / "out") == 2
-    assert "holds shards of another encoding (source, weights_sha256 differ)" in capsys.readouterr().err
+    assert "holds shards of another encoding (source, autoencoder, weights_sha256 differ)" in capsys.readouterr().err
+    (tmp_path / "out" / encode.REQUEST).unlink()
+    assert run(vae, tmp_path / "out") == 2
+    assert "holds latents-00000.array_record and does not say of what; remove" in capsys.readouterr().err
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+# What happens to the shards of a folder, and what is said of it.
+CHANGES = {
+    "cut": (lambda out: cut(out / "latents-00001.array_record"), "latents-00001.array_record is damaged; remove it"),
+    "twice": (
+        lambda out: shutil.copy(out / "latents-00000.array_record", out / "latents-00002.array_record"),
+        "holds 1800 latents of 1500 images",
+    ),
+}
+
+
+def test_shards_that_are_not_whole_are_named(vae, encoded, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(latents, "SHARD_SIZE", SHARD)
+    agree = encode.agree
+
+    def agree_and_bring(out, request):
+        agree(out, request)
+        for path in encoded.glob("*.array_record"):
+            shutil.copy(path, out)
+        CHANGES[out.name][0](out)
+
+    monkeypatch.setattr(encode, "agree", agree_and_bring)
+    for name, (_, words) in CHANGES.items():
+        assert run(vae, tmp_path / name) == 2
+        assert words in (error := capsys.readouterr().err)
+        assert error.count("\n") == 1
+        assert not (tmp_path / name / latents.MANIFEST).exists()
+
+
+def test_an_autoencoder_that_shifts_latents_is_refused(tmp_path, capsys):
+    module = create("VAE", **VAE, shift=0.5)
+    store.save(tmp_path / "vae", module, some_params(module), {})
+    assert run(tmp_path / "vae", tmp_path / "out") == 2
+    assert "shifts its latents by 0.5, which is not supported" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line(tmp_path):
+    (tmp_path / "latents-00000.unfinished").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="latents-00000.array_record cannot be written"):
+        shards.write_shard(tmp_path / "latents-00000.array_record", (bytes(2**20) for _ in range(20)))

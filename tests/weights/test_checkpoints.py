@@ -32,7 +32,7 @@ def write_several(folder, arrays=ARRAYS, **changed):
 def test_one_file(tmp_path):
     save_file(ARRAYS, tmp_path / "a.safetensors")
     found = checkpoints.read(tmp_path / "a.safetensors")
-    assert (found.config, found.sha256) == ({}, file_sha256(tmp_path / "a.safetensors"))
+    assert (found.config, found.sha256()) == ({}, file_sha256(tmp_path / "a.safetensors"))
     assert found.content.keys() == ARRAYS.keys()
 
 
@@ -41,9 +41,9 @@ def test_several_files_with_an_index(tmp_path):
     assert found.content.keys() == ARRAYS.keys()
     for key, array in ARRAYS.items():
         np.testing.assert_array_equal(found.content[key], array)
-    before = found.sha256
+    before = found.sha256()
     write_several(tmp_path, {**ARRAYS, "b": ARRAYS["b"] + 1})
-    assert checkpoints.read(tmp_path / "m.safetensors.index.json").sha256 != before
+    assert checkpoints.read(tmp_path / "m.safetensors.index.json").sha256() != before
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -73,6 +73,12 @@ def test_a_folder_of_diffusers_is_converted(tmp_path, several):
     assert found == module
     assert made["sha256"] == store.tree_sha256(params)
     assert len(made["checkpoint_sha256"]) == 64
+    weights = next(path for name in checkpoints.FOLDER if (path := folder / name).is_file())
+    assert (
+        checkpoints.read(weights).config
+        == checkpoints.read(folder).config
+        == {"norm_num_groups": 8, "scaling_factor": 0.5, "sample_size": 32}
+    )
 
 
 def crafted(header, size=8):
