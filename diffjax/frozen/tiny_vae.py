@@ -131,8 +131,6 @@ class TinyVAE(nn.Module):
         """Latents [b, h, w, latent channels] -> images float32 [b, f h, f w, c] in about [-1, 1], not cut."""
         return 2 * self.decoder(MAGNITUDE * jnp.tanh(z / MAGNITUDE)).astype(jnp.float32) - 1
 
-    def to_latent(self, z: jax.Array) -> jax.Array:
-        return z
-
     def from_latent(self, latent: jax.Array) -> jax.Array:
+        """Nothing is to be done, see the module docstring."""
         return latent

@@ -5,7 +5,7 @@
 
 Both halves are residual blocks at several resolutions with one head of self-attention in the middle, and images lie in
 [-1, 1] on either side. `scale` and `shift` belong to the latents of the diffusion model: `encode` and `decode` work
-with z, `to_latent` and `from_latent` go from one to the other.
+with z, which `from_latent` makes of a latent.
 """
 
 from typing import Any
@@ -197,8 +197,6 @@ class VAE(nn.Module):
         """z [b, h, w, latent channels] -> images float32 [b, f h, f w, c] in about [-1, 1], not cut."""
         return self.decoder(self.post_quant_conv(z) if self.quant else z).astype(jnp.float32)
 
-    def to_latent(self, z: jax.Array) -> jax.Array:
-        return (z - self.shift) * self.scale
-
     def from_latent(self, latent: jax.Array) -> jax.Array:
+        """z of a latent as diffusion models know it."""
         return latent / self.scale + self.shift

@@ -17,7 +17,7 @@ from diffjax.errors import UserError
 from diffjax.parallel.mesh import BATCH_AXES
 from diffjax.weights import autoencoders
 
-AT_ONCE = 2**19  # pixels that a device decodes at a time: two images of 512 pixels, some 2 GB of activations
+AT_ONCE = 2**19  # pixels that a device decodes at a time: two images of 512 pixels
 
 
 @dataclass(frozen=True)
