@@ -23,6 +23,7 @@ import numpy as np
 from einops import rearrange
 
 from diffjax.errors import UserError
+from diffjax.frozen.layers import check_sizes
 from diffjax.ops.attention import attention
 from diffjax.ops.dtypes import DTYPES
 from diffjax.ops.resize import cubic_matrix, resize
@@ -182,12 +183,7 @@ class DINOv2(nn.Module):
 
     def validate(self) -> None:
         """Raise UserError for sizes that exclude each other, before anything is traced."""
-        if self.dtype not in DTYPES:
-            raise UserError(f"DINOv2: dtype = {self.dtype!r} is unknown; valid: {', '.join(DTYPES)}")
-        for option in ("depth", "width", "heads", "hidden", "patch", "registers", "grid"):
-            value = getattr(self, option)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"DINOv2: {option} = {value!r}; valid: a positive integer")
+        check_sizes(self, "depth", "width", "heads", "hidden", "patch", "registers", "grid")
         if self.width % self.heads:
             raise UserError(f"DINOv2: width = {self.width} is not divisible by heads = {self.heads}")
 

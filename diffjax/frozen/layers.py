@@ -1,11 +1,25 @@
-"""Layers that the convolutional frozen networks share; maps are [b, h, w, c]."""
+"""What the frozen networks share: the check of their sizes, and layers of maps [b, h, w, c]."""
 
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from diffjax.errors import UserError
+from diffjax.ops.dtypes import DTYPES
+
 EPSILON = 1e-6  # of every GroupNorm
+
+
+def check_sizes(module: Any, *options: str) -> None:
+    """Raise UserError unless the options are positive integers and the compute dtype is known."""
+    name = type(module).__name__
+    if module.dtype not in DTYPES:
+        raise UserError(f"{name}: dtype = {module.dtype!r} is unknown; valid: {', '.join(DTYPES)}")
+    for option in options:
+        value = getattr(module, option)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}: {option} = {value!r}; valid: a positive integer")
 
 
 def conv(features: int, side: int, bias: bool, dtype: Any, name: str) -> nn.Conv:

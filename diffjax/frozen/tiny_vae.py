@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.errors import UserError
-from diffjax.frozen.layers import conv, twice
+from diffjax.frozen.layers import check_sizes, conv, twice
 from diffjax.frozen.vae import LOWEST
 from diffjax.ops.dtypes import DTYPES
 from diffjax.parallel.rules import constrain
@@ -97,12 +97,7 @@ class TinyVAE(nn.Module):
 
     def validate(self) -> None:
         """Raise UserError for sizes that exclude each other, before anything is traced."""
-        if self.dtype not in DTYPES:
-            raise UserError(f"TinyVAE: dtype = {self.dtype!r} is unknown; valid: {', '.join(DTYPES)}")
-        for option in ("channels", "latent_channels", "width"):
-            value = getattr(self, option)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"TinyVAE: {option} = {value!r}; valid: a positive integer")
+        check_sizes(self, "channels", "latent_channels", "width")
         blocks = self.encoder_blocks, self.decoder_blocks
         if len(blocks[0]) != len(blocks[1]) or not blocks[0] or min(map(min, blocks)) < 1:
             raise UserError(

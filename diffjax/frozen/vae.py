@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from diffjax.errors import UserError
-from diffjax.frozen.layers import conv, group_norm, norm_silu, twice
+from diffjax.frozen.layers import check_sizes, conv, group_norm, norm_silu, twice
 from diffjax.ops.attention import attention
 from diffjax.ops.dtypes import DTYPES
 from diffjax.parallel.rules import constrain
@@ -153,12 +153,7 @@ class VAE(nn.Module):
 
     def validate(self) -> None:
         """Raise UserError for sizes that exclude each other, before anything is traced."""
-        if self.dtype not in DTYPES:
-            raise UserError(f"VAE: dtype = {self.dtype!r} is unknown; valid: {', '.join(DTYPES)}")
-        for option in ("channels", "latent_channels", "depth", "groups"):
-            value = getattr(self, option)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"VAE: {option} = {value!r}; valid: a positive integer")
+        check_sizes(self, "channels", "latent_channels", "depth", "groups")
         if not self.widths or any(width < 1 or width % self.groups for width in self.widths):
             raise UserError(f"VAE: widths = {tuple(self.widths)}; valid: multiples of groups = {self.groups}")
         if not self.scale > 0:

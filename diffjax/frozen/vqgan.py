@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from diffjax.errors import UserError
-from diffjax.frozen.layers import conv, norm_silu, twice
+from diffjax.frozen.layers import check_sizes, conv, norm_silu, twice
 from diffjax.ops.dtypes import DTYPES
 from diffjax.parallel.rules import constrain
 
@@ -132,12 +132,7 @@ class VQGAN(nn.Module):
 
     def validate(self) -> None:
         """Raise UserError for sizes that exclude each other, before anything is traced."""
-        if self.dtype not in DTYPES:
-            raise UserError(f"VQGAN: dtype = {self.dtype!r} is unknown; valid: {', '.join(DTYPES)}")
-        for option in ("vocabulary", "features", "width", "depth"):
-            value = getattr(self, option)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"VQGAN: {option} = {value!r}; valid: a positive integer")
+        check_sizes(self, "vocabulary", "features", "width", "depth")
         if not self.multipliers or min(self.multipliers) < 1 or self.width % GROUPS:
             raise UserError(
                 f"VQGAN: width = {self.width}, multipliers = {tuple(self.multipliers)}; valid: multiples of {GROUPS}, "

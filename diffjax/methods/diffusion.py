@@ -7,6 +7,7 @@ The backbone is `apply(params, x, t, y, train=False, keys=None, augment=None)`, 
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -102,8 +103,9 @@ def decoder_of(data: DataSpec) -> Decoder | None:
     """The decoder from latents to pictures; None where the config names none."""
     if not data.autoencoder:
         return None
-    folder, scale = str(data.options["dir"]), float(str(data.options["scale"]))
-    load = partial(latents.load_decoder, data.autoencoder, folder, data.channels, scale)
+    folder, split = (str(data.options[leaf]) for leaf in ("dir", "split"))
+    scale = float(str(data.options["scale"]))
+    load = partial(latents.load_decoder, data.autoencoder, str(Path(folder) / split), data.channels, scale)
     return Decoder(load, recorded=True)
 
 

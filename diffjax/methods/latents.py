@@ -44,8 +44,12 @@ class Encoding:
 def load_decoder(weights: str, data_folder: str, channels: int, scale: float) -> Partial:
     """Latents float32 [b, h, w, channels], as models train on them -> images float32 [b, f h, f w, c].
 
-    weights: see `autoencoders.read`. data_folder: of the latents; where it is at hand, its manifest says of what scale
-    they are. UserError for an autoencoder of other latents.
+    Args:
+        weights: a file or folder, see `autoencoders.read`.
+        data_folder: of the latents that the model was trained on; if it is there, its manifest has to have `scale`.
+
+    Raises:
+        UserError: the autoencoder is one of other latents.
     """
     module, params, _ = autoencoders.read(Path(weights))
     if module.latent_channels != channels:
