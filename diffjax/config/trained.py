@@ -1,11 +1,13 @@
 """Build the config that samples given parameters: their backbone; their process has to match."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffjax import models
 from diffjax.config.earlier import modern
 from diffjax.config.load import nested
-from diffjax.config.schema import Config, leaves, resolve
+from diffjax.config.schema import Config, resolve
 from diffjax.errors import UserError
 from diffjax.methods import METHODS
 from diffjax.methods.diffusion import Diffusion, same_process
@@ -18,12 +20,20 @@ def with_model(config: Config, folder: Path, made: dict[str, Any]) -> Config:
     facts = {"channels": config.data.channels, "num_classes": config.data.num_classes}
     if wrong := [f"{n} = {arguments[n]}, not {facts[n]}" for n in facts if n in arguments and arguments[n] != facts[n]]:
         raise UserError(f"{folder} holds a {made['name']} with {', '.join(wrong)}, as the config's data says")
-    compute = {f"model.{name}": config.model.options.get(name) for name in ("dtype", "remat")}
+    return with_backbone(config, made["name"], arguments)
+
+
+def with_backbone(config: Config, name: str, options: Mapping[str, Any]) -> Config:
+    """The config with another backbone. How it is computed (dtype, recomputation, kernels) stays as in the config.
+
+    options: of the backbone; those that are no leaves of its section are passed over.
+    """
     values = {path: value for path, value in config.values.items() if not path.startswith("model.")}
-    own = {f"model.{name}": value for name, value in arguments.items()}
-    known = leaves(made["name"])
-    model = {path: value for path, value in (own | compute).items() if path in known and value is not None}
-    return resolve({**values, **model, "model.name": made["name"]})
+    given: dict[str, Any] = {"name": name}
+    for option, spec in models.option_table(name).items():
+        own = options if spec.leaf.fixed else config.model.options
+        given |= {option: own[option]} if option in own else {}
+    return resolve({**values, **{f"model.{option}": value for option, value in given.items()}})
 
 
 def with_process(config: Config, process: dict[str, Any]) -> Config:

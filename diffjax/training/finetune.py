@@ -62,7 +62,7 @@ def find_start(experiment: Experiment) -> Start | None:
 
 def _other_model(folder: Path, experiment: Experiment) -> str:
     """In which leaves the model of a folder is another one; "" where it is not or the folder does not say."""
-    name, options = _model_of(folder)
+    name, options = model_of(folder)
     if not name:
         return ""
     begin, model = f"init.from = {str(folder)!r} holds another model", experiment.model
@@ -80,7 +80,7 @@ def _other_model(folder: Path, experiment: Experiment) -> str:
     return f"{begin} ({words}); give {given}"
 
 
-def _model_of(folder: Path) -> tuple[str, Options]:
+def model_of(folder: Path) -> tuple[str, Options]:
     """Name and options of the backbone of a run, or of a folder that `convert` or `ema` wrote; ("", {}): not known."""
     try:
         if _is_run(folder):

@@ -10,7 +10,8 @@ import pytest
 
 from diffjax import weights
 from diffjax.__main__ import main
-from diffjax.config import model_defaults
+from diffjax.commands import train
+from diffjax.config import Config, load, model_defaults, override, write
 from diffjax.data import sources
 from diffjax.errors import UserError
 from diffjax.experiment import build
@@ -168,13 +169,54 @@ def test_parameters_that_do_not_fit_cost_nothing(converted, tmp_path, capsys):
     assert not workdir.exists()
 
 
-def test_a_run_goes_on_without_what_it_started_from(converted, tmp_path):
-    source = tmp_path / "moved"
-    source.symlink_to(converted)
-    arguments = train_arguments(tmp_path / "run", f"init.from={source}", "total_steps=2", "checkpoint.every_steps=1")
+RECIPE = "configs/quickstart.py:runlocal"  # which leaves the backbone open
+
+
+@pytest.fixture
+def smaller(tmp_path) -> Path:
+    """Parameters of one block of width 24, as `convert` writes them."""
+    experiment = build(tiny_config("model.depth=1", "model.width=24", "model.heads=2"))
+    store.save(tmp_path / "smaller", experiment.model, experiment.init().params, {})
+    return tmp_path / "smaller"
+
+
+def test_a_run_has_the_backbone_that_it_starts_from_and_goes_on_without(smaller, tmp_path, capsys):
+    arguments = train_arguments(tmp_path / "run", f"init.from={smaller}", "total_steps=1", "model.remat=full")
+    arguments[1] = f"--config={RECIPE}"
     assert main(arguments) == 0
-    source.unlink()
-    assert main([*arguments, "--config.total_steps=3", "--accept=total_steps"]) == 0
+    assert f"the backbone is that of {smaller}: model.depth: 2 -> 1; model.heads: 3 -> 2" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "run/config.json").read_text())["model"]
+    assert stored == stored | {"name": "DiT", "depth": 1, "width": 24, "heads": 2, "remat": "full"}
+    smaller.rename(tmp_path / "moved")
+    assert main([*arguments, "--config.total_steps=2", "--accept=total_steps"]) == 0
+    assert "the backbone is that of" not in capsys.readouterr().out
+
+
+def test_the_family_and_a_published_name_are_taken_over(tmp_path):
+    leaves = tiny_config(model="dis").model
+    module, params = (experiment := build(tiny_config(model="dis"))).model, experiment.init().params
+    store.save(tmp_path / "dis", module, params, {})
+    recipe = load(RECIPE)
+    taken = train.of_start(config_of(recipe, tmp_path / "dis"), [], None)
+    assert (taken.model.name, taken.model.options["d_state"]) == ("DiS", leaves.options["d_state"])
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    write(
+        load(RECIPE.replace("quickstart", "imagenet256"), ["--config.model.name=dit-s-4"]), tmp_path / "run/config.json"
+    )
+    taken = train.of_start(config_of(recipe, tmp_path / "run"), [], None)
+    assert (taken.model.name, taken.model.options["width"]) == ("dit-s-4", 384)
+
+
+def config_of(config: Config, start: Path) -> Config:
+    return override(config, [f"--config.init.from={start}"])
+
+
+@pytest.mark.parametrize("given", ["model=dit", "--config.model.depth=2", "--config.model.name=DiT"])
+def test_a_backbone_that_was_chosen_stays(given, smaller, tmp_path, capsys):
+    arguments = train_arguments(tmp_path / "run", f"init.from={smaller}")
+    arguments[1] = f"--config={RECIPE}" + (f",{given}" if given.startswith("model") else "")
+    assert main([*arguments, *([given] if given.startswith("--") else [])]) == 2
+    assert "holds another model (depth 1 not 2" in capsys.readouterr().err
 
 
 @pytest.mark.slow
