@@ -23,6 +23,7 @@ from diffjax.errors import REFUSALS, UserError
 from diffjax.parallel.rules import key_path
 
 _DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError, EOFError)  # of files that are not as written
+AT_ONCE = 10**8  # bytes that are written at a time, where no array has more
 
 
 class Damaged(UserError):
@@ -49,8 +50,20 @@ def check_place(folder: Path) -> None:
 def save_arrays(folder: Path, tree: Any) -> None:
     """Write a tree of arrays into a new folder."""
     check_place(folder)
-    with _refusals(f"cannot write {folder}"), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), tree)
+    arrays = _on_cpu(tree)
+    at_once = max([AT_ONCE, *(1.01 * leaf.nbytes for leaf in jax.tree.leaves(arrays))])
+    handler: Any = ocp.PyTreeCheckpointHandler
+    with _refusals(f"cannot write {folder}"), ocp.Checkpointer(handler(save_concurrent_gb=at_once / 1e9)) as writer:
+        writer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))
+
+
+def _on_cpu(tree: Any) -> Any:
+    """The tree with numpy arrays as JAX's, of which Orbax makes no copies; aligned ones become so without one."""
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names others alone
+        return tree
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, cpu) if isinstance(leaf, np.ndarray) else leaf, tree)
 
 
 def load_arrays(folder: Path, abstract: Any = None) -> Any:

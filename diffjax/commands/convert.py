@@ -15,7 +15,7 @@ from absl import flags
 from diffjax.commands import define_path
 from diffjax.errors import UserError
 from diffjax.parallel import hosts
-from diffjax.weights import FAMILIES, checkpoints, choose, from_reference, part_of, store
+from diffjax.weights import FAMILIES, read, store
 
 INTERRUPTED = "what --out holds is not complete; remove it before the same command"
 REQUIRED = ("family", "checkpoint", "out")
@@ -48,12 +48,10 @@ def convert(family: str, checkpoint: Path, out: Path, entry: str = "", **config:
         config: the reference's constructor arguments, where needed.
     """
     store.refuse_full(out)
-    found = checkpoints.read(checkpoint)
-    name, weights = choose(found.content, entry, part_of(family))
-    print(f"read {len(weights)} entries of {checkpoint}{f', its {name!r}' if name else ''}")
-    module, params = from_reference(family, weights, **{**found.config, **config})
-    source = {"family": family, "checkpoint": checkpoint.name, "checkpoint_sha256": found.sha256()}
-    model = store.save(out, module, params, source)
+    found = read(family, checkpoint, entry, **config)
+    name = found.origin.get("entry")
+    print(f"read {found.entries} entries of {checkpoint}{f', its {name!r}' if name else ''}")
+    model = store.save(out, found.module, found.params, {**found.origin, "size": found.size})
     print(f"model {model['name']}({', '.join(f'{name}={value}' for name, value in model['kwargs'].items())})")
     print(f"parameters {model['parameters']:,}, sha256 {model['sha256']}")
     print(f"wrote {out}")

@@ -16,7 +16,7 @@ from diffjax.errors import UserError
 from diffjax.files import atomic, file_sha256
 from diffjax.parallel import hosts
 from diffjax.runs import open_run
-from diffjax.weights import FAMILIES, MODELS, store, to_reference
+from diffjax.weights import FAMILIES, MODELS, has_fixed, store, to_reference
 
 REQUIRED = ("family", "out")
 
@@ -27,6 +27,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("step", None, "of --workdir: which checkpoint; the latest by default", flag_values=values)
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "of --workdir: average or last ones", flag_values=values)
     flags.DEFINE_string("family", None, f"whose layout: {', '.join(FAMILIES)}", flag_values=values)
+    side = "side of the inputs, where --params does not say it, for families with a table of positions (dit, sit)"
+    flags.DEFINE_integer("size", None, side, lower_bound=1, flag_values=values)
     define_path("out", None, "file, .safetensors", values)
     define_overwrite(values)
 
@@ -42,16 +44,23 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError(f"--out={out}: give a file that ends in .safetensors")
     if out.exists() and not values.overwrite:
         raise UserError(f"{out} is there already; choose another --out, or --overwrite replaces it")
+    own: int | None
     if values.workdir:
         found = open_run(values.workdir, weights=values.weights, step=values.step)
         module, params, name = found.experiment.model, jax.device_get(found.params), found.describe()
-        kind = models.family_of(found.experiment.name)
+        kind, own = models.family_of(found.experiment.name), found.experiment.size
     else:
         module, params, made = store.load(values.params)
-        kind, name = made["name"], f"{made['name']} of {values.params}"
+        kind, name, own = made["name"], f"{made['name']} of {values.params}", made.get("size")
     check_family(values.family, kind, name)
+    size = values.size or own
+    if has_fixed(values.family) and not size:
+        raise UserError(
+            f"export: files of {values.family} hold a table of positions, and {values.params} does not say for which "
+            "inputs; give their side, --size=32 for latents of 256 pixels"
+        )
     make_folder(out)
-    weights = to_reference(values.family, module, params)
+    weights = to_reference(values.family, module, params, size)
     with atomic(out) as file:
         save_file(weights, file.name, {"format": "pt"})
     count = sum(array.size for array in weights.values())

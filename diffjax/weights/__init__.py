@@ -1,15 +1,17 @@
 """Public checkpoints: reading their files, and mapping their weights to our parameters and back."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
 
 from diffjax.errors import UserError
-from diffjax.weights import diffit, digit, dinov2, dis, dit, sit, tiny_vae, udit, vae, vqgan
+from diffjax.weights import checkpoints, diffit, digit, dinov2, dis, dit, sit, tiny_vae, udit, vae, vqgan
 
 FAMILIES: dict[str, ModuleType | digit.Family] = {
     "dit": dit,
@@ -61,9 +63,58 @@ def from_reference(family: str, state_dict: Mapping[str, Any], **config: Any) ->
     return _family(family).from_reference(weights, **config)
 
 
-def to_reference(family: str, module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The reference's weights, its key names to float32 arrays in PyTorch layout, out of our parameters."""
-    return _family(family).to_reference(module, params)
+def to_reference(
+    family: str, module: nn.Module, params: Mapping[str, Any], size: int | None = None
+) -> dict[str, np.ndarray]:
+    """The reference's weights, its key names to float32 arrays in PyTorch layout, out of our parameters.
+
+    size: side of the input, for families whose files hold arrays that are not trained (`has_fixed`), most of which
+        depend on it; None leaves them out.
+    """
+    found = _family(family)
+    return found.to_reference(module, params) | (found.fixed(module, size) if size and has_fixed(family) else {})
+
+
+def has_fixed(family: str) -> bool:
+    """Whether checkpoints of a family hold arrays that are not trained, such as a table of positions."""
+    return hasattr(_family(family), "fixed")
+
+
+class Read(NamedTuple):
+    """A model out of a public file.
+
+    Attributes:
+        module, params: see `from_reference`.
+        size: side of its input, where the weights tell it.
+        origin: json-able: family, name and sha256 of the file, and the entry of a training checkpoint.
+        entries: how many arrays were read.
+    """
+
+    module: nn.Module
+    params: dict[str, Any]
+    size: int | None
+    origin: dict[str, str]
+    entries: int
+
+
+def read(family: str, path: Path, entry: str = "", **config: Any) -> Read:
+    """The model in a file or folder, see `checkpoints.read`.
+
+    entry: of a training checkpoint, see `choose`. config: the reference's constructor arguments, where needed.
+    """
+    found = checkpoints.read(path)
+    name, weights = choose(found.content, entry, part_of(family))
+    module, params = from_reference(family, weights, **{**found.config, **config})
+    origin = {"family": family, "checkpoint": path.name, "checkpoint_sha256": found.sha256()}
+    return Read(module, params, _size(weights, module), origin | ({"entry": name} if name else {}), len(weights))
+
+
+def _size(weights: Mapping[str, Any], module: Any) -> int | None:
+    """The side of a backbone's input, by its table of positions (with tokens beside those of patches) or its length."""
+    shape: tuple[int, ...] = getattr(weights.get("pos_embed"), "shape", ())
+    if len(shape) == 3 and hasattr(module, "patch"):
+        return module.patch * math.isqrt(shape[1])
+    return math.isqrt(module.length) if hasattr(module, "length") else None
 
 
 def part_of(family: str) -> str:

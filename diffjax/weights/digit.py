@@ -49,7 +49,9 @@ FINAL_NORM: mapping.Table = (
 )
 
 # of other models, and the mark of a file format
+# Other networks in the file, and fairseq's mark of the layout of its decoders.
 PASSED_OVER = ("pretrained_encoder.", "centroids", "centroid_norm", "vqgan.", "decoder.version")
+VERSION = np.array([3.0], np.float32)
 
 # What a configuration says that is the same in every model, and what it says that is not of the decoder.
 FIXED = {
@@ -119,6 +121,10 @@ class Family:
         """The decoder's part of the reference's state_dict."""
         model: Any = module
         return mapping.to_state_dict(_table(model.source_vocabulary > 0, model.norm == "pre"), _sizes(model), params)
+
+    def fixed(self, module: nn.Module, size: int) -> dict[str, np.ndarray]:
+        """Fairseq's mark of the layout, the same for every size."""
+        return {"decoder.version": VERSION}
 
     def _arguments(self, sizes: mapping.Sizes, pre_norm: bool, config: dict[str, Any]) -> dict[str, Any]:
         """Constructor arguments of our module out of the sizes; what `config` gives must agree with them."""

@@ -77,8 +77,14 @@ def from_reference(state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Mod
 
 
 def to_reference(module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The reference's state_dict, without `pos_embed`, which depends on the image size only."""
+    """The reference's state_dict, without what `fixed` gives."""
     return mapping.to_state_dict(TABLE, _sizes(module), params)
+
+
+def fixed(module: Any, size: int) -> dict[str, np.ndarray]:
+    """The reference's table of positions [1, tokens, width] for inputs of `size`."""
+    side = size // module.patch
+    return {"pos_embed": sincos_positions(side, side, module.width)[None]}
 
 
 def _sizes(module: Any) -> dict[str, int]:

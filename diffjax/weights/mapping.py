@@ -20,11 +20,13 @@ from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diffjax.errors import UserError
+from diffjax.weights import torch_file
 
 Table = Sequence[tuple[str, str, str]]
 Sizes = Mapping[str, int]
 
 LISTED = 6  # keys named in an error, per kind
+ALIGNMENT = 64  # bytes, of arrays that JAX's CPU backend takes without a copy
 
 
 def infer(table: Table, state_dict: Mapping[str, Any], known: Sizes) -> dict[str, int]:
@@ -71,17 +73,42 @@ def check(table: Table, sizes: Sizes, state_dict: Mapping[str, Any], family: str
 
 
 def to_params(table: Table, sizes: Sizes, state_dict: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """Our parameters, nested dicts of float32 numpy arrays. UserError as of `check`, and for values not finite."""
+    """Our parameters, nested dicts of float32 numpy arrays. UserError as of `check`, and for values not finite.
+
+    They are copies, made one by one, so that of mapped files little is in memory beside them.
+    """
     check(table, sizes, state_dict, family)
-    check_finite(family, {key: state_dict[key] for template, _, _ in table for key in _keys(template, sizes)})
-    flat = {}
-    for template, path, pattern in table:
-        lengths = _lengths(pattern, sizes)
-        arrays = [
-            rearrange(np.asarray(state_dict[key], np.float32), pattern, **lengths) for key in _keys(template, sizes)
-        ]
-        flat[path] = np.stack(arrays) if _placeholders(template) else arrays[0]
+    wrong: list[str] = []
+    flat = {path: _leaf(template, pattern, sizes, state_dict, wrong) for template, path, pattern in table}
+    if wrong:
+        raise UserError(
+            f"{family}: values that are not finite in {len(wrong)} of {len(state_dict)} arrays: {_some(wrong)}"
+        )
     return unflatten_dict(flat, sep="/")
+
+
+def _leaf(template: str, pattern: str, sizes: Sizes, state_dict: Mapping[str, Any], wrong: list[str]) -> np.ndarray:
+    """One of our parameters; keys with values that are not finite are added to `wrong`."""
+    keys, lengths = _keys(template, sizes), _lengths(pattern, sizes)
+    leaf = np.empty(0, np.float32)
+    for number, key in enumerate(keys):
+        with np.errstate(over="ignore"):
+            array = rearrange(np.asarray(state_dict[key], np.float32), pattern, **lengths)
+        if not number:
+            leaf = aligned((len(keys), *array.shape))
+        leaf[number] = array
+        if not np.isfinite(leaf[number]).all():
+            wrong.append(key)
+        torch_file.release(state_dict[key])
+    return leaf if _placeholders(template) else leaf[0]
+
+
+def aligned(shape: Sequence[int]) -> np.ndarray:
+    """An empty float32 array that JAX on a CPU takes as it is, without a copy."""
+    size = 4 * math.prod(shape)
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size].view(np.float32).reshape(shape)
 
 
 def to_state_dict(table: Table, sizes: Sizes, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -96,16 +123,6 @@ def to_state_dict(table: Table, sizes: Sizes, params: Mapping[str, Any]) -> dict
             layer = rearrange(layer, f"{ours} -> {theirs}", **_lengths(pattern, sizes))
             state_dict[key] = np.asarray(layer, order="C")  # safetensors writes the memory as it lies
     return state_dict
-
-
-def check_finite(family: str, weights: Mapping[str, Any]) -> None:
-    """Raise UserError that names the arrays with values that are not finite numbers of float32."""
-    with np.errstate(over="ignore"):
-        wrong = [key for key, value in weights.items() if not np.isfinite(np.asarray(value, np.float32)).all()]
-    if wrong:
-        raise UserError(
-            f"{family}: values that are not finite in {len(wrong)} of {len(weights)} arrays: {_some(wrong)}"
-        )
 
 
 # Training code that averages a fixed table like a parameter moves it by rounding: 1.6e-4 in float32 (a decay of 0.9999,

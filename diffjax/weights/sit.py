@@ -28,3 +28,8 @@ def from_reference(state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Mod
 def to_reference(module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The state_dict of the reference with `learn_sigma=False`."""
     return dit.to_reference(module, params)
+
+
+def fixed(module: nn.Module, size: int) -> dict[str, np.ndarray]:
+    """The reference's table of positions, that of DiT."""
+    return dit.fixed(module, size)

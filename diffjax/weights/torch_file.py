@@ -8,6 +8,7 @@ name, so this reader resolves names through one short table of inert stand-ins a
                          then per key an 8-byte element count and the raw elements
 """
 
+import json
 import math
 import mmap
 import pickle
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 from diffjax.errors import UserError
 
@@ -41,14 +42,23 @@ STORAGES = {
     "BoolStorage": "bool",
 }
 
+# safetensors' name of a dtype -> numpy's
+SAFETENSORS = {
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+}
+
 Storage = Callable[[str, str, int], np.ndarray]  # key, element type, element count -> the elements, [count]
 
 
 def read(path: str | Path) -> Any:
     """The content of the file: nested dicts and lists of numpy arrays and plain Python values.
 
-    Arrays of torch files are read-only views of the mapped file, bfloat16 as `ml_dtypes.bfloat16`; tensors that
-    share a storage share memory. An `argparse.Namespace` becomes the dict of its attributes.
+    Arrays are read-only views of the mapped file, bfloat16 as `ml_dtypes.bfloat16`; tensors that share a storage share
+    memory. An `argparse.Namespace` becomes the dict of its attributes.
     Raises UserError when the file is missing, damaged, of another format, or names anything outside the table.
     """
     path = Path(path)
@@ -62,12 +72,41 @@ def read(path: str | Path) -> Any:
             if start.startswith(b"\x80"):
                 return _read_stream(path, file)
         if start[8:] == b"{":
-            return load_file(path)
+            return _read_safetensors(path)
     except UserError:
         raise
     except Exception as error:  # a damaged or crafted file can break the parsers in any way
         raise UserError(f"{path}: damaged or not a weight file ({type(error).__name__}: {_line(error)})") from error
     raise UserError(f"{path}: not a weight file; expected safetensors, a torch zip archive or a torch stream")
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Views of the mapped file: 8 bytes with the length of a json header, which says where each array lies after it."""
+    with safe_open(path, "np"):  # refuses places that overlap or lie outside
+        pass
+    with path.open("rb") as file:
+        mapped = _map(file)
+    (length,) = struct.unpack_from("<Q", mapped)
+    header = json.loads(mapped[8 : 8 + length])
+    return {name: _array(path, mapped, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _array(path: Path, mapped: mmap.mmap, begin: int, entry: dict[str, Any]) -> np.ndarray:
+    if entry["dtype"] not in SAFETENSORS:
+        raise UserError(f"{path}: arrays of {entry['dtype']} are not read; valid: {', '.join(SAFETENSORS)}")
+    count, dtype = math.prod(entry["shape"]), _dtype(SAFETENSORS[entry["dtype"]])
+    if not count:
+        return np.empty(entry["shape"], dtype)
+    return np.frombuffer(mapped, dtype, count, begin + entry["data_offsets"][0]).reshape(entry["shape"])
+
+
+def release(array: Any) -> None:
+    """Let go of the memory that a view of a mapped file has read; whoever reads it later reads the file again."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    mapped = array.obj if isinstance(array, memoryview) else array
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _read_zip(path: Path, file: BinaryIO) -> Any:

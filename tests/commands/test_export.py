@@ -1,5 +1,6 @@
 """`export` writes what the reference would, and `convert` reads it back, of a run and of converted parameters."""
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -7,6 +8,7 @@ from safetensors.numpy import load_file
 from diffjax.__main__ import main
 from diffjax.commands.inspect import inspect
 from diffjax.frozen import create
+from diffjax.models.layers import sincos_positions
 from diffjax.weights import FAMILIES, MODELS, store
 from tests.frozen.test_vae import SMALL, some_params
 from tests.programs import train_arguments
@@ -33,7 +35,16 @@ def test_a_run_comes_back(run, tmp_path, capsys, weights):
     assert convert("dit", out, tmp_path / "back", "num_heads=3") == inspect(run)["sha256"][weights]
     with safe_open(out, "numpy") as file:
         assert file.metadata() == {"format": "pt"}
-    assert "blocks.0.attn.qkv.weight" in load_file(out)
+    written = load_file(out)
+    assert "blocks.0.attn.qkv.weight" in written
+    np.testing.assert_array_equal(written["pos_embed"][0], sincos_positions(4, 4, 48))
+    module, params, _ = store.load(tmp_path / "back")
+    store.save(tmp_path / "unsized", module, params, {})
+    export = ["export", f"--params={tmp_path / 'unsized'}", "--family=dit", f"--out={tmp_path / 'again.safetensors'}"]
+    assert main(export) == 2
+    assert "does not say for which inputs; give their side, --size=32" in capsys.readouterr().err
+    assert main([*export, "--size=8"]) == 0
+    assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()
 
 
 @pytest.mark.parametrize("family, name", [("vae", "VAE"), ("tiny_vae", "TinyVAE")])

@@ -127,10 +127,6 @@ def test_counts_tables_and_what_the_shapes_tell(case):
     module, params, _ = load("diffit", case)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == case.info["n_params_trainable"]
     assert from_reference("diffit", case.state_dict)[0] == module
-    written = to_reference("diffit", module, params)
-    assert written.keys() >= case.state_dict.keys()
-    for key, stored in case.state_dict.items():
-        np.testing.assert_allclose(written[key], stored, rtol=0, atol=1e-6 if key == "pos_embed" else 0, err_msg=key)
 
 
 @pytest.mark.parametrize("case", cases("diffit", "buffer/"))

@@ -292,14 +292,9 @@ DECODERS = [case for array in ("sem_tokens", "logits_all", "decode_init") for ca
 
 
 @pytest.mark.parametrize("case", DECODERS)
-def test_what_the_shapes_tell_need_not_be_given_and_the_decoder_goes_back(case):
+def test_what_the_shapes_tell_need_not_be_given(case):
     assert case is not None, "no stored cases"
-    module, params, family = load(case)
+    module, _, family = load(case)
     heads = case.info["config"]["decoder_attention_heads"]
     assert from_reference(family, case.state_dict, decoder_attention_heads=heads)[0] == module
     assert isinstance(module, DiGIT)
-    decoder = {key for key in case.state_dict if key.startswith("decoder.") and key != "decoder.version"}
-    back = to_reference(family, module, params)
-    assert back.keys() == decoder
-    for key, value in back.items():
-        np.testing.assert_array_equal(value, case.state_dict[key], err_msg=key)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffjax.frozen import vae
-from diffjax.weights import from_reference, to_reference
+from diffjax.weights import from_reference
 from tests.golden.cases import cases, to_nchw, to_nhwc
 
 pytestmark = pytest.mark.golden
@@ -41,13 +41,9 @@ def close(case, found, key):
 
 
 @ANY
-def test_parameters(case):
-    module, params = load(case)
+def test_the_number_of_parameters(case):
+    _, params = load(case)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == case.info["num_params"]
-    back = to_reference(family(case), module, params)
-    assert back.keys() == case.state_dict.keys()
-    for key, stored in case.state_dict.items():
-        np.testing.assert_array_equal(back[key], stored, err_msg=key)
 
 
 @KL

@@ -1,0 +1,56 @@
+"""What is exported again equals the stored weights of every reference, key by key, to the bit."""
+
+import numpy as np
+import pytest
+
+from diffjax.weights import from_reference, to_reference
+from diffjax.weights.digit import PASSED_OVER, VERSION
+from tests.golden.cases import cases
+
+pytestmark = pytest.mark.golden
+FOLDERS = ("dit", "dis", "udit", "diffit", "digit", "vae")
+DIGIT = {
+    "stage1": "digit_stage1",
+    "stage2_ar": "digit_stage2_ar",
+    "stage2_nar": "digit_stage2_nar",
+    "dinov2": "dinov2",
+    "vqgan": "vqgan",
+}
+ROUNDED = {("diffit", "pos_embed"): 1e-6}  # computed in float32 there
+
+
+def family_of(folder: str, case) -> str | None:
+    """The family of a case's weights; None where a case has no whole model."""
+    name = case.path.stem
+    if folder == "digit":
+        return next((family for start, family in DIGIT.items() if name.startswith(start)), None)
+    if folder == "vae":
+        return "tiny_vae" if "tiny" in name else "vae"
+    return folder if "config" in case.info and "resblock" not in name else None
+
+
+WHOLE = [
+    pytest.param(folder, each.values[0], id=each.id)
+    for folder in FOLDERS
+    for each in cases(folder)
+    if each.values[0] is None or family_of(folder, each.values[0])
+]
+
+
+@pytest.mark.parametrize("folder, case", WHOLE)
+def test_the_weights_come_back(folder, case):
+    assert case is not None, "no stored cases"
+    family = family_of(folder, case)
+    config = {name: value for name, value in case.info["config"].items() if not name.startswith("_")}
+    module, params = from_reference(family, case.state_dict, **config)
+    own = {key: value for key, value in case.state_dict.items() if not key.startswith(PASSED_OVER)}
+    positions = own.get("pos_embed")
+    size = module.patch * int(len(positions[0]) ** 0.5) if positions is not None else 1  # of the others none matters
+    written = to_reference(family, module, params, size)
+    if family.startswith("digit"):
+        np.testing.assert_array_equal(written.pop("decoder.version"), case.state_dict.get("decoder.version", VERSION))
+    assert written.keys() >= own.keys()
+    assert all(key.endswith("relative_position_index") for key in written.keys() - own.keys())
+    for key, stored in own.items():
+        atol = ROUNDED.get((folder, key), 0)
+        np.testing.assert_allclose(written[key], np.asarray(stored, np.float32), rtol=0, atol=atol, err_msg=key)
