@@ -7,8 +7,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from diffjax.config import Config, override, read
-from diffjax.config.load import sampling_leaves, stored_values
+from diffjax import archive, models, weights
+from diffjax.config import Config, override, read, recipes
+from diffjax.config.load import of_recipe, sampling_leaves, stored_values
 from diffjax.config.trained import check_same_process, with_model, with_process
 from diffjax.contracts import Tree
 from diffjax.data import tokens
@@ -35,8 +36,8 @@ class Run:
     caveat: str = ""
 
     def describe(self) -> str:
-        if "params" in self.origin:
-            return str(self.origin["params"])
+        if found := self.origin.get("params") or self.origin.get("checkpoint"):
+            return str(found)
         return f"{self.origin['workdir']} step {self.origin['step']} ({self.origin['weights']})"
 
 
@@ -126,6 +127,33 @@ def _open_parameters(folder: Path, overrides: list[str], config: Config | None, 
     experiment = build(config, mesh or devices_mesh(config), training=False)
     params = store.load_params(folder, experiment.abstract.params)
     return Run(experiment, params, {"params": str(folder), "sha256": store.tree_sha256(params)})
+
+
+def open_checkpoint(
+    found: weights.Read,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    config: Config | None = None,
+    mesh: Mesh | None = None,
+) -> Run:
+    """The run of a model that `weights.read` found in a public file.
+
+    config: how to sample it; by default as its family was published. The backbone is that of the file.
+    """
+    name, made = store.describe(found.module)
+    file, family = found.origin["checkpoint"], found.origin["family"]
+    if name not in models.FAMILIES:
+        raise UserError(f"{file} is a {name}, which draws nothing by itself; valid: the weights of a backbone")
+    if config is None and name == "DiGIT":
+        raise UserError(f"{file} draws tokens, whose decoder only a recipe says: give --config")
+    given = of_recipe(recipes.public(family, name, made, found.size), []) if config is None else config
+    config = with_model(override(given, list(overrides)), Path(file), {"name": name, "kwargs": made})
+    experiment = build(config, mesh or devices_mesh(config), training=False)
+    abstract = experiment.abstract.params
+    if differing := archive.differing(archive.shapes(found.params), archive.shapes(abstract)):
+        raise UserError(f"{file} does not fit the config: {differing}")
+    params = jax.tree.map(lambda leaf, where: jax.device_put(leaf, where.sharding), found.params, abstract)
+    return Run(experiment, params, {**found.origin, "sha256": store.tree_sha256(params)})
 
 
 def open_guide(folder: Path, guided: Experiment) -> Run:

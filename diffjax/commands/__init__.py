@@ -57,6 +57,28 @@ def define_distributed(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"], help, flag_values=values)
 
 
+def define_arguments(values: flags.FlagValues) -> None:
+    """The flag of commands that read public weights; `arguments` reads it."""
+    flags.DEFINE_list(
+        "arguments",
+        [],
+        "the reference's constructor arguments that shapes do not tell, each as name=value: num_heads=6",
+        flag_values=values,
+    )
+
+
+def arguments(texts: list[str]) -> dict[str, Any]:
+    """Constructor arguments by name. UserError for a text that is none."""
+    found = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = json.loads(value.lower())
+        except ValueError:
+            raise UserError(f"--arguments: {text!r} is not name=value with a number, true or false") from None
+    return found
+
+
 def make_folder(out: Path) -> None:
     """Create the folder of an output file before the work starts, so that an unwritable path fails early."""
     try:

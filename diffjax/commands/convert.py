@@ -6,14 +6,12 @@ python -m diffjax convert --family=dit --checkpoint=0050000.pt --out=params/mine
 Of a training checkpoint it takes the averaged weights; --weights names another entry.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from diffjax.commands import define_path
-from diffjax.errors import UserError
+from diffjax.commands import arguments, define_arguments, define_path
 from diffjax.parallel import hosts
 from diffjax.weights import FAMILIES, read, store
 
@@ -27,17 +25,12 @@ def define_flags(values: flags.FlagValues) -> None:
     define_path("checkpoint", None, what, values)
     flags.DEFINE_string("weights", "", "entry of a training checkpoint; its average by default", flag_values=values)
     define_path("out", None, "new folder for the parameters", values)
-    flags.DEFINE_list(
-        "arguments",
-        [],
-        "the reference's constructor arguments that shapes do not tell, each as name=value: num_heads=6",
-        flag_values=values,
-    )
+    define_arguments(values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
     hosts.start("off")
-    convert(values.family, values.checkpoint, values.out, values.weights, **_arguments(values.arguments))
+    convert(values.family, values.checkpoint, values.out, values.weights, **arguments(values.arguments))
 
 
 def convert(family: str, checkpoint: Path, out: Path, entry: str = "", **config: Any) -> None:
@@ -55,14 +48,3 @@ def convert(family: str, checkpoint: Path, out: Path, entry: str = "", **config:
     print(f"model {model['name']}({', '.join(f'{name}={value}' for name, value in model['kwargs'].items())})")
     print(f"parameters {model['parameters']:,}, sha256 {model['sha256']}")
     print(f"wrote {out}")
-
-
-def _arguments(texts: list[str]) -> dict[str, Any]:
-    arguments = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-        try:
-            arguments[name] = json.loads(value.lower())
-        except ValueError:
-            raise UserError(f"--arguments: {text!r} is not name=value with a number, true or false") from None
-    return arguments

@@ -3,6 +3,8 @@
 python -m diffjax sample --workdir=runs/a --num=50000 --out=runs/a/samples.npz
 python -m diffjax sample --workdir=runs/a --labels=2 --num=16 --out=twos.npz
 python -m diffjax sample --params=params/dit-xl --config=configs/imagenet256.py --raw --num=8 --out=latents.npz
+python -m diffjax sample --checkpoint=DiT-XL-2-256x256.pt --family=dit --autoencoder=sd-vae-ft-ema --labels=207,360 \\
+  --num=8 --out=samples.npz
 python -m diffjax sample --workdir=runs/stage1 --num=500 --raw --out=tokens.npz
 python -m diffjax sample --workdir=runs/stage2 --source=tokens.npz --num=500 --out=samples.npz
 python -m diffjax sample --workdir=runs/a --guide=runs/small --config.sampling.guidance.scale=2 --num=500 --out=a.npz
@@ -24,8 +26,16 @@ from absl import flags
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from diffjax import models
-from diffjax.commands import define_distributed, define_overwrite, define_path, make_folder, refuse_other
+from diffjax import models, weights
+from diffjax.commands import (
+    arguments,
+    define_arguments,
+    define_distributed,
+    define_overwrite,
+    define_path,
+    make_folder,
+    refuse_other,
+)
 from diffjax.config import load
 from diffjax.contracts import Tree
 from diffjax.errors import UserError
@@ -33,20 +43,27 @@ from diffjax.evaluation import protocol
 from diffjax.experiment import Experiment
 from diffjax.files import only_writer
 from diffjax.parallel import hosts
-from diffjax.runs import Run, open_guide, open_run
+from diffjax.runs import Run, open_checkpoint, open_guide, open_run
 from diffjax.sampling import conditions, generate, parts, samples
 from diffjax.weights import store
 
 INTERRUPTED = "what is drawn is kept, the same command resumes"
 NO_DECODER = "give their autoencoder to decode them (--autoencoder=FILE or FOLDER), or --raw to write them as they are"
 REQUIRED = ("num", "out")
+OF_CHECKPOINT = ("family", "entry", "arguments")  # flags
 
 
 def define_flags(values: flags.FlagValues) -> None:
     text, number = flags.DEFINE_string, flags.DEFINE_integer
     define_path("workdir", None, "run folder: its config and its checkpoint", values)
     define_path("params", None, "folder that `convert` or `ema` wrote, instead of --workdir", values)
-    text("config", None, "recipe, with --params that no run made", flag_values=values)
+    define_path("checkpoint", None, "public weights of --family, instead of --workdir, as `convert` reads them", values)
+    text("family", None, f"of --checkpoint: {', '.join(weights.FAMILIES)}", flag_values=values)
+    text(
+        "entry", "", "of --checkpoint, a training checkpoint: which weights; its average by default", flag_values=values
+    )
+    define_arguments(values)
+    text("config", None, "recipe, with --params that no run made, or --checkpoint", flag_values=values)
     number("step", None, "which checkpoint; the latest by default", flag_values=values)
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "average or last parameters", flag_values=values)
     number("num", None, "how many images", lower_bound=1, flag_values=values)
@@ -142,8 +159,10 @@ def autoencoder_leaf(values: flags.FlagValues) -> list[str]:
 
 
 def _open(values: flags.FlagValues, overrides: list[str]) -> Run:
-    if bool(values.workdir) == bool(values.params):
-        raise UserError("sample: give either --workdir or --params")
+    if sum(map(bool, (values.workdir, values.params, values.checkpoint))) != 1:
+        raise UserError("sample: give one of --workdir, --params and --checkpoint")
+    if not values.checkpoint and (unread := [name for name in OF_CHECKPOINT if values[name].present]):
+        raise UserError(f"sample: --{unread[0]} is of --checkpoint")
     if values.workdir:
         if values.config:
             raise UserError(
@@ -151,9 +170,15 @@ def _open(values: flags.FlagValues, overrides: list[str]) -> Run:
             )
         return open_run(values.workdir, overrides, weights=values.weights, step=values.step)
     if values["step"].present or values["weights"].present:
-        raise UserError("sample: --step and --weights choose within a run folder; they have no effect on --params")
-    store.read_model(values.params)  # says that a folder holds no parameters
-    return open_run(values.params, overrides, config=load(values.config) if values.config else None)
+        raise UserError("sample: --step and --weights choose within a run folder; they have no effect on others")
+    config = load(values.config) if values.config else None
+    if values.params:
+        store.read_model(values.params)  # says that a folder holds no parameters
+        return open_run(values.params, overrides, config=config)
+    if not values.family:
+        raise UserError(f"sample: --checkpoint needs --family, whose weights they are: {', '.join(weights.FAMILIES)}")
+    found = weights.read(values.family, values.checkpoint, values.entry, **arguments(values.arguments))
+    return open_checkpoint(found, overrides, config=config)
 
 
 def write(

@@ -70,7 +70,12 @@ def load(path_and_argument: str, overrides: list[str] | None = None) -> Config:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"--config={path_and_argument}: {' '.join(str(error).split())}") from error
-    return _overridden(flat(recipe.to_dict()), overrides or [])
+    return of_recipe(recipe, overrides or [])
+
+
+def of_recipe(recipe: ConfigDict, overrides: list[str]) -> Config:
+    """The config of what a recipe returned, with overrides as of `load`."""
+    return _overridden(flat(recipe.to_dict()), overrides)
 
 
 def override(config: Config, arguments: list[str]) -> Config:

@@ -6,6 +6,7 @@ It calls `parse` to read what stands after the colon of `--config=configs/recipe
 leaves. Afterwards any of them can be overridden: `--config.optim.lr=2e-4`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -106,6 +107,34 @@ def dit_recipe(c: ConfigDict) -> None:
     c.ema.decay = 0.9999
     c.parallel.strategy = "fsdp"
     c.checkpoint.every_steps, c.checkpoint.keep_every_steps = 10_000, 100_000
+
+
+def public(family: str, name: str, made: Mapping[str, Any], size: int | None) -> ConfigDict:
+    """Settings to sample a public checkpoint of a diffusion backbone: 250 steps and guidance 1.5, as DiT was published.
+
+    Args:
+        family: a key of `diffjax.weights.FAMILIES`.
+        name, made: the backbone, a key of `models.FAMILIES`, and its constructor arguments.
+        size: side of its input; None: 32.
+    """
+    c = base()
+    sizes = model_defaults(name)
+    backbone(c, name, **{option: value for option, value in made.items() if option in sizes or option in SIZES})
+    if made["channels"] == 4:
+        imagenet_latents(c, 256)
+    else:
+        c.data.name, c.sampling.clip = "folder", True
+    c.data.size, c.data.channels, c.data.num_classes = size or 32, made["channels"], made["num_classes"]
+    c.sampling.sampler, c.sampling.steps = "ddpm", 250
+    if family == "sit":
+        c.diffusion.process, c.diffusion.flow_linear.prediction = "flow_linear", "velocity"
+        c.sampling.sampler, c.sampling.steps = "dopri5", 0
+    elif not made["learn_sigma"]:
+        c.diffusion.gaussian.variance = "fixed_large"
+    c.diffusion.label_drop = 0.1 if made["null_class"] else 0.0
+    if made["null_class"]:
+        c.sampling.guidance.scale, c.sampling.guidance.channels = 1.5, 3
+    return c
 
 
 def run_local(c: ConfigDict) -> None:

@@ -160,7 +160,7 @@ def choose(checkpoint: Any, entry: str = "", part: str = "") -> tuple[str, dict[
     if not averages and (without := next(_averages_without_weights(checkpoint, ()), None)):
         raise UserError(
             f"the average {without!r} of the checkpoint holds no weights by name; there are: {listed}; name the one to "
-            "take (convert: --weights=NAME)"
+            "take (convert: --weights=NAME; sample: --entry=NAME)"
         )
     usual = [name for name in found if name.rpartition(".")[2] in ("", "model", "state_dict")]
     candidates = averages or (usual if len(usual) == 1 else list(found))
@@ -170,7 +170,7 @@ def choose(checkpoint: Any, entry: str = "", part: str = "") -> tuple[str, dict[
     if len(candidates) > 1:
         raise UserError(
             f"the checkpoint holds {len(candidates)} sets of weights: {', '.join(candidates)}; name the one to take "
-            "(convert: --weights=NAME)"
+            "(convert: --weights=NAME; sample: --entry=NAME)"
         )
     return candidates[0], _plain(found[candidates[0]])
 

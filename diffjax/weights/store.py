@@ -34,11 +34,10 @@ def save(out: Path, module: nn.Module, params: Any, meta: Mapping[str, Any]) -> 
     """
     out = Path(out)
     refuse_full(out)
-    [name] = [name for name, family in (models.FAMILIES | frozen.FAMILIES).items() if type(module) is family]
-    fields = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
+    name, arguments = describe(module)
     model = {
         "name": name,
-        "kwargs": {field: getattr(module, field) for field in fields},
+        "kwargs": arguments,
         "parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(params)),
         "sha256": tree_sha256(params),
         **meta,
@@ -47,6 +46,13 @@ def save(out: Path, module: nn.Module, params: Any, meta: Mapping[str, Any]) -> 
     archive.save_arrays(out / "params", params)
     write_json(out / "model.json", model)  # last: it says that the rest is complete
     return model
+
+
+def describe(module: nn.Module) -> tuple[str, dict[str, Any]]:
+    """The family and the constructor arguments of a backbone or a frozen network."""
+    [name] = [name for name, family in (models.FAMILIES | frozen.FAMILIES).items() if type(module) is family]
+    fields = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
+    return name, {field: getattr(module, field) for field in fields}
 
 
 def load(out: Path) -> tuple[nn.Module, Any, dict[str, Any]]:

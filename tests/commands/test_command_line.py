@@ -268,8 +268,8 @@ MISTAKES = {
     "inspect-a-file": (("inspect", "--workdir=text"), "--workdir=text is not a run folder"),
     "inspect-step": (("inspect", "--workdir=run", "--step=7"), "--step=7: no such checkpoint in run; complete: [2]"),
     # samples
-    "sample-neither": (("sample", "--num=2", "--out=new.npz"), "give either --workdir or --params"),
-    "sample-both": (("sample", "--num=2", "--out=new.npz", "--workdir=run", "--params=params"), "give either"),
+    "sample-neither": (("sample", "--num=2", "--out=new.npz"), "give one of --workdir, --params and --checkpoint"),
+    "sample-both": (("sample", "--num=2", "--out=new.npz", "--workdir=run", "--params=params"), "give one of"),
     "sample-suffix": (("sample", "--num=2", "--out=new.png", "--workdir=run"), "ends in .npz"),
     "sample-step": (("sample", "--num=2", "--out=new/s.npz", "--workdir=run", "--step=7"), "no checkpoint 7 in run"),
     "sample-folder": (("sample", "--num=2", "--out=new/s.npz", "--workdir=folder"), "no such file"),

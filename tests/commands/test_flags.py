@@ -41,8 +41,8 @@ def test_every_flag_is_read(command):
     assert set(values) <= read
 
 
-# Flags that are words: a recipe with its argument, a family, an embedded set or a file, steps.
-WORDS = {"config", "family", "labels", "reference", "profile", "weights"}
+# Flags that are words: a recipe with its argument, a family, an entry of a checkpoint, an embedded set or a file, steps.
+WORDS = {"config", "entry", "family", "labels", "reference", "profile", "weights"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
