@@ -41,7 +41,7 @@ def test_every_flag_is_read(command):
     assert set(values) <= read
 
 
-# Flags that are words: a recipe with its argument, a family, an entry of a checkpoint, an embedded set or a file, steps.
+# Flags that are words: a recipe and its argument, a family, an entry of a checkpoint, an embedded set or file, steps.
 WORDS = {"config", "entry", "family", "labels", "reference", "profile", "weights"}
 
 
