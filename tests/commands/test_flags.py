@@ -38,11 +38,16 @@ def test_every_flag_is_read(command):
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "values"
     }
+    read |= {  # values["from"].value: from is a word of Python
+        node.value.slice.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "value" and isinstance(node.value, ast.Subscript)
+    }
     assert set(values) <= read
 
 
-# Flags that are words: a recipe with its argument, a family, an embedded set or a file, steps.
-WORDS = {"config", "family", "labels", "reference", "profile", "weights"}
+# Flags that are words: a recipe with its argument, a family, an embedded set or a file, steps, a path or an address.
+WORDS = {"config", "family", "from", "labels", "name", "reference", "profile", "weights"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
