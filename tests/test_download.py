@@ -38,6 +38,15 @@ def fetch(site, tmp_path):
     return run
 
 
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What the module logs; the program's own handler may stand there."""
+    monkeypatch.setattr(download.logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(download.logger, "propagate", False)
+    caplog.set_level(logging.INFO, logger=download.logger.name)
+    return caplog
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -57,17 +66,16 @@ def test_a_file_with_its_record(site, fetch, tmp_path):
     assert verified(tmp_path / "a.bin", WHOLE) == record
 
 
-def test_a_lost_connection_is_tried_again_from_where_it_was(site, fetch, tmp_path, caplog):
+def test_a_lost_connection_is_tried_again_from_where_it_was(site, fetch, tmp_path, said):
     site.cut = [1000, 50_000]
-    with caplog.at_level(logging.INFO):
-        fetch()
+    fetch()
     assert (tmp_path / "a.bin").read_bytes() == CONTENT
     assert [(asked, sent) for _, asked, sent in site.asked] == [
         ("", 1000),
         ("bytes=1000-", 50_000),
         ("bytes=51000-", 249_000),
     ]
-    assert "the connection was lost after 1,000 of 300,000 bytes; trying again in 0 s (2 of 6)" in caplog.text
+    assert "the connection was lost after 1,000 of 300,000 bytes; trying again in 0 s (2 of 6)" in said.text
 
 
 @pytest.mark.parametrize("etag, modified", [('"1"', ""), ("", "Mon, 30 Nov 2026 10:00:00 GMT"), ('W/"1"', "Mon, 30")])
@@ -108,12 +116,11 @@ def test_what_cannot_be_continued_starts_again(site, fetch, tmp_path, monkeypatc
     assert names(tmp_path) == ["a.bin", "a.bin.fetched.json"]
 
 
-def test_versions_that_are_not_told_start_again(site, fetch, tmp_path, caplog):
+def test_versions_that_are_not_told_start_again(site, fetch, tmp_path, said):
     site.etag, site.cut = "", [1000]
-    with caplog.at_level(logging.INFO):
-        fetch()
+    fetch()
     assert [asked for _, asked, _ in site.asked] == ["", ""]
-    assert "the 1,000 bytes that arrived earlier cannot be continued; starting again" in caplog.text
+    assert "the 1,000 bytes that arrived earlier cannot be continued; starting again" in said.text
     assert (tmp_path / "a.bin").read_bytes() == CONTENT
 
 
@@ -184,12 +191,11 @@ def test_a_busy_server_is_asked_again(site, fetch, tmp_path):
     assert (tmp_path / "a.bin").read_bytes() == CONTENT
 
 
-def test_silence_counts_as_lost(site, fetch, tmp_path, monkeypatch, caplog):
+def test_silence_counts_as_lost(site, fetch, tmp_path, monkeypatch, said):
     monkeypatch.setattr(download, "SILENCE", 0.2)
     site.amid = site.closing.wait
-    with caplog.at_level(logging.INFO):
-        fetch()
-    assert "the connection was lost (timed out); trying again" in caplog.text
+    fetch()
+    assert "the connection was lost (timed out); trying again" in said.text
     assert (tmp_path / "a.bin").read_bytes() == CONTENT
 
 

@@ -3,7 +3,8 @@
 python -m diffjax convert --family=dit --checkpoint=DiT-XL-2-256x256 --out=params/dit-xl
 python -m diffjax convert --family=dit --checkpoint=0050000.pt --out=params/mine --arguments=num_heads=6
 
---checkpoint is a path, or a name of `fetch`. Of a training checkpoint it takes the averaged weights; --weights names another entry.
+--checkpoint is a path, or a name of `fetch`. Of a training checkpoint the averaged weights are taken; --weights names
+another entry.
 """
 
 import json

@@ -38,7 +38,7 @@ from diffjax.sampling import conditions, generate, parts, samples
 from diffjax.weights import store
 
 INTERRUPTED = "what is drawn is kept, the same command resumes"
-NO_DECODER = "give their autoencoder to decode them (--autoencoder=FILE, FOLDER or a name of `fetch`), or --raw to write them as they are"
+NO_DECODER = "give their autoencoder to decode them (--autoencoder=PATH or NAME), or --raw to write them as they are"
 REQUIRED = ("num", "out")
 
 
