@@ -30,7 +30,7 @@ from diffjax.files import atomic, file_sha256, remove_temporaries, write_json
 
 logger = logging.getLogger(__name__)
 RECORD = ".fetched.json"
-TRIES = 6  # connections that one request makes
+TRIES = 6  # connections in a row that bring nothing, after which a request gives up
 PAUSE = 1.0  # seconds before the second of them; doubles with each further one
 SILENCE = 30.0  # seconds without a byte after which a connection counts as lost
 PIECE = 2**20
@@ -93,28 +93,25 @@ def verified(out: Path, expected: Expected) -> Record | None:
 def download(address: str, out: Path, expected: Expected) -> Record:
     """Fetch the file `out` from an http or https address, going on where an earlier request was stopped.
 
-    A lost connection is tried again, TRIES times in all.
+    A lost connection is made again, as long as not TRIES of them in a row bring nothing.
 
     Raises:
         UserError: no such file, no access, another file than expected, no space, no connection; in words.
     """
     if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).netloc:
         raise UserError(f"{address}: valid: an http:// or https:// address, or a path")
-    for number in range(1, TRIES + 1):
+    part = _beside(out, ".part")
+    failures, most = 0, -1
+    while True:
         try:
             _receive(address, out, expected)
             break
         except _Lost as lost:
             if isinstance(lost, _Stale):
                 _forget(out)
-            if number == TRIES:
-                raise UserError(
-                    f"{address}: {lost}, {TRIES} times; what has arrived is kept, the same command continues"
-                ) from lost
-            pause = PAUSE * 2 ** (number - 1)
-            logger.info(f"{lost}; trying again in {pause:g} s ({number + 1} of {TRIES})")
-            time.sleep(pause)
-    part = _beside(out, ".part")
+            arrived = part.stat().st_size if part.is_file() else 0
+            failures, most = (1, arrived) if arrived > most else (failures + 1, most)
+            _pause(address, lost, failures)
     try:
         sha256 = _check(part, expected, address)
     except UserError:
@@ -124,6 +121,16 @@ def download(address: str, out: Path, expected: Expected) -> Record:
     part.replace(out)
     _forget(out)
     return record
+
+
+def _pause(address: str, lost: _Lost, failures: int) -> None:
+    """Wait before the next connection. UserError after TRIES of them that brought nothing."""
+    if failures == TRIES:
+        kept = "what has arrived is kept, the same command continues; --from takes a file or another address"
+        raise UserError(f"{address}: {lost}, {TRIES} times in a row; {kept}") from lost
+    pause = PAUSE * 2 ** (failures - 1)
+    logger.info(f"{lost}; trying again in {pause:g} s")
+    time.sleep(pause)
 
 
 def copy(path: Path, out: Path, expected: Expected) -> Record:

@@ -47,7 +47,10 @@ def local_path(text: str) -> Path:
 def cache_folder() -> Path:
     """Where what can be made or fetched again is kept: DIFFJAX_CACHE, or `diffjax` in the user's cache folder."""
     if own := os.environ.get(CACHE):
-        return local_path(own)
+        try:
+            return local_path(own)
+        except UserError as error:
+            raise UserError(f"{CACHE}={own}: {error}") from error
     return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "diffjax"
 
 

@@ -75,14 +75,33 @@ def test_a_lost_connection_is_tried_again_from_where_it_was(site, fetch, tmp_pat
         ("bytes=1000-", 50_000),
         ("bytes=51000-", 249_000),
     ]
-    assert "the connection was lost after 1,000 of 300,000 bytes; trying again in 0 s (2 of 6)" in said.text
+    assert "the connection was lost after 1,000 of 300,000 bytes; trying again in 0 s" in said.text
+
+
+def test_a_connection_that_brings_something_is_no_failure(site, fetch, tmp_path):
+    """Twenty that do, and then six that do not."""
+    site.cut = [1000] * 20 + [0] * download.TRIES
+    with pytest.raises(UserError, match="after 20,000 of 300,000 bytes, 6 times in a row"):
+        fetch()
+    assert len(site.asked) == 20 + download.TRIES - 1  # the last that brought something was the first of them
+    fetch()
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+
+
+def test_a_server_that_never_ends_a_file(site, fetch, tmp_path):
+    site.ranges, site.cut = False, [1000] * 100
+    with pytest.raises(UserError, match="6 times in a row"):
+        fetch()
+    assert len(site.asked) == download.TRIES
 
 
 @pytest.mark.parametrize("etag, modified", [('"1"', ""), ("", "Mon, 30 Nov 2026 10:00:00 GMT"), ('W/"1"', "Mon, 30")])
 def test_the_same_request_goes_on_later(site, fetch, tmp_path, monkeypatch, etag, modified):
     site.etag, site.modified = etag, modified
     site.cut = stop_after(1000, monkeypatch)
-    with pytest.raises(UserError, match="1,000 of 300,000 bytes, 1 times; what has arrived is kept, the same command"):
+    with pytest.raises(
+        UserError, match="1,000 of 300,000 bytes, 1 times in a row; what has arrived is kept, the same command"
+    ):
         fetch()
     assert names(tmp_path) == ["a.bin.part", "a.bin.part.json"]
     fetch()
@@ -169,7 +188,10 @@ def test_encryption_is_not_given_up(target):
         ({"answers": [401]}, "the server refuses access or wants a login (401); get it in a browser"),
         ({"answers": [403]}, "the server refuses access or wants a login (403); get it in a browser"),
         ({"answers": [418]}, "the server answered 418"),
-        ({"answers": [503] * 6}, "the server answered 503 (Service Unavailable), 6 times; what has arrived is kept"),
+        (
+            {"answers": [503] * 6},
+            "the server answered 503 (Service Unavailable), 6 times in a row; what has arrived is kept",
+        ),
         ({"kind": "text/html; charset=utf-8"}, "is a web page, not a file; open it in a browser"),
         ({"files": {"/a.bin": b"<!DOCTYPE html><p>log in"}}, "is a web page, not a file; open it in a browser"),
         ({"redirects": {"/a.bin": "/a.bin"}}, "the server answered 302"),
@@ -212,7 +234,7 @@ def test_no_connection(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "PAUSE", 0.0)
     with serving() as site:
         address = site.address
-    with pytest.raises(UserError, match=r"no connection to 127.0.0.1:\d+ \(.*refused\), 6 times"):
+    with pytest.raises(UserError, match=r"no connection to 127.0.0.1:\d+ \(.*refused\), 6 times in a row"):
         download.download(f"{address}/a", tmp_path / "a", Expected())
 
 

@@ -64,7 +64,7 @@ def fetch(name: str, source: str, out: Path | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder):
         for path, record, new in public.fetch(name, folder, source):
-            what = f"from {record.source}" if new else f"there since {record.date}, unchanged"
+            what = f"from {record.source}" if new else f"from {record.source}, there since {record.date}, unchanged"
             print(f"{path}: {record.size:,} bytes, sha256 {record.sha256}, {what}", flush=True)
     if following := public.next_command(name, path):
         print(f"next: {following}")

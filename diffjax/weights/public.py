@@ -78,7 +78,7 @@ ROWS: dict[str, Row] = {
     "sd-vae-ft-ema": _hub(
         "vae",
         "stabilityai/sd-vae-ft-ema",
-        (File(WEIGHTS, 334_643_276), File("config.json", 547)),
+        (File(WEIGHTS, 334_643_276), File("config.json")),
         "MIT",
         "AutoencoderKL f8: latents of every recipe; decoder of DiT's FID 2.27",
     ),

@@ -64,6 +64,9 @@ def test_the_cache_of_the_user(monkeypatch):
     assert public.folder_of("taesd") == Path("/somewhere/diffjax/weights/taesd")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert public.folder_of("taesd") == Path.home() / ".cache/diffjax/weights/taesd"
+    monkeypatch.setenv("DIFFJAX_CACHE", "gs://bucket/cache")
+    with pytest.raises(UserError, match="DIFFJAX_CACHE=gs://bucket/cache: only local and mounted paths"):
+        public.folder_of("taesd")
 
 
 def table_row(name):
