@@ -189,11 +189,13 @@ def _receive(address: str, out: Path, expected: Expected) -> None:
     asked = {"Range": f"bytes={start}-", "If-Range": str(state["version"])} if start else {}
     with _answer(address, asked) as answer:
         whole, version = _size(answer, start, expected), _version(answer.headers)
-        if start and version != state["version"]:
+        changed = bool(state) and version != state["version"]
+        if answer.status == 206 and changed:  # a server that does not know If-Range
             raise _Stale("the server's file is another one now")
         if answer.status != 206:
             if earlier:
-                logger.info(f"the {earlier:,} bytes that arrived earlier cannot be continued; starting again")
+                why = "the server's file is another one now" if changed else "what arrived earlier cannot be continued"
+                logger.info(f"{why}; starting again after {earlier:,} bytes")
             start = 0
             _forget(out)
             _refuse_page(address, answer)

@@ -51,12 +51,6 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def stop_after(size, monkeypatch):
-    """The next request gives up after one connection of `size` bytes, as a program that is stopped."""
-    monkeypatch.setattr(download, "TRIES", 1)
-    return [size]
-
-
 def test_a_file_with_its_record(site, fetch, tmp_path):
     record = fetch()
     assert (tmp_path / "a.bin").read_bytes() == CONTENT
@@ -98,7 +92,8 @@ def test_a_server_that_never_ends_a_file(site, fetch, tmp_path):
 @pytest.mark.parametrize("etag, modified", [('"1"', ""), ("", "Mon, 30 Nov 2026 10:00:00 GMT"), ('W/"1"', "Mon, 30")])
 def test_the_same_request_goes_on_later(site, fetch, tmp_path, monkeypatch, etag, modified):
     site.etag, site.modified = etag, modified
-    site.cut = stop_after(1000, monkeypatch)
+    monkeypatch.setattr(download, "TRIES", 1)
+    site.cut = [1000]
     with pytest.raises(
         UserError, match="1,000 of 300,000 bytes, 1 times in a row; what has arrived is kept, the same command"
     ):
@@ -111,27 +106,33 @@ def test_the_same_request_goes_on_later(site, fetch, tmp_path, monkeypatch, etag
 
 
 @pytest.mark.parametrize(
-    "change",
+    "change, connections, words",
     [
-        {"etag": '"2"'},
-        {"etag": '"2"', "honest": False},
-        {"etag": '"2"', "files": {"/a.bin": CONTENT[:900]}, "honest": False},
-        {"ranges": False},
+        ({"etag": '"2"'}, 1, "the server's file is another one now; starting again after 1,000 bytes"),
+        ({"etag": '"2"', "honest": False}, 2, "the server's file is another one now; trying again"),
+        (
+            {"etag": '"2"', "files": {"/a.bin": CONTENT[:900]}, "honest": False},
+            2,
+            "the server's file is a shorter one now; trying again",
+        ),
+        ({"ranges": False}, 1, "what arrived earlier cannot be continued; starting again after 1,000 bytes"),
     ],
     ids=["changed", "changed, the server does not know If-Range", "shorter now", "no ranges"],
 )
-def test_what_cannot_be_continued_starts_again(site, fetch, tmp_path, monkeypatch, change):
-    site.cut = stop_after(1000, monkeypatch)
+def test_what_cannot_be_continued_starts_again(site, fetch, tmp_path, monkeypatch, said, change, connections, words):
+    site.cut, tries = [1000], download.TRIES
+    monkeypatch.setattr(download, "TRIES", 1)
     with pytest.raises(UserError, match="the same command continues"):
         fetch()
-    monkeypatch.undo()
-    monkeypatch.setattr(download, "PAUSE", 0.0)
+    monkeypatch.setattr(download, "TRIES", tries)
     site.files = {"/a.bin": CONTENT[::-1]} if "etag" in change else site.files
     for name, value in change.items():
         setattr(site, name, value)
     fetch(Expected())
     assert (tmp_path / "a.bin").read_bytes() == site.files["/a.bin"]
     assert site.asked[-1][2] == len(site.files["/a.bin"])
+    assert len(site.asked) == 1 + connections
+    assert words in said.text
     assert names(tmp_path) == ["a.bin", "a.bin.fetched.json"]
 
 
@@ -139,7 +140,7 @@ def test_versions_that_are_not_told_start_again(site, fetch, tmp_path, said):
     site.etag, site.cut = "", [1000]
     fetch()
     assert [asked for _, asked, _ in site.asked] == ["", ""]
-    assert "the 1,000 bytes that arrived earlier cannot be continued; starting again" in said.text
+    assert "what arrived earlier cannot be continued; starting again after 1,000 bytes" in said.text
     assert (tmp_path / "a.bin").read_bytes() == CONTENT
 
 
