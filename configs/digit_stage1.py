@@ -1,6 +1,7 @@
 """DiGIT, first stage: a causal transformer over the clusters of DINOv2 features (arXiv 2410.12490, DAMO-NLP-SG/DiGIT).
 
-    python -m diffjax convert  --family=dinov2 --checkpoint=dinov2_vitb14_reg4_pretrain.pth --out=params/dinov2-b
+    python -m diffjax fetch    dinov2_vitb14_reg4
+    python -m diffjax convert  --family=dinov2 --checkpoint=dinov2_vitb14_reg4 --out=params/dinov2-b
     python -m diffjax tokenize --config=configs/digit_stage1.py --out=data/imagenet256-dinov2-8192
     python -m diffjax train    --config=configs/digit_stage1.py --workdir=runs/digit-b
 

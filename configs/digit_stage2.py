@@ -1,6 +1,7 @@
 """DiGIT, second stage: from the clusters of DINOv2 features to tokens of VQGAN (arXiv 2410.12490, DAMO-NLP-SG/DiGIT).
 
-    python -m diffjax convert  --family=vqgan --checkpoint=vqgan_jax_strongaug.ckpt --out=params/vqgan
+    python -m diffjax fetch    vqgan_jax_strongaug --from=vqgan_jax_strongaug.ckpt
+    python -m diffjax convert  --family=vqgan --checkpoint=vqgan_jax_strongaug --out=params/vqgan
     python -m diffjax tokenize --config=configs/digit_stage2.py --codebook=CODEBOOK --out=data/imagenet256-stage2-8192
     python -m diffjax train    --config=configs/digit_stage2.py --workdir=runs/digit-b-stage2
     python -m diffjax sample   --workdir=runs/digit-b --raw --num=50000 --out=tokens.npz

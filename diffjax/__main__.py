@@ -31,6 +31,7 @@ COMMANDS = {
     "encode": "images -> latents of an autoencoder, for latent models",
     "tokenize": "images -> tokens of their features, for token models",
     "probe": "linear probe of each block of a token model",
+    "fetch": "public weights and references by name, from where they are published",
     "convert": "public weights -> diffjax parameters",
     "export": "diffjax parameters -> a file in the layout of a public checkpoint",
     "inspect": "steps, sizes and sha256 of a run's parameters, average and optimizer state, as json",
@@ -155,6 +156,8 @@ def _parse(command: str, module: ModuleType, values: flags.FlagValues, arguments
         raise UserError(f"{command}: no flag --{error.flagname}{usage.meant(error.flagname, values)}") from error
     except flags.Error as error:
         raise UserError(f"{command}: {' '.join(str(error).split())}; {see}") from error
+    if positional and (name := getattr(module, "FIRST", None)) and not values[name].present:
+        values[name].parse(positional.pop(0))
     if missing := [f"--{name}" for name in getattr(module, "REQUIRED", ()) if values[name].value is None]:
         raise UserError(f"{command}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; {see}")
     if positional and (name := getattr(module, "REST", None)) and values[name].present:

@@ -24,6 +24,7 @@ import numpy as np
 
 from diffjax.errors import UserError, writing
 
+CACHE = "DIFFJAX_CACHE"  # of the environment: another folder than the user's cache
 LOCK = ".lock"  # in a folder, held by the process that writes there
 NUMBERS = "biuf"  # kinds of dtype that are written: booleans, integers, floats
 
@@ -41,6 +42,16 @@ def local_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:  # ~nobody
         raise UserError(f"{error}; write the folder out") from error
+
+
+def cache_folder() -> Path:
+    """Where what can be made or fetched again is kept: DIFFJAX_CACHE, or `diffjax` in the user's cache folder."""
+    if own := os.environ.get(CACHE):
+        try:
+            return local_path(own)
+        except UserError as error:
+            raise UserError(f"{CACHE}={own}: {error}") from error
+    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "diffjax"
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """The commands of `python -m diffjax`: one file each, named after it.
 
 A command has `define_flags` and `run`; besides, where they are something else than nothing, REQUIRED, the flags that it
-cannot do without, INTERRUPTED, what is left when it is stopped, and REST, the flag that arguments without a name belong
-to.
+cannot do without, INTERRUPTED, what is left when it is stopped, FIRST, the flag that the first argument without a name
+is, and REST, the flag that those belong to.
 """
 
 import json

@@ -1,9 +1,10 @@
 """Turn a public checkpoint into diffjax parameters: OUT/params (Orbax) and OUT/model.json.
 
-python -m diffjax convert --family=dit --checkpoint=DiT-XL-2-256x256.pt --out=params/dit-xl
+python -m diffjax convert --family=dit --checkpoint=DiT-XL-2-256x256 --out=params/dit-xl
 python -m diffjax convert --family=dit --checkpoint=0050000.pt --out=params/mine --arguments=num_heads=6
 
-Of a training checkpoint it takes the averaged weights; --weights names another entry.
+--checkpoint is a path, or a name of `fetch`. Of a training checkpoint the averaged weights are taken; --weights names
+another entry.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ REQUIRED = ("family", "checkpoint", "out")
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("family", None, f"whose weights: {', '.join(FAMILIES)}", flag_values=values)
-    what = ".safetensors, .pt, .pth, .ckpt or .bin file; *.index.json of several; or a folder of diffusers"
+    what = "name of `fetch`; .safetensors, .pt, .pth, .ckpt or .bin file; *.index.json of several; folder of diffusers"
     define_path("checkpoint", None, what, values)
     flags.DEFINE_string("weights", "", "entry of a training checkpoint; its average by default", flag_values=values)
     define_path("out", None, "new folder for the parameters", values)

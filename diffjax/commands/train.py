@@ -5,14 +5,12 @@ python -m diffjax train --config=configs/imagenet256.py --workdir=runs/b --confi
 python -m diffjax train --workdir=runs/a
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from diffjax.commands import define_distributed, define_path
 from diffjax.config import Config, load, override, read
 from diffjax.config.load import differences, resumed
-from diffjax.config.trained import with_backbone
+from diffjax.config.trained import names_model, of_start
 from diffjax.errors import UserError
 from diffjax.parallel import hosts
 from diffjax.training import profile
@@ -50,27 +48,8 @@ def _config(values: flags.FlagValues, overrides: list[str]) -> Config:
         return override(read(stored), overrides)
     config = load(values.config, overrides)
     old = read(stored) if stored.is_file() else None
-    if config.init.from_ and not names_model(values.config, overrides):
-        config = of_start(config, overrides, old)
+    if not names_model(values.config, overrides):
+        own, config = config, of_start(config, overrides, old, model_of)
+        if not old and hosts.is_lead() and (other := differences(own, config)):
+            print(f"the backbone is that of init.from: {'; '.join(other.values())}", flush=True)
     return resumed(stored, config, overrides) if old else config
-
-
-def names_model(recipe: str, overrides: list[str]) -> bool:
-    """Whether a command line chooses the backbone, by the recipe's argument or as a leaf."""
-    given = (*recipe.partition(":")[2].split(","), *(each.lstrip("-") for each in overrides))
-    return any(each.startswith(("model=", "config.model.name=")) for each in given)
-
-
-def of_start(config: Config, overrides: list[str], old: Config | None) -> Config:
-    """The config with the backbone that it starts from, said in a line where that is another one than the recipe's.
-
-    old: of the run that goes on, which may outlive what it started from.
-    """
-    name, options = (old.model.name, old.model.options) if old else model_of(Path(config.init.from_))
-    if not name:
-        return config
-    given = [each for each in overrides if each.lstrip("-").startswith("config.model.")]
-    taken = override(with_backbone(config, name, options), given)
-    if not old and hosts.is_lead() and (other := differences(config, taken)):
-        print(f"the backbone is that of {config.init.from_}: {'; '.join(other.values())}", flush=True)
-    return taken

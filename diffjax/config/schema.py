@@ -110,7 +110,11 @@ class Autoencoder:
     """The autoencoder of latents."""
 
     weights: Annotated[
-        str, Leaf("weights that decode latents to pictures: a file, or a folder of `convert` or diffusers", "place")
+        str,
+        Leaf(
+            "weights that decode latents to pictures: a file, folder of `convert` or diffusers, name of `fetch`",
+            "place",
+        ),
     ] = ""
 
 

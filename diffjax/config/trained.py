@@ -1,16 +1,17 @@
-"""Build the config that samples given parameters: their backbone; their process has to match."""
+"""Build the config that samples, or fine-tunes, given parameters: their backbone; their process has to match."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffjax import models
 from diffjax.config.earlier import modern
-from diffjax.config.load import nested
+from diffjax.config.load import nested, override
 from diffjax.config.schema import Config, resolve
 from diffjax.errors import UserError
 from diffjax.methods import METHODS
 from diffjax.methods.diffusion import Diffusion, same_process
+from diffjax.options import Options
 from diffjax.trees import leaves as flat
 
 
@@ -34,6 +35,32 @@ def with_backbone(config: Config, name: str, options: Mapping[str, Any]) -> Conf
         own = options if spec.leaf.fixed else config.model.options
         given |= {option: own[option]} if option in own else {}
     return resolve({**values, **{f"model.{option}": value for option, value in given.items()}})
+
+
+def names_model(recipe: str, overrides: list[str]) -> bool:
+    """Whether a command line chooses the backbone, by the recipe's argument or as a leaf."""
+    given = (*recipe.partition(":")[2].split(","), *(each.lstrip("-") for each in overrides))
+    return any(each.startswith(("model=", "config.model.name=")) for each in given)
+
+
+def of_start(
+    config: Config, overrides: list[str], old: Config | None, model_of: Callable[[Path], tuple[str, Options]]
+) -> Config:
+    """The config with the backbone of the parameters that it starts from, and given leaves on top; else as it is.
+
+    Args:
+        old: of the run that goes on, which may outlive what it started from.
+        model_of: the name and options of the backbone in a folder; ("", {}) where it does not say.
+    """
+    if not config.init.from_:
+        return config
+    name, options = (old.model.name, old.model.options) if old else model_of(Path(config.init.from_))
+    if not name:
+        return config
+    return override(
+        with_backbone(config, name, options),
+        [each for each in overrides if each.lstrip("-").startswith("config.model.")],
+    )
 
 
 def with_process(config: Config, process: dict[str, Any]) -> Config:

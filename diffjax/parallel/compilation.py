@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from diffjax.files import cache_folder
+
 logger = logging.getLogger(__name__)
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # jax's own: another folder; empty: no cache
 
@@ -36,12 +38,11 @@ def use_cache() -> None:
 
 
 def default_folder() -> Path:
-    """`diffjax/jax-<hash>` in the user's cache folder; the hash is that of the processor's features.
+    """`jax-<hash>` in the cache folder; the hash is that of the processor's features.
 
     A program compiled for one processor may not run on another one that shares the home folder.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "diffjax" / f"jax-{hashlib.sha256(_processor().encode()).hexdigest()[:8]}"
+    return cache_folder() / f"jax-{hashlib.sha256(_processor().encode()).hexdigest()[:8]}"
 
 
 def _processor() -> str:

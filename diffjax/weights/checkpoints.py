@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from diffjax.errors import UserError
 from diffjax.files import file_sha256
-from diffjax.weights import torch_file
+from diffjax.weights import public, torch_file
 
 INDEX = ".index.json"  # {"weight_map": {name of an array: file beside it}}
 STEM = "diffusion_pytorch_model"
@@ -41,8 +41,10 @@ class Checkpoint(NamedTuple):
 def read(path: Path) -> Checkpoint:
     """A file of weights (.safetensors, .pt, .pth, .ckpt, .bin), an index of several, or a folder of diffusers.
 
+    path: also the name of a public file that was fetched, see `public.find`.
     UserError for what is missing, damaged or of another format.
     """
+    path = public.find(path)
     if path.is_dir():
         weights = next((path / name for name in FOLDER if (path / name).is_file()), None)
         if not weights or not (path / "config.json").is_file():

@@ -38,11 +38,16 @@ def test_every_flag_is_read(command):
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "values"
     }
+    read |= {  # values["from"].value: from is a word of Python
+        node.value.slice.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "value" and isinstance(node.value, ast.Subscript)
+    }
     assert set(values) <= read
 
 
-# Flags that are words: a recipe and its argument, a family, an entry of a checkpoint, an embedded set or file, steps.
-WORDS = {"config", "entry", "family", "labels", "reference", "profile", "weights"}
+# Flags that are words: a recipe and its argument, an entry of a file, an embedded set or a file, steps, an address.
+WORDS = {"config", "entry", "family", "from", "labels", "name", "reference", "profile", "weights"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,8 +10,8 @@ import pytest
 
 from diffjax import weights
 from diffjax.__main__ import main
-from diffjax.commands import train
 from diffjax.config import Config, load, model_defaults, override, write
+from diffjax.config.trained import of_start
 from diffjax.data import sources
 from diffjax.errors import UserError
 from diffjax.experiment import build
@@ -184,7 +184,7 @@ def test_a_run_has_the_backbone_that_it_starts_from_and_goes_on_without(smaller,
     arguments = train_arguments(tmp_path / "run", f"init.from={smaller}", "total_steps=1", "model.remat=full")
     arguments[1] = f"--config={RECIPE}"
     assert main(arguments) == 0
-    assert f"the backbone is that of {smaller}: model.depth: 2 -> 1; model.heads: 3 -> 2" in capsys.readouterr().out
+    assert "the backbone is that of init.from: model.depth: 2 -> 1; model.heads: 3 -> 2" in capsys.readouterr().out
     stored = json.loads((tmp_path / "run/config.json").read_text())["model"]
     assert stored == stored | {"name": "DiT", "depth": 1, "width": 24, "heads": 2, "remat": "full"}
     smaller.rename(tmp_path / "moved")
@@ -197,13 +197,13 @@ def test_the_family_and_a_published_name_are_taken_over(tmp_path):
     module, params = (experiment := build(tiny_config(model="dis"))).model, experiment.init().params
     store.save(tmp_path / "dis", module, params, {})
     recipe = load(RECIPE)
-    taken = train.of_start(config_of(recipe, tmp_path / "dis"), [], None)
+    taken = of_start(config_of(recipe, tmp_path / "dis"), [], None, finetune.model_of)
     assert (taken.model.name, taken.model.options["d_state"]) == ("DiS", leaves.options["d_state"])
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     write(
         load(RECIPE.replace("quickstart", "imagenet256"), ["--config.model.name=dit-s-4"]), tmp_path / "run/config.json"
     )
-    taken = train.of_start(config_of(recipe, tmp_path / "run"), [], None)
+    taken = of_start(config_of(recipe, tmp_path / "run"), [], None, finetune.model_of)
     assert (taken.model.name, taken.model.options["width"]) == ("dit-s-4", 384)
 
 
