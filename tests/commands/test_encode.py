@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from diffjax.__main__ import main
-from diffjax.commands import encode
 from diffjax.data import latents, records, shards, sources
 from diffjax.errors import UserError
 from diffjax.frozen import create
@@ -164,10 +163,10 @@ def test_shards_of_another_request_are_not_mixed(vae, encoded, tmp_path, capsys)
     shutil.copytree(encoded, tmp_path / "out")
     (tmp_path / "out" / latents.MANIFEST).unlink()
     request = {"source": "", "weights_sha256": "", "mirrored": True, "scale": 0.5, "shard_size": latents.SHARD_SIZE}
-    (tmp_path / "out" / encode.REQUEST).write_text(json.dumps(request))
+    (tmp_path / "out" / latents.REQUEST).write_text(json.dumps(request))
     assert run(vae, tmp_path / "out") == 2
     assert "holds shards of another encoding (source, autoencoder, weights_sha256 differ)" in capsys.readouterr().err
-    (tmp_path / "out" / encode.REQUEST).unlink()
+    (tmp_path / "out" / latents.REQUEST).unlink()
     assert run(vae, tmp_path / "out") == 2
     assert "holds latents-00000.array_record and does not say of what; remove" in capsys.readouterr().err
 
@@ -188,7 +187,7 @@ CHANGES = {
 
 def test_shards_that_are_not_whole_are_named(vae, encoded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(latents, "SHARD_SIZE", SHARD)
-    agree = encode.agree
+    agree = latents.agree
 
     def agree_and_bring(out, request):
         agree(out, request)
@@ -196,7 +195,7 @@ def test_shards_that_are_not_whole_are_named(vae, encoded, tmp_path, monkeypatch
             shutil.copy(path, out)
         CHANGES[out.name][0](out)
 
-    monkeypatch.setattr(encode, "agree", agree_and_bring)
+    monkeypatch.setattr(latents, "agree", agree_and_bring)
     for name, (_, words) in CHANGES.items():
         assert run(vae, tmp_path / name) == 2
         assert words in (error := capsys.readouterr().err)
@@ -204,11 +203,11 @@ def test_shards_that_are_not_whole_are_named(vae, encoded, tmp_path, monkeypatch
         assert not (tmp_path / name / latents.MANIFEST).exists()
 
 
-def test_an_autoencoder_that_shifts_latents_is_refused(tmp_path, capsys):
+def test_an_autoencoder_of_another_shift_is_refused(tmp_path, capsys):
     module = create("VAE", **VAE, shift=0.5)
     store.save(tmp_path / "vae", module, some_params(module), {})
     assert run(tmp_path / "vae", tmp_path / "out") == 2
-    assert "shifts its latents by 0.5, which is not supported" in capsys.readouterr().err
+    assert "shifts latents by 0.5, and data.shift = 0.0" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -143,8 +144,9 @@ def test_devices_decode_their_own_part_a_few_at_a_time(world, monkeypatch):
     expected = module.apply({"params": params}, x / 0.25, method="decode")
     monkeypatch.setattr(decoding, "AT_ONCE", 2 * 8 * 8)
     mesh = make_mesh({"data": 8})
+    decode = partial(decoding.decode, module, (-1.0, 1.0))
     compiled = (
-        jax.jit(on_mesh(lambda params, x: decoding.decode(module, params, x), mesh), out_shardings=batch_sharding(mesh))
+        jax.jit(on_mesh(decode, mesh), out_shardings=batch_sharding(mesh))
         .lower(params, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)))
         .compile()
     )

@@ -1,8 +1,6 @@
 """Latent folders: what is written is read, sampled anew at each visit, and scaled exactly once."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -140,7 +138,7 @@ def test_unlabelled_and_fingerprint(stored, tmp_path):
 
 
 def test_refusals_when_reading(stored, tmp_path):
-    with pytest.raises(UserError, match=r"latents\.json is missing; .* python -m diffjax\.data\.latents --features"):
+    with pytest.raises(UserError, match=r"latents\.json is missing; .* python -m diffjax encode"):
         sources.load(**section(tmp_path / "missing"))
     with pytest.raises(UserError, match=r"data\.scale=0\.18215, but the latents .* scale=0\.25"):
         sources.load(**section(stored, scale=0.18215))
@@ -201,70 +199,3 @@ def test_refusals_when_writing(stored, tmp_path):
         write_latents(tmp_path / "c", examples() + examples(views=1), ORIGIN)
     for folder in "abc":
         assert not (tmp_path / folder / "latents.json").exists()
-
-
-@pytest.fixture
-def fast_dit(tmp_path):
-    """Twelve features, so that sorting names as strings would misplace 10 and 11."""
-    features, labels = tmp_path / "imagenet256_features", tmp_path / "imagenet256_labels"
-    for folder in (features, labels):
-        folder.mkdir()
-    for number in range(12):
-        latent = np.arange(4 * 6 * 6, dtype=np.float32).reshape(1, 4, 6, 6) / 64 + number
-        np.save(features / f"{number}.npy", latent)
-        np.save(labels / f"{number}.npy", np.array([number % 5]))
-    return features, labels
-
-
-def convert(features, labels, out):
-    return latents.main(
-        [f"--features={features}", f"--labels={labels}", f"--out={out}", "--num_classes=5", "--scale=0.25"]
-    )
-
-
-def test_fast_dit_layout(fast_dit, tmp_path, capsys):
-    features, labels = fast_dit
-    assert convert(features, labels, tmp_path / "out") == 0
-    assert capsys.readouterr().out.startswith("12 latents of shape [6, 6, 4] in 1 shards")
-    source = sources.load(**section(tmp_path / "out", flip=False))
-    for number in range(12):
-        stored = source.examples[number]
-        expected = np.load(features / f"{number}.npy")[0].transpose(1, 2, 0)
-        np.testing.assert_array_equal(stored["image"], np.stack([expected, np.zeros_like(expected)])[None])
-        assert stored["label"] == number % 5
-    batches = Batches(source, batch_size=12, seed=0, flip=False)
-    assert sorted(np.floor(next(batches).x[:, 0, 0, 0])) == list(range(12))  # unscaled, no noise
-    batches.close()
-
-
-def test_fast_dit_refusals(fast_dit, tmp_path, capsys):
-    features, labels = fast_dit
-    (labels / "11.npy").unlink()
-    assert convert(features, labels, tmp_path / "out") == 2
-    assert "12 features in" in (said := capsys.readouterr().err)
-    assert "11.npy is in one folder only" in said
-    np.save(labels / "11.npy", np.array([0, 1]))
-    with pytest.raises(UserError, match=r"label \(2,\); expected \(1, c, h, w\) and \(1,\)"):
-        list(latents.fast_dit(features, labels))
-    np.save(labels / "0.npy", np.array([{}], object), allow_pickle=True)
-    with pytest.raises(UserError, match=r"0\.npy .* cannot be read"):
-        list(latents.fast_dit(features, labels))
-    np.save(features / "last.npy", np.zeros(1))
-    with pytest.raises(UserError, match=r"last\.npy .* is not named by a number"):
-        list(latents.fast_dit(features, labels))
-    with pytest.raises(UserError, match="no such folder"):
-        list(latents.fast_dit(tmp_path / "missing", labels))
-
-
-def test_a_url_is_no_folder(fast_dit, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert convert(*fast_dit, "gs://bucket/out") == 2
-    assert "only local and mounted paths" in capsys.readouterr().err
-    assert not (tmp_path / "gs:").exists()
-
-
-def test_the_command_runs(fast_dit, tmp_path):
-    command = [sys.executable, "-m", "diffjax.data.latents", f"--features={fast_dit[0]}", f"--labels={fast_dit[1]}"]
-    result = subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert read_manifest(tmp_path / "out")["scale"] == 0.18215
