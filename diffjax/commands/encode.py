@@ -6,7 +6,7 @@ python -m diffjax encode --config=configs/imagenet256.py --out=data/imagenet256-
 
 The config's section `images` says which images, `autoencoder.weights` by which autoencoder, `data` what the latents
 should be; with data.flip the mirrored images are encoded, too. Stored are mean and standard deviation of the posterior,
-not scaled; training draws from it anew at each visit.
+not scaled; training draws from it anew at each visit. --keep_images stores the images themselves beside them.
 """
 
 import dataclasses

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from diffjax.data import layouts, shards
-from diffjax.data.latents import INPUT_RANGE, MANIFEST, Numbers, Origin, Spread, write_latents
+from diffjax.data import layouts
+from diffjax.data.latents import INPUT_RANGE, Numbers, Origin, Spread, write_latents
 from diffjax.data.layouts import Features
 from diffjax.errors import UserError
 from diffjax.files import local_path
@@ -81,7 +81,6 @@ def convert(
     if layout not in LAYOUTS:
         raise UserError(f"{layout!r} is no layout of features; valid: {', '.join(LAYOUTS)}")
     known = LAYOUTS[layout]
-    shards.make_folder(out, MANIFEST)
     found = known.read(source)
     if num_classes and not found.labelled:
         raise UserError(f"{source} has no labels; valid: num_classes = 0")

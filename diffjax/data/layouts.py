@@ -51,7 +51,9 @@ class Features(Sequence[Example]):
 
 def fast_dit(source: Path) -> Features:
     """fast-DiT: in `*_features` {i}.npy float32 [1, c, h, w], in `*_labels` {i}.npy int64 [1]; frozen samples."""
-    features, labels = (_numbered(_part(source, end), r"(\d+)\.npy", int) for end in ("_features", "_labels"))
+    features, labels = (
+        _numbered(_part(source, end), "{i}.npy", r"(\d+)\.npy", int) for end in ("_features", "_labels")
+    )
     return _frozen(features, labels)
 
 
@@ -62,7 +64,7 @@ def udit(source: Path) -> Features:
         return 8 * int(step) + int(rank)
 
     parts = (_part(source, end) for end in ("_features", "_labels"))
-    features, labels = (_numbered(part, r"(\d+)_.*?(\d)\.npy", number) for part in parts)
+    features, labels = (_numbered(part, "{step}_..{rank}.npy", r"(\d+)_.*?(\d)\.npy", number) for part in parts)
     if len(features) == len(labels) == PADDED:
         features, labels = features[:-1], labels[:-1]
     return _frozen(features, labels)
@@ -88,7 +90,7 @@ def u_vit(source: Path) -> Features:
 
     Batches of 256 images, each followed by the mirrors of its images; the last is smaller. Joined to two views each.
     """
-    files = _numbered(source, r"(\d+)\.npy", int)
+    files = _numbered(source, "{i}.npy", r"(\d+)\.npy", int)
     count = len(files) // 2
     if len(files) % 2:
         raise UserError(f"{source} holds {len(files)} files; valid: an even number, every image and its mirror")
@@ -266,17 +268,17 @@ def _part(source: Path, end: str) -> Path:
     return found[0]
 
 
-def _numbered(folder: Path, pattern: str, number: Callable[..., int]) -> list[Path]:
+def _numbered(folder: Path, names: str, pattern: str, number: Callable[..., int]) -> list[Path]:
     """The npy files of a folder in the order of their numbers, which have to be 0, 1, 2, ... without a gap.
 
-    number: of the texts of the groups of the pattern, which has to match the whole name.
+    names: in words. number: of the texts of the groups of the pattern, which has to match the whole name.
     """
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
     found: dict[int, Path] = {}
     for path in sorted(folder.glob("*.npy")):
         if not (match := re.fullmatch(pattern, path.name)):
-            raise UserError(f"{path}: not a name of this layout; valid: {pattern}")
+            raise UserError(f"{path}: not a name of this layout; valid: {names}")
         if (key := number(*match.groups())) in found:
             raise UserError(f"{path} and {found[key].name} are both number {key}")
         found[key] = path
