@@ -24,6 +24,7 @@ from diffjax.config.load import nested, stored
 from diffjax.config.schema import is_read, leaves, section_values
 from diffjax.contracts import Apply, Batch, DataSpec, Method, Metrics, Sampler, Tree, bind
 from diffjax.data import pipeline, sources
+from diffjax.data.latents import scaling
 from diffjax.errors import UserError
 from diffjax.evaluation.evaluators import EVALUATORS
 from diffjax.methods import METHODS, encoders
@@ -469,7 +470,7 @@ def encoding(config: Config) -> Encoding:
         weights=config.autoencoder.weights,
         size=data.size,
         channels=data.channels,
-        scale=float(str(data.options["scale"])),
+        scaling=scaling(data.options),
         num_classes=data.num_classes,
         mirrored=data.flip,
         threads=max(data.threads, 1),

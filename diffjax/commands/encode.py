@@ -6,13 +6,12 @@ python -m diffjax encode --config=configs/imagenet256.py --out=data/imagenet256-
 
 The config's section `images` says which images, `autoencoder.weights` by which autoencoder, `data` what the latents
 should be; with data.flip the mirrored images are encoded, too. Stored are mean and standard deviation of the posterior,
-not scaled; training draws from it anew at each visit.
+not scaled; training draws from it anew at each visit. --keep_images stores the images themselves beside them.
 """
 
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,13 +29,12 @@ from diffjax.config import load
 from diffjax.data import latents, records, shards
 from diffjax.errors import UserError
 from diffjax.experiment import encoding
-from diffjax.files import only_writer, write_json
-from diffjax.methods.latents import Encoding, check_shift
+from diffjax.files import only_writer
+from diffjax.methods.latents import Encoding, check_scaling
 from diffjax.parallel import hosts
 from diffjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from diffjax.weights import autoencoders
 
-REQUEST = "encode.json"  # what is being made, while it is
 INTERRUPTED = "finished shards are kept, the same command makes the others"
 REQUIRED = ("config", "out")
 
@@ -45,20 +43,23 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "recipe of a model of latents", flag_values=values)
     define_path("out", None, "folder for the latents", values)
     flags.DEFINE_integer("batch_size", 32, "images at a time", lower_bound=1, flag_values=values)
+    keep = "store every image, as it was cropped, beside its latent; data.images=true reads them"
+    flags.DEFINE_boolean("keep_images", False, keep, flag_values=values)
     define_distributed(values)
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
     hosts.start(values.distributed)
-    encode(encoding(load(values.config, overrides)), values.out, values.batch_size)
+    encode(encoding(load(values.config, overrides)), values.out, values.batch_size, values.keep_images)
 
 
-def encode(asked: Encoding, out: Path, batch_size: int = 32) -> None:
-    """Latents of all images, in the folder `out`; shards that are there already stay."""
+def encode(asked: Encoding, out: Path, batch_size: int = 32, keep_images: bool = False) -> None:
+    """Latents of all images, in the folder `out`, with or without the images; shards that are there already stay."""
     if jax.process_count() > 1:
         raise UserError("encode runs as one process, on all its devices; start it on one host")
     module, params, sha256 = autoencoders.read(Path(asked.weights))
     check(asked, module)
+    image = (asked.images.size, asked.images.size, asked.images.channels) if keep_images else None
     mesh = make_mesh({"data": -1})
     batch_size = -(-batch_size // mesh.size) * mesh.size
     request = {
@@ -66,13 +67,14 @@ def encode(asked: Encoding, out: Path, batch_size: int = 32) -> None:
         "autoencoder": describe(module),
         "weights_sha256": sha256,
         "mirrored": asked.mirrored,
-        "scale": asked.scale,
+        **dataclasses.asdict(asked.scaling),
+        "image": image,
         "shard_size": latents.SHARD_SIZE,
     }
     shards.make_folder(out, latents.MANIFEST)
     with only_writer(out):
-        agree(out, request)
-        write(asked, module, params, out, batch_size, mesh)
+        latents.agree(out, request)
+        write(asked, module, params, out, batch_size, mesh, keep_images)
         finish(asked, request, out)
 
 
@@ -98,83 +100,72 @@ def check(asked: Encoding, module: Any) -> None:
             f"encode: images.num_classes = {asked.images.num_classes}, and data.num_classes = {asked.num_classes}; "
             "valid: the same, or data.num_classes = 0"
         )
-    check_shift(module)
-    if not math.isclose(own := getattr(module, "scale", 1.0), asked.scale):
-        raise UserError(f"encode: this autoencoder scales latents by {own}, and data.scale = {asked.scale}")
+    asked.scaling.check(asked.channels)
+    check_scaling(module, asked.scaling, "encode: this autoencoder")
+    if not hasattr(module, "scale") and asked.scaling.scale != 1.0:
+        raise UserError(f"encode: this autoencoder scales latents by 1.0, and data.scale = {asked.scaling.scale}")
 
 
-def agree(out: Path, request: dict[str, Any]) -> None:
-    """Leave the request in the folder. UserError where it holds shards of another one, or does not say of which."""
-    path = out / REQUEST
-    if not path.is_file():
-        if left := sorted(out.glob(shard_name(0).replace("00000", "*"))):
-            raise UserError(
-                f"{out} holds {left[0].name} and does not say of what; remove such files, or choose another folder"
-            )
-        write_json(path, request)
-        return
-    stored = json.loads(path.read_text())
-    if differing := [name for name, value in request.items() if stored.get(name) != value]:
-        raise UserError(
-            f"{out} holds shards of another encoding ({', '.join(differing)} differ); choose another folder"
-        )
-
-
-def write(asked: Encoding, module: Any, params: Any, out: Path, batch_size: int, mesh: Mesh) -> None:
+def write(asked: Encoding, module: Any, params: Any, out: Path, batch_size: int, mesh: Mesh, keep_images: bool) -> None:
     """The shards that are missing."""
-    size, count = latents.SHARD_SIZE, len(asked.images.examples)
-    missing = [shard for shard in range(-(-count // size)) if not (out / shard_name(shard)).is_file()]
-    jobs = [range(shard * size, min((shard + 1) * size, count)) for shard in missing]
+    count = len(asked.images.examples)
+    jobs = latents.missing_shards(out, count)
     params = jax.device_put(params, replicated(mesh))
-    moments = jax.jit(lambda params, images: moments_of(module, params, images, asked.mirrored))
+    moments = jax.jit(lambda params, images: moments_of(module, params, images, asked))
     with (
         ThreadPoolExecutor(asked.threads) as readers,
         ThreadPoolExecutor(1) as ahead,
-        tqdm(total=count, initial=count - sum(map(len, jobs)), unit="image", disable=None) as bar,
+        tqdm(total=count, initial=count - sum(map(len, jobs.values())), unit="image", disable=None) as bar,
     ):
 
         def read(numbers: range) -> tuple[np.ndarray, list[int]]:
             examples = list(readers.map(asked.images.examples.__getitem__, numbers))
             return np.stack([each["image"] for each in examples]), [int(each["label"]) for each in examples]
 
-        for shard, numbers in zip(missing, jobs):
+        for path, numbers in jobs.items():
             batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
             encoded = encoded_batches((ahead.submit(read, each) for each in batches), params, moments, batch_size, mesh)
-            shards.write_shard(out / shard_name(shard), of_batches(encoded, bar))
+            shards.write_shard(path, of_batches(encoded, keep_images, bar))
 
 
 def encoded_batches(
     reads: Iterator[Any], params: Any, moments: Any, batch_size: int, mesh: Mesh
-) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Moments float16 [b, views, 2, h, w, c] and labels. Reading, computing and writing overlap by a batch each."""
+) -> Iterator[tuple[np.ndarray, np.ndarray, list[int]]]:
+    """Moments float16 [b, views, 2, h, w, c], the images and labels.
+
+    Reading, computing and writing overlap by a batch each.
+    """
     following, computed = next(reads, None), None
     while following is not None:
         current, following = following, next(reads, None)
         images, labels = current.result()
         filled = np.concatenate([images, np.repeat(images[-1:], batch_size - len(images), axis=0)])
-        previous, computed = computed, (moments(params, jax.device_put(filled, batch_sharding(mesh))), labels)
+        previous, computed = computed, (moments(params, jax.device_put(filled, batch_sharding(mesh))), images, labels)
         if previous:
-            yield np.asarray(previous[0]), previous[1]
+            yield np.asarray(previous[0]), *previous[1:]
     if computed:
-        yield np.asarray(computed[0]), computed[1]
+        yield np.asarray(computed[0]), *computed[1:]
 
 
-def of_batches(batches: Iterator[tuple[np.ndarray, list[int]]], bar: tqdm) -> Iterator[bytes]:
-    for moments, labels in batches:
-        for each, label in zip(moments, labels):
-            yield records.encode(each, label)
+def of_batches(
+    batches: Iterator[tuple[np.ndarray, np.ndarray, list[int]]], keep_images: bool, bar: tqdm
+) -> Iterator[bytes]:
+    for moments, images, labels in batches:
+        for each, image, label in zip(moments, images, labels):
+            yield records.encode(each, label, image if keep_images else None)
         bar.update(len(labels))
 
 
-def moments_of(module: Any, params: Any, images: jax.Array, mirrored: bool) -> jax.Array:
+def moments_of(module: Any, params: Any, images: jax.Array, asked: Encoding) -> jax.Array:
     """uint8 images [b, h, w, c] -> mean and standard deviation, float16 [b, views, 2, h/f, w/f, c]."""
+    low, high = asked.scaling.input_range
 
     def of_view(view: jax.Array) -> jax.Array:
-        values = view.astype(jnp.float32) / 127.5 - 1
+        values = (view.astype(jnp.float32) / 127.5 - 1) * ((high - low) / 2) + (high + low) / 2
         mean, log_variance = module.apply({"params": params}, values, method="encode")
         return jnp.stack([mean, jnp.exp(log_variance / 2)], axis=1)
 
-    views = [images, images[:, :, ::-1]] if mirrored else [images]
+    views = [images, images[:, :, ::-1]] if asked.mirrored else [images]
     with jax.default_matmul_precision("highest"):
         return jnp.stack([of_view(view) for view in views], axis=1).astype(jnp.float16)
 
@@ -186,20 +177,13 @@ def finish(asked: Encoding, request: dict[str, Any], out: Path) -> None:
         source=request["source"],
         autoencoder=request["autoencoder"],
         weights_sha256=request["weights_sha256"],
-        input_range=(-1.0, 1.0),
-        scale=asked.scale,
+        **dataclasses.asdict(asked.scaling),
         scale_applied=False,
         num_classes=asked.images.num_classes,
         label_table_sha256=hashlib.sha256("\n".join(asked.images.classes).encode()).hexdigest(),
     )
-    names = [shard_name(shard) for shard in range(-(-count // latents.SHARD_SIZE))]
     shape = (asked.size, asked.size, asked.channels)
-    manifest = latents.finish(out, names, count, 1 + asked.mirrored, shape, origin)
-    (out / REQUEST).unlink()
+    manifest = latents.finish(out, count, 1 + asked.mirrored, shape, origin, request["image"])
     spread = ", ".join(f"{value:.3g}" for value in manifest["std"])
     print(f"wrote {count} latents of {asked.size} x {asked.size} x {asked.channels} to {out}")
     print(f"standard deviation of the scaled latents by channel: {spread} (about 1 is right)")
-
-
-def shard_name(shard: int) -> str:
-    return shards.file_name("latents", shard)

@@ -26,8 +26,11 @@ GIVEN_BACK = 8  # leaves that a message spells out as arguments
 
 
 def base(model: str = "") -> ConfigDict:
-    """All leaves at their defaults, as a recipe's starting point; `model`: a published name or a family."""
-    return ConfigDict(nested(_defaults(leaves(model))))
+    """All leaves at their defaults, as a recipe's starting point; `model`: a published name or a family.
+
+    Of any type until `resolve` checks them: some leaves, such as data.scale, take a number or several.
+    """
+    return ConfigDict(nested(_defaults(leaves(model))), type_safe=False)
 
 
 def _defaults(specs: Mapping[str, Spec]) -> dict[str, Value]:

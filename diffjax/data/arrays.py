@@ -24,8 +24,8 @@ class ArrayExamples:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        more = {name: array[index] for name, array in self.aux.items()}
-        return {"image": self.images[index], "label": self.labels[index], **more}
+        aux = {name: array[index] for name, array in self.aux.items()}
+        return {"image": self.images[index], "label": self.labels[index], "aux": aux}
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -48,8 +48,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             f"{path}: {wrong[0]}: {list(stored[wrong[0]].shape)}; valid: [n, h, w] or [n, h, w, ...], since arrays "
             "named image... are mirrored with the images"
         )
-    if wrong := [name for name in stored if name in ("image", "label")]:
-        raise UserError(f"{path}: {wrong[0]} is no name for an auxiliary array; valid: any other")
     return stored
 
 

@@ -1,88 +1,216 @@
 """Folders of latents: ArrayRecord shards and a manifest, `latents.json`, that describes them.
 
-    python -m diffjax.data.latents --features=DIR --labels=DIR --out=DIR
-
-converts the fast-DiT layout: `{i}.npy` float32 [1, c, h, w], one frozen posterior sample already multiplied by the
-scale, and `{i}.npy` int64 [1], its label. Such a set gets std 0 and `scale_applied`, so that it is never scaled twice.
+Stored are mean and standard deviation of z, the autoencoder's posterior; models train on (z - shift) scale. `encode`
+makes such a folder of images, and features.py of the feature folders that others published.
 """
 
-import argparse
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from diffjax.data import draws, records, shards
 from diffjax.data.normal import standard_normal
 from diffjax.errors import UserError
-from diffjax.files import local_path
+from diffjax.files import only_writer, write_json
+from diffjax.options import Leaf, Options, Valid
 
 MANIFEST = "latents.json"
+REQUEST = "encode.json"  # what is being made, while it is
 SHARD_SIZE = 8192  # records; 135 MB of 32x32x4 moments
-COMMAND = "python -m diffjax.data.latents --features=<folder of {i}.npy> --labels=<folder of {i}.npy> --out="
+COMMAND = "python -m diffjax encode --config=RECIPE --out="
+INPUT_RANGE = (-1.0, 1.0)
+# Entries of manifests and requests that earlier versions did not write, and what they meant.
+LATER: dict[str, Any] = {"shift": 0.0, "input_range": list(INPUT_RANGE), "image": None}
+
+Numbers = float | tuple[float, ...]  # one for all channels, or one for each
+Scale = Annotated[
+    Numbers,
+    Leaf(
+        "latents: the model sees the autoencoder's output, less data.shift, times this: one number, or one a channel",
+        valid=Valid(lambda: "above 0", lambda value: bool(np.all(np.asarray(value) > 0))),
+        fixed=True,
+    ),
+]
+Shift = Annotated[Numbers, Leaf("latents: see data.scale; one number, or one a channel", fixed=True)]
+InputRange = Annotated[
+    tuple[float, ...], Leaf("latents: lowest and highest value of the autoencoder's pixels", fixed=True)
+]
 
 
 @dataclass(frozen=True)
-class Origin:
+class Scaling:
+    """How latents are scaled: (z - shift) scale is what models train on; the leaves of section `data` of these names.
+
+    Attributes:
+        input_range: of the pixels that the autoencoder was given; it decodes to the same.
+    """
+
+    scale: Numbers
+    shift: Numbers = 0.0
+    input_range: tuple[float, ...] = INPUT_RANGE
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether channels differ: the statistics of a data set, other than those an autoencoder has by itself."""
+        return np.size(self.scale) > 1 or np.size(self.shift) > 1
+
+    def check(self, channels: int) -> None:
+        """Raise UserError for other than one number or one per channel, and for pixels of no range."""
+        for leaf, value in (("scale", self.scale), ("shift", self.shift)):
+            if np.size(value) not in (1, channels):
+                raise UserError(
+                    f"data.{leaf} has {np.size(value)} numbers; valid: 1, or one for each of {channels} channels"
+                )
+        if len(self.input_range) != 2 or self.input_range[0] >= self.input_range[1]:
+            raise UserError(
+                f"data.input_range = {self.input_range}; valid: the lowest and the highest value, such as -1,1"
+            )
+
+    def check_manifest(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        """Raise UserError where the latents in `folder` are scaled otherwise."""
+        channels = manifest["shape"][2]
+        self.check(channels)
+        for leaf, given in asdict(self).items():
+            wide = 2 if leaf == "input_range" else channels
+            if not np.array_equal(np.broadcast_to(given, wide), np.broadcast_to(manifest[leaf], wide)):
+                raise UserError(f"data.{leaf}={given}, but the latents in {folder} have {leaf}={manifest[leaf]}")
+
+
+def scaling(options: Options) -> Scaling:
+    """The scaling that the options of the source `latents` say."""
+    given: Any = {leaf: options[leaf] for leaf in ("scale", "shift", "input_range")}
+    return Scaling(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin(Scaling):
     """The origin of latents, which is written to the manifest."""
 
     source: str  # the data set, split and crop that were encoded
     autoencoder: str
     weights_sha256: str
-    input_range: tuple[float, float]  # of the pixels that the autoencoder was given
-    scale: float  # latents times this are what models train on
-    scale_applied: bool  # whether the stored numbers are multiplied by it already
+    scale_applied: bool  # whether the stored numbers are scaled and shifted already
     num_classes: int  # 0: unlabelled
     label_table_sha256: str  # of the class names, joined by "\n", in label order; "" when not known
 
+    def scaled(self, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation [..., c] of what models train on, of those of the stored numbers."""
+        if self.scale_applied:
+            return mean, std
+        return (mean - np.asarray(self.shift)) * np.asarray(self.scale), std * np.asarray(self.scale)
 
-def write_latents(out: Path, examples: Iterable[tuple[np.ndarray, int]], origin: Origin) -> dict[str, Any]:
+
+class Spread:
+    """Mean and variance by channel, over all positions, views and draws of latents that are added one by one."""
+
+    def __init__(self) -> None:
+        self._sums: Any = 0.0
+        self._count = 0
+
+    def add(self, moments: np.ndarray) -> None:
+        """moments: float [views, 2, h, w, c]."""
+        mean, std = np.moveaxis(moments.astype(np.float64), 1, 0)
+        self._sums = self._sums + np.stack([mean, mean**2 + std**2]).sum(axis=(1, 2, 3))
+        self._count += mean[..., 0].size
+
+    def of(self, origin: Origin) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation [c] of the scaled latents."""
+        mean, square = self._sums / self._count
+        return origin.scaled(mean, np.sqrt(np.maximum(square - mean**2, 0)))
+
+
+def write_latents(out: Path, examples: Sequence[tuple[np.ndarray, int]], origin: Origin) -> dict[str, Any]:
     """Write (moments [views, 2, h, w, c], label) pairs to the folder `out`; returns the manifest, written last.
 
-    Views: 1, or 2 with the encoding of the mirrored image, the same for all. See records.py for the numbers.
+    Views: 1, or 2 with the encoding of the mirrored image, the same for all. See records.py for the numbers. Shards
+    that an interrupted call with the same origin has left whole stay.
     """
-    shards.make_folder(out, MANIFEST)
-    shape: tuple[int, ...] = ()
+    if not len(examples):
+        raise UserError(f"no latents to write to {out}")
+    expected = examples[0][0].shape
 
-    def encoded() -> Iterator[bytes]:
-        nonlocal shape
-        for moments, label in examples:
-            shape = shape or moments.shape
-            _check(moments, label, shape, origin)
+    def encoded(numbers: range) -> Iterator[bytes]:
+        for number in numbers:
+            moments, label = examples[number]
+            _check(moments, label, expected, origin)
             yield records.encode(moments, label)
+            bar.update()
 
-    contents = shards.write(out, "latents", encoded(), SHARD_SIZE)
-    layout = {"version": records.VERSION, "views": shape[0], "shape": shape[2:], "dtype": "float16"}
-    return shards.write_manifest(out / MANIFEST, layout | contents | asdict(origin))
+    shards.make_folder(out, MANIFEST)
+    with only_writer(out):
+        agree(out, {**asdict(origin), "count": len(examples), "shard_size": SHARD_SIZE})
+        jobs = missing_shards(out, len(examples))
+        left = sum(map(len, jobs.values()))
+        with tqdm(total=len(examples), initial=len(examples) - left, unit="latent", disable=None) as bar:
+            for path, numbers in jobs.items():
+                shards.write_shard(path, encoded(numbers))
+        return finish(out, len(examples), expected[0], expected[2:], origin)
+
+
+def agree(out: Path, request: Mapping[str, Any]) -> None:
+    """Leave the request in the folder. UserError where it holds shards of another one, or does not say of which."""
+    path = out / REQUEST
+    if not path.is_file():
+        if left := sorted(out.glob("latents-*.array_record")):
+            raise UserError(
+                f"{out} holds {left[0].name} and does not say of what; remove such files, or choose another folder"
+            )
+        write_json(path, request)
+        return
+    stored, asked = LATER | json.loads(path.read_text()), json.loads(json.dumps(request))
+    if differing := [name for name, value in asked.items() if stored.get(name) != value]:
+        raise UserError(
+            f"{out} holds shards of another encoding ({', '.join(differing)} differ); choose another folder"
+        )
+
+
+def shard_names(count: int) -> list[str]:
+    """The shards of so many latents."""
+    return [shards.file_name("latents", shard) for shard in range(-(-count // SHARD_SIZE))]
+
+
+def missing_shards(out: Path, count: int) -> dict[Path, range]:
+    """The shards that `out` lacks, each with the numbers of its latents."""
+    every = {out / name: i * SHARD_SIZE for i, name in enumerate(shard_names(count))}
+    return {path: range(first, min(first + SHARD_SIZE, count)) for path, first in every.items() if not path.is_file()}
 
 
 def finish(
-    out: Path, names: Sequence[str], count: int, views: int, shape: tuple[int, int, int], origin: Origin
+    out: Path,
+    count: int,
+    views: int,
+    shape: Sequence[int],
+    origin: Origin,
+    image: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Write the manifest of shards that are there, of `count` records in all; returns it. UserError for others.
+    """Write the manifest of the shards of `count` latents, which are there; returns it. UserError for others.
 
     It also holds mean and standard deviation of the scaled latents by channel, over all positions and draws.
+    image: the shape of the images beside them.
     """
-    sums = np.zeros((2, shape[2]))
+    spread = Spread()
 
     def look(record: bytes) -> None:
-        moments, label = records.decode(record, shape)
+        moments, label = records.decode(record, shape, image)
         _check(moments, label, (views, 2, *shape), origin)
-        mean, std = np.moveaxis(moments.astype(np.float64), 1, 0)
-        sums[:] += np.stack([mean, mean**2 + std**2]).sum(axis=(1, 2, 3))
+        spread.add(moments)
 
-    contents = shards.contents(out, names, look)
+    contents = shards.contents(out, shard_names(count), look)
     if contents["count"] != count:
         raise UserError(
             f"{out} holds {contents['count']} latents of {count} images; remove its shards and make them again"
         )
-    mean, square = sums / (contents["count"] * views * shape[0] * shape[1])
-    spread = {"mean": (mean * origin.scale).tolist(), "std": (np.sqrt(square - mean**2) * origin.scale).tolist()}
-    layout = {"version": records.VERSION, "views": views, "shape": shape, "dtype": "float16"}
-    return shards.write_manifest(out / MANIFEST, layout | contents | asdict(origin) | spread)
+    mean, std = spread.of(origin)
+    layout = {"version": records.version(image), "views": views, "shape": shape, "dtype": "float16", "image": image}
+    statistics = {"mean": mean.tolist(), "std": std.tolist()}
+    manifest = shards.write_manifest(out / MANIFEST, layout | contents | asdict(origin) | statistics)
+    (out / REQUEST).unlink(missing_ok=True)
+    return manifest
 
 
 def _check(moments: np.ndarray, label: int, shape: tuple[int, ...], origin: Origin) -> None:
@@ -96,108 +224,59 @@ def _check(moments: np.ndarray, label: int, shape: tuple[int, ...], origin: Orig
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the latents in `folder`. `UserError` with the command that makes them when there are none."""
-    fields = {"views": int, "shape": [int], "scale": int | float, "scale_applied": bool, "num_classes": int}
-    manifest = shards.read_manifest(folder / MANIFEST, "latents", COMMAND, fields)
+    number = int | float
+    fields = {"views": int, "shape": [int], "scale": (number, [number]), "scale_applied": bool, "num_classes": int}
+    later = {"shift": (number, [number]), "input_range": [number], "image": (type(None), [int])}
+    manifest = shards.read_manifest(folder / MANIFEST, "latents", COMMAND, fields | later, LATER)
     if manifest["views"] not in (1, 2) or len(manifest["shape"]) != 3:
         found = f"views {manifest['views']}, shape {manifest['shape']}"
         raise UserError(f"{folder / MANIFEST}: {found}; valid: 1 or 2, and [h, w, c]")
+    sizes = {leaf: np.size(manifest[leaf]) for leaf in ("scale", "shift", "input_range")}
+    if {sizes["scale"], sizes["shift"]} - {1, manifest["shape"][2]} or sizes["input_range"] != 2:
+        raise UserError(
+            f"{folder / MANIFEST}: scale, shift, input_range of {', '.join(map(str, sizes.values()))} numbers; valid: "
+            f"1 or {manifest['shape'][2]} for the channels, and 2"
+        )
     return manifest
 
 
 @dataclass(frozen=True)
 class LatentExamples:
-    """{"image": moments float32 [views, 2, h, w, c], "label": int} from ArrayRecord shards."""
+    """{"image": moments float32 [views, 2, h, w, c], "label": int} from ArrayRecord shards.
+
+    stored_image: the shape of the images in the records; None: none. images: whether they are read, as the auxiliary
+    array `image`, uint8 [H, W, channels].
+    """
 
     records: Any = field(repr=False)
     shape: tuple[int, int, int]
     labelled: bool
+    stored_image: tuple[int, ...] | None = None
+    images: bool = False
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        moments, label = records.decode(self.records[index], self.shape)
-        return {"image": moments, "label": label if self.labelled else 0}
+        record = self.records[index]
+        moments, label = records.decode(record, self.shape, self.stored_image)
+        example = {"image": moments, "label": label if self.labelled else 0}
+        if self.images and self.stored_image:
+            example["aux"] = {"image": records.decode_image(record, self.stored_image)}
+        return example
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A new posterior sample at each visit: (mean + std * eps) * scale, eps drawn for (seed, stream position)."""
+    """A new posterior sample at each visit: (mean + std eps - shift) scale, eps drawn for (seed, stream position)."""
 
-    scale: float  # 1 when the stored latents are scaled already
+    scale: Numbers  # 1 when the stored latents are scaled already
+    shift: Numbers = 0.0
 
     def __call__(self, stored: np.ndarray, mirrored: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
         """Moments [b, views, 2, h, w, c], mirrored bool [b], positions int64 [b] -> float32 [b, h, w, c]."""
         chosen = stored[np.arange(len(stored)), mirrored.astype(int)]
         shape = chosen.shape[2:]
         eps = np.stack([standard_normal(draws.philox(seed, "latent", block=int(each)), shape) for each in positions])
-        return (chosen[:, 0] + chosen[:, 1] * eps) * np.float32(self.scale)
-
-
-def fast_dit(features: Path, labels: Path) -> Iterator[tuple[np.ndarray, int]]:
-    """The (moments [1, 2, h, w, c], label) of a fast-DiT feature folder in numerical order, std 0."""
-    feature_files, label_files = _numbered(features), _numbered(labels)
-    if feature_files.keys() != label_files.keys():
-        differing = sorted(feature_files.keys() ^ label_files.keys())
-        raise UserError(
-            f"{len(feature_files)} features in {features} and {len(label_files)} labels in {labels} do not pair; "
-            f"{differing[0]}.npy is in one folder only"
-        )
-    for number in sorted(feature_files):
-        latent, label = _load(feature_files[number]), _load(label_files[number])
-        if latent.ndim != 4 or latent.shape[0] != 1 or label.size != 1:
-            raise UserError(
-                f"{feature_files[number]}: shape {latent.shape}, label {label.shape}; expected (1, c, h, w) and (1,)"
-            )
-        mean = latent[0].transpose(1, 2, 0)
-        yield np.stack([mean, np.zeros_like(mean)])[None], int(label.item())
-
-
-def _load(file: Path) -> np.ndarray:
-    try:
-        return np.load(file, allow_pickle=False)
-    except ValueError as error:
-        raise UserError(f"{file.name} in {file.parent} cannot be read: {error}") from error
-
-
-def _numbered(folder: Path) -> dict[int, Path]:
-    """The files `{i}.npy` of `folder` by their number."""
-    if not folder.is_dir():
-        raise UserError(f"no such folder: {folder}")
-    files = sorted(folder.glob("*.npy"))
-    if strange := [file.name for file in files if not file.stem.isdecimal()]:
-        raise UserError(f"{strange[0]} in {folder} is not named by a number; expected 0.npy, 1.npy, ...")
-    return {int(file.stem): file for file in files}
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("features", "labels", "out"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--scale", type=float, default=0.18215, help="the factor that the features are multiplied by")
-    parser.add_argument("--num_classes", type=int, default=1000)
-    parser.add_argument("--autoencoder", default="unknown", help="name to record")
-    parser.add_argument("--weights_sha256", default="", help="of the autoencoder's weights, to record")
-    args = parser.parse_args(arguments)
-    origin = Origin(
-        source=f"fast-DiT features {Path(args.features).name}",
-        autoencoder=args.autoencoder,
-        weights_sha256=args.weights_sha256,
-        input_range=(-1.0, 1.0),
-        scale=args.scale,
-        scale_applied=True,
-        num_classes=args.num_classes,
-        label_table_sha256="",
-    )
-    try:
-        features, labels, out = (local_path(text) for text in (args.features, args.labels, args.out))
-        manifest = write_latents(out, fast_dit(features, labels), origin)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{manifest['count']} latents of shape {manifest['shape']} in {len(manifest['shards'])} shards: {out}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+        drawn = chosen[:, 0] + chosen[:, 1] * eps
+        return (drawn - np.asarray(self.shift, np.float32)) * np.asarray(self.scale, np.float32)

@@ -141,15 +141,15 @@ def collate(
 ) -> Batch:
     """Stored examples as training sees them, numpy; see `Source.draw` for mirrored, positions and seed."""
 
-    def stack(name: str) -> np.ndarray:
-        return np.stack([example[name] for example in examples])
-
-    x = source.draw(stack("image"), mirrored, positions, seed)
+    x = source.draw(np.stack([example["image"] for example in examples]), mirrored, positions, seed)
     dtype = source.condition.dtype if source.condition and not source.separate else np.int32
-    condition = stack("label").astype(dtype)
+    condition = np.stack([example["label"] for example in examples]).astype(dtype)
     if source.separate:
         x, condition = source.separate(x, condition)
-    aux = {name: prepare(stack(name), mirrored) for name, prepare in source.aux.items()}
+    aux = {
+        name: prepare(np.stack([example["aux"][name] for example in examples]), mirrored)
+        for name, prepare in source.aux.items()
+    }
     return Batch(x, condition, index.astype(np.int32), aux)
 
 

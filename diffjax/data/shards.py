@@ -93,11 +93,14 @@ def write_manifest(path: Path, contents: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(contents))
 
 
-def read_manifest(path: Path, what: str, command: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def read_manifest(
+    path: Path, what: str, command: str, fields: Mapping[str, Any], defaults: Mapping[str, Any] = {}
+) -> dict[str, Any]:
     """A manifest as it was written.
 
     fields: required entries other than count, shards and records_sha256, with the types or an example of the values: of
-    lists and tables the first item stands for all.
+    lists and tables the first item stands for all; of a tuple any item will do. defaults: of entries among them that
+    earlier versions did not write.
 
     `UserError` with the command that makes the folder when it is missing or not a manifest.
     """
@@ -108,6 +111,8 @@ def read_manifest(path: Path, what: str, command: str, fields: Mapping[str, Any]
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not valid json ({error}); make them again with: {command}DIR") from error
+    if isinstance(manifest, dict):
+        manifest = {**defaults, **manifest}
     if wrong := _wrong(manifest, {**CONTENTS, **fields}, "it"):
         raise UserError(f"{path} is no manifest of {what}: {wrong}; make them again with: {command}DIR")
     if strange := [name for name in manifest["shards"] if not SHARD.fullmatch(name)]:
@@ -116,7 +121,13 @@ def read_manifest(path: Path, what: str, command: str, fields: Mapping[str, Any]
 
 
 def _wrong(value: Any, kind: Any, name: str) -> str:
-    """Why a value of json is not of a kind (a type, {field: kind} or [kind of every item]), in words; "" if it is."""
+    """Why a value of json is not of a kind, in words; "" if it is.
+
+    kind: a type, {field: kind}, [kind of every item] or (one kind, another).
+    """
+    if isinstance(kind, tuple):
+        reasons = [_wrong(value, each, name) for each in kind]
+        return reasons[0] if all(reasons) else ""
     if isinstance(kind, Mapping):
         if not isinstance(value, dict):
             return f"{name} is no table of fields"

@@ -19,8 +19,8 @@ from diffjax.contracts import Condition
 from diffjax.data import draws, embedded, shards
 from diffjax.data.arrays import ArrayExamples, check_conditions, read_arrays
 from diffjax.data.images import SUFFIXES, FolderExamples, PreparedExamples, class_names, list_images, unread_classes
-from diffjax.data.latents import LatentExamples, Sample, read_manifest
-from diffjax.data.tokens import TokenExamples, choose_view, kinds
+from diffjax.data.latents import INPUT_RANGE, InputRange, LatentExamples, Sample, Scale, Scaling, Shift, read_manifest
+from diffjax.data.tokens import TokenExamples, choose_view, kinds, source_and_target, target
 from diffjax.data.tokens import read_manifest as read_token_manifest
 from diffjax.data.transforms import DECODERS
 from diffjax.errors import UserError
@@ -40,14 +40,14 @@ Decode = Annotated[
 ]
 Vocabulary = Annotated[int, Leaf("size of the vocabulary of the tokens", valid=at_least(0), fixed=True)]
 DecoderVocabulary = Annotated[int, Leaf("size of the decoder's vocabulary", valid=at_least(0), fixed=True)]
-
-
 LISTED = 10  # classes, in a line
 
 
 class RandomAccess(Protocol):
-    """Examples by number: {"image": array, "label": integer, tokens [n] or vector [k], and auxiliary arrays by name};
-    picklable, since worker processes receive a copy."""
+    """Examples by number; picklable, since worker processes receive a copy.
+
+    {"image": array, "label": integer, tokens [n] or vector [k]}, where there are auxiliary arrays also "aux": by name.
+    """
 
     def __len__(self) -> int: ...
 
@@ -372,27 +372,38 @@ def latents(
     flip: bool,
     dir: Dir = "",
     split: Split = "train",
-    scale: Annotated[float, Leaf("latents: the model sees the autoencoder's output times this", fixed=True)] = 0.18215,
+    scale: Scale = 0.18215,
+    shift: Shift = 0.0,
+    input_range: InputRange = INPUT_RANGE,
+    images: Annotated[bool, Leaf("latents: also read the images beside them, as auxiliary array `image`")] = False,
 ) -> Source:
     """Latents in `dir` (in its folder `split` when that is not ""), sampled anew at each visit.
 
-    `scale` must be the one in the manifest; it is applied here unless it was when the latents were written.
-    `flip` needs latents written with their mirror images. With `num_classes` 0 the labels are not read.
+    `scale`, `shift` and `input_range` must be those in the manifest; scale and shift are applied here unless they were
+    when the latents were written. `flip` needs latents written with their mirror images, `images` the images beside
+    them. With `num_classes` 0 the labels are not read.
     """
     root = _inside(dir, split)
     manifest = read_manifest(root)
-    if scale != manifest["scale"]:
-        raise UserError(f"data.scale={scale}, but the latents in {root} have scale={manifest['scale']}")
+    Scaling(scale, shift, input_range).check_manifest(root, manifest)
+    if images and not manifest["image"]:
+        raise UserError(
+            f"data.images=True, but the latents in {root} have no images beside them; make them with "
+            "encode --keep_images, or set data.images=False"
+        )
     if flip and manifest["views"] == 1:
         raise UserError(f"data.flip=True, but the latents in {root} hold no mirror images; set data.flip=False")
     records = shards.open_records(root, manifest)
     height, width, channels = manifest["shape"]
     num_classes = manifest["num_classes"] if num_classes else 0
-    examples = LatentExamples(records, (height, width, channels), num_classes > 0)
+    stored_image = tuple(manifest["image"]) if manifest["image"] else None
+    examples = LatentExamples(records, (height, width, channels), num_classes > 0, stored_image, images)
     identity = {"name": "latents", "split": split, "classes": num_classes}
     identity |= {key: manifest[key] for key in ("count", "records_sha256", "scale")}
-    draw = Sample(1.0 if manifest["scale_applied"] else scale)
-    return Source("latents", examples, height, channels, num_classes, identity, draw, place=str(root))
+    identity |= {"shift": manifest["shift"]} if manifest["shift"] else {}
+    draw = Sample(1.0) if manifest["scale_applied"] else Sample(scale, shift)
+    aux = {"image": mirror} if images else {}
+    return Source("latents", examples, height, channels, num_classes, identity, draw, aux=aux, place=str(root))
 
 
 def tokens(
@@ -445,16 +456,6 @@ def tokens(
         separate=separate,
         place=str(root),
     )
-
-
-def target(drawn: np.ndarray, conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [b, codebooks, n] -> those of the last codebook [b, n], and the unchanged conditions."""
-    return drawn[:, -1], conditions
-
-
-def source_and_target(drawn: np.ndarray, conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [b, 2, n] -> those of the second codebook [b, n], conditioned on those of the first [b, n]."""
-    return drawn[:, 1], drawn[:, 0]
 
 
 def arrays_of_file(

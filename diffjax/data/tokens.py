@@ -157,3 +157,13 @@ class TokenExamples:
 def choose_view(stored: np.ndarray, mirrored: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
     """Tokens [b, views, codebooks, n], mirrored bool [b] -> int32 [b, codebooks, n]; nothing else is random here."""
     return stored[np.arange(len(stored)), mirrored.astype(int)]
+
+
+def target(drawn: np.ndarray, conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [b, codebooks, n] -> those of the last codebook [b, n], and the unchanged conditions."""
+    return drawn[:, -1], conditions
+
+
+def source_and_target(drawn: np.ndarray, conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [b, 2, n] -> those of the second codebook [b, n], conditioned on those of the first [b, n]."""
+    return drawn[:, 1], drawn[:, 0]

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from diffjax.errors import UserError
@@ -131,7 +132,7 @@ class VAE(nn.Module):
         groups: of every GroupNorm.
         quant: 1 x 1 convolutions of the moments and of z.
         attention: in the middle of either half.
-        scale, shift: latent = (z - shift) scale.
+        scale, shift: latent = (z - shift) scale; one number, or one for each channel.
         dtype: compute dtype, "float32" or "bfloat16"; norm statistics, softmax and what is returned are float32.
     """
 
@@ -142,8 +143,8 @@ class VAE(nn.Module):
     groups: int = 32
     quant: bool = True
     attention: bool = True
-    scale: float = 0.18215
-    shift: float = 0.0
+    scale: float | tuple[float, ...] = 0.18215
+    shift: float | tuple[float, ...] = 0.0
     dtype: str = "float32"
 
     @property
@@ -156,7 +157,7 @@ class VAE(nn.Module):
         check_sizes(self, "channels", "latent_channels", "depth", "groups")
         if not self.widths or any(width < 1 or width % self.groups for width in self.widths):
             raise UserError(f"VAE: widths = {tuple(self.widths)}; valid: multiples of groups = {self.groups}")
-        if not self.scale > 0:
+        if not np.all(np.asarray(self.scale) > 0):
             raise UserError(f"VAE: scale = {self.scale}; valid: above 0")
 
     def setup(self) -> None:
@@ -194,4 +195,4 @@ class VAE(nn.Module):
 
     def from_latent(self, latent: jax.Array) -> jax.Array:
         """z of a latent as diffusion models know it."""
-        return latent / self.scale + self.shift
+        return latent / np.asarray(self.scale, np.float32) + np.asarray(self.shift, np.float32)

@@ -16,6 +16,7 @@ import numpy as np
 
 from diffjax import models, rng
 from diffjax.contracts import Apply, Batch, DataSpec, Decoder, MakeModel, Method, MethodRecord, Metrics, Sampler, Tree
+from diffjax.data.latents import scaling
 from diffjax.diffusion import PROCESSES, create_process, guidance, samplers, weighting
 from diffjax.diffusion.gaussian import GaussianDiffusion
 from diffjax.diffusion.samplers import AdaptiveSchedule, SamplerSchedule
@@ -104,8 +105,8 @@ def decoder_of(data: DataSpec) -> Decoder | None:
     if not data.autoencoder:
         return None
     folder, split = (str(data.options[leaf]) for leaf in ("dir", "split"))
-    scale = float(str(data.options["scale"]))
-    load = partial(latents.load_decoder, data.autoencoder, str(Path(folder) / split), data.channels, scale)
+    scaled = scaling(data.options)
+    load = partial(latents.load_decoder, data.autoencoder, str(Path(folder) / split), data.channels, scaled)
     return Decoder(load, recorded=True)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.tree_util import Partial
 
 from diffjax.data import sources
-from diffjax.data.latents import MANIFEST, read_manifest
+from diffjax.data.latents import MANIFEST, Scaling, read_manifest
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import BATCH_AXES
 from diffjax.weights import autoencoders
@@ -26,7 +27,7 @@ class Encoding:
 
     Attributes:
         weights: of the autoencoder, see `autoencoders.read`.
-        size, channels, scale, num_classes: of the latents.
+        size, channels, scaling, num_classes: of the latents.
         mirrored: whether the encoding of the mirrored image is stored, too.
         threads: that read images.
     """
@@ -35,18 +36,18 @@ class Encoding:
     weights: str
     size: int
     channels: int
-    scale: float
+    scaling: Scaling
     num_classes: int
     mirrored: bool
     threads: int
 
 
-def load_decoder(weights: str, data_folder: str, channels: int, scale: float) -> Partial:
-    """Latents float32 [b, h, w, channels], as models train on them -> images float32 [b, f h, f w, c].
+def load_decoder(weights: str, data_folder: str, channels: int, scaling: Scaling) -> Partial:
+    """Latents float32 [b, h, w, channels], as models train on them -> images float32 [b, f h, f w, c] in [-1, 1].
 
     Args:
         weights: a file or folder, see `autoencoders.read`.
-        data_folder: of the latents that the model was trained on; if it is there, its manifest has to have `scale`.
+        data_folder: of the latents that the model was trained on; if it is there, its manifest has to have `scaling`.
 
     Raises:
         UserError: the autoencoder is one of other latents.
@@ -56,32 +57,48 @@ def load_decoder(weights: str, data_folder: str, channels: int, scale: float) ->
         raise UserError(
             f"autoencoder.weights = {weights!r} is for latents of {module.latent_channels} channels, not {channels}"
         )
-    check_shift(module)
-    own = getattr(module, "scale", None)
-    if own is not None and not math.isclose(own, scale):
-        raise UserError(f"autoencoder.weights = {weights!r} scales latents by {own}, and data.scale = {scale}")
-    if (Path(data_folder) / MANIFEST).is_file() and (stored := read_manifest(Path(data_folder))["scale"]) != scale:
-        raise UserError(f"data.scale = {scale}, but the latents in {data_folder} have scale = {stored}")
-    return Partial(partial(decode, module), jax.tree.map(jnp.asarray, params))
+    scaling.check(channels)
+    check_scaling(module, scaling, f"autoencoder.weights = {weights!r}")
+    if (Path(data_folder) / MANIFEST).is_file():
+        scaling.check_manifest(Path(data_folder), read_manifest(Path(data_folder)))
+    if hasattr(module, "scale"):  # by its own statistics or by those of the data
+        module = module.clone(scale=scaling.scale, shift=scaling.shift)
+    return Partial(partial(decode, module, scaling.input_range), jax.tree.map(jnp.asarray, params))
 
 
-def check_shift(module: Any) -> None:
-    """UserError for an autoencoder whose latents are shifted, as those here are not."""
-    if shift := getattr(module, "shift", 0.0):
-        raise UserError(f"the autoencoder shifts its latents by {shift}, which is not supported; valid: 0")
+def check_scaling(module: Any, scaling: Scaling, name: str) -> None:
+    """UserError for an autoencoder whose latents are scaled otherwise than the config says.
+
+    Statistics per channel are those of a data set, whatever the autoencoder's own are; one without any has latents that
+    are those of models already, so that nothing can be shifted.
+    """
+    if not hasattr(module, "scale"):
+        if scaling.per_channel or scaling.shift:
+            raise UserError(
+                f"{name} decodes latents as they are, and data.scale = {scaling.scale}, data.shift = {scaling.shift}; "
+                "valid: one number, and 0"
+            )
+    elif not scaling.per_channel:
+        for what, own, given in (("scale", module.scale, scaling.scale), ("shift", module.shift, scaling.shift)):
+            if not np.allclose(own, given, rtol=1e-9, atol=0):
+                raise UserError(f"{name} {what}s latents by {own}, and data.{what} = {given}")
 
 
-def decode(module: Any, params: Any, latents: jax.Array) -> jax.Array:
-    """Images of latents in memory for a few at a time; every device decodes its own part of the batch."""
+def decode(module: Any, input_range: tuple[float, ...], params: Any, latents: jax.Array) -> jax.Array:
+    """Images in [-1, 1] of latents, in memory for a few at a time; every device decodes its own part of the batch.
+
+    input_range: of the pixels that the autoencoder was given, and gives back.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     own = len(latents) // devices if len(latents) % devices == 0 else len(latents)
     pixels = latents.shape[1] * latents.shape[2] * module.factor**2
+    middle, half = sum(input_range) / 2, (input_range[1] - input_range[0]) / 2
     together = max(n for n in range(1, own + 1) if own % n == 0 and (n == 1 or n * pixels <= AT_ONCE))
 
     def images(latents: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
-            return module.apply({"params": params}, module.from_latent(latents), method="decode")
+            return (module.apply({"params": params}, module.from_latent(latents), method="decode") - middle) / half
 
     # Rows of one device lie together, so that each step takes `together` of every device's own.
     steps = jax.lax.map(images, rearrange(latents, "(b steps) ... -> steps b ...", steps=own // together))

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffjax import torch_file
 from diffjax.errors import UserError
 from diffjax.files import file_sha256
-from diffjax.weights import public, torch_file
+from diffjax.weights import public
 
 INDEX = ".index.json"  # {"weight_map": {name of an array: file beside it}}
 STEM = "diffusion_pytorch_model"

@@ -19,8 +19,8 @@ import numpy as np
 from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from diffjax import torch_file
 from diffjax.errors import UserError
-from diffjax.weights import torch_file
 
 Table = Sequence[tuple[str, str, str]]
 Sizes = Mapping[str, int]

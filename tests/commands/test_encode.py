@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from diffjax.__main__ import main
-from diffjax.commands import encode
-from diffjax.data import latents, records, shards, sources
+from diffjax.data import draws, latents, records, shards, sources
+from diffjax.data.pipeline import Batches
 from diffjax.errors import UserError
 from diffjax.frozen import create
+from diffjax.methods.latents import load_decoder
 from diffjax.sampling.samples import read_samples
 from diffjax.weights import store
 from tests.data import configs
@@ -31,9 +32,9 @@ def given(*leaves):
     return [f"--config={TINY}", *(f"--config.{leaf}" for leaf in (*LEAVES, *leaves))]
 
 
-def run(vae, out, *leaves, batch_size=64):
+def run(vae, out, *leaves, batch_size=64, flags=()):
     arguments = given(f"autoencoder.weights={vae}", *leaves)
-    return main(["encode", *arguments, f"--out={out}", f"--batch_size={batch_size}"])
+    return main(["encode", *arguments, f"--out={out}", f"--batch_size={batch_size}", *flags])
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +165,10 @@ def test_shards_of_another_request_are_not_mixed(vae, encoded, tmp_path, capsys)
     shutil.copytree(encoded, tmp_path / "out")
     (tmp_path / "out" / latents.MANIFEST).unlink()
     request = {"source": "", "weights_sha256": "", "mirrored": True, "scale": 0.5, "shard_size": latents.SHARD_SIZE}
-    (tmp_path / "out" / encode.REQUEST).write_text(json.dumps(request))
+    (tmp_path / "out" / latents.REQUEST).write_text(json.dumps(request))
     assert run(vae, tmp_path / "out") == 2
     assert "holds shards of another encoding (source, autoencoder, weights_sha256 differ)" in capsys.readouterr().err
-    (tmp_path / "out" / encode.REQUEST).unlink()
+    (tmp_path / "out" / latents.REQUEST).unlink()
     assert run(vae, tmp_path / "out") == 2
     assert "holds latents-00000.array_record and does not say of what; remove" in capsys.readouterr().err
 
@@ -188,7 +189,7 @@ CHANGES = {
 
 def test_shards_that_are_not_whole_are_named(vae, encoded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(latents, "SHARD_SIZE", SHARD)
-    agree = encode.agree
+    agree = latents.agree
 
     def agree_and_bring(out, request):
         agree(out, request)
@@ -196,7 +197,7 @@ def test_shards_that_are_not_whole_are_named(vae, encoded, tmp_path, monkeypatch
             shutil.copy(path, out)
         CHANGES[out.name][0](out)
 
-    monkeypatch.setattr(encode, "agree", agree_and_bring)
+    monkeypatch.setattr(latents, "agree", agree_and_bring)
     for name, (_, words) in CHANGES.items():
         assert run(vae, tmp_path / name) == 2
         assert words in (error := capsys.readouterr().err)
@@ -204,11 +205,60 @@ def test_shards_that_are_not_whole_are_named(vae, encoded, tmp_path, monkeypatch
         assert not (tmp_path / name / latents.MANIFEST).exists()
 
 
-def test_an_autoencoder_that_shifts_latents_is_refused(tmp_path, capsys):
+def test_an_autoencoder_of_another_shift_is_refused(tmp_path, capsys):
     module = create("VAE", **VAE, shift=0.5)
     store.save(tmp_path / "vae", module, some_params(module), {})
     assert run(tmp_path / "vae", tmp_path / "out") == 2
-    assert "shifts its latents by 0.5, which is not supported" in capsys.readouterr().err
+    assert "shifts latents by 0.5, and data.shift = 0.0" in capsys.readouterr().err
+
+
+def test_latents_of_a_shifted_scale_and_of_pixels_from_0_to_1(tmp_path):
+    """Stored is the posterior of the other pixels; the statistics are those of what models see; pictures come back."""
+    module = create("VAE", **VAE, shift=0.25)
+    params = some_params(module)
+    store.save(tmp_path / "vae", module, params, {})
+    leaves = ("images.split=test", "data.flip=false", "data.shift=0.25", "data.input_range=0,1")
+    assert run(tmp_path / "vae", tmp_path / "out", *leaves) == 0
+    moments, _, manifest = stored(tmp_path / "out")
+    images, _ = sources.arrays(sources.load(**configs.digits(split="test")))
+    mean, _ = module.apply({"params": params}, images / np.float32(255), method="encode")
+    np.testing.assert_allclose(moments[:, 0, 0], mean, rtol=1e-3, atol=1e-4)
+    assert (manifest["shift"], manifest["input_range"]) == (0.25, [0.0, 1.0])
+    np.testing.assert_allclose(manifest["mean"], 0.5 * (np.asarray(mean).mean((0, 1, 2)) - 0.25), atol=1e-3)
+    scaling = latents.Scaling(0.5, 0.25, (0.0, 1.0))
+    decoder = load_decoder(str(tmp_path / "vae"), str(tmp_path / "out"), 4, scaling)
+    pictures = module.apply({"params": params}, mean[:4], method="decode") * 2 - 1
+    np.testing.assert_allclose(decoder((mean[:4] - 0.25) * 0.5), pictures, atol=1e-5)
+
+
+def test_images_beside_their_latents(vae, encoded, tmp_path, monkeypatch):
+    """As they were encoded, mirrored where their latents are, read where they are asked for; the latents are equal."""
+    monkeypatch.setattr(latents, "SHARD_SIZE", SHARD)
+    assert run(vae, tmp_path / "out", flags=("--keep_images",)) == 0
+    manifest = latents.read_manifest(tmp_path / "out")
+    assert manifest["image"] == [8, 8, 1]
+    leaves = {"size": 4, "channels": 4, "num_classes": 10, "split": "", "scale": 0.5, "flip": True}
+    with_images = sources.load(**configs.section("latents", **leaves, dir=str(tmp_path / "out"), images=True))
+    without = sources.load(**configs.section("latents", **leaves, dir=str(tmp_path / "out")))
+    plain = sources.load(**configs.section("latents", **leaves, dir=str(encoded)))
+    images, _ = sources.arrays(sources.load(**configs.digits()))
+    for number in (0, 599, 600, 1499):
+        example = with_images.examples[number]
+        np.testing.assert_array_equal(example["aux"]["image"], images[number])
+        np.testing.assert_array_equal(example["image"], plain.examples[number]["image"])
+        assert "aux" not in without.examples[number]
+    streams = [Batches(each, batch_size=50, seed=0, flip=True) for each in (with_images, plain, without)]
+    first, second, third = map(next, streams)
+    for stream in streams:
+        stream.close()
+    np.testing.assert_array_equal(first.x, second.x)
+    np.testing.assert_array_equal(first.x, third.x)
+    assert (second.aux, third.aux) == ({}, {})
+    assert (first.aux["image"].shape, first.aux["image"].dtype) == ((50, 8, 8, 1), np.uint8)
+    mirrored = draws.coins(0, "flip", 0, 50)
+    order = draws.permutation(0, "order", 0, 1500)[:50]
+    expected = [images[n][:, ::-1] if flipped else images[n] for n, flipped in zip(order, mirrored)]
+    np.testing.assert_array_equal(first.aux["image"], expected)
 
 
 def test_a_full_disk_is_one_line(tmp_path):

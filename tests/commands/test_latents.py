@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,8 +11,11 @@ from safetensors.numpy import save_file
 
 from diffjax.__main__ import main
 from diffjax.data import latents
+from diffjax.data.latents import Scaling
+from diffjax.errors import UserError
 from diffjax.experiment import build
 from diffjax.frozen import create
+from diffjax.methods.latents import load_decoder
 from diffjax.sampling.samples import read_samples
 from diffjax.weights import store, to_reference
 from tests.data.test_latents import ORIGIN
@@ -115,6 +119,7 @@ def test_what_cannot_decode_is_said(world, tmp_path, capsys):
     assert "gone: no such file" in error(f"--autoencoder={tmp_path / 'gone'}")
     for name, changed, words in (
         ("scaled", {"scale": 0.5}, "scales latents by 0.5, and data.scale = 0.25"),
+        ("shifted", {"shift": 0.5}, "shifts latents by 0.5, and data.shift = 0.0"),
         ("wide", {"latent_channels": 8}, "is for latents of 8 channels, not 4"),
     ):
         module = create("VAE", **{**VAE, **changed})
@@ -124,6 +129,38 @@ def test_what_cannot_decode_is_said(world, tmp_path, capsys):
     store.save(tmp_path / "vqgan", vqgan, some_params(vqgan), {})
     assert "holds a VQGAN, not an autoencoder of latents" in error(f"--autoencoder={tmp_path / 'vqgan'}")
     assert not (tmp_path / "s.npz").exists()
+
+
+CHANNELS = Scaling((0.25, 0.5, 1.0, 2.0), (1.0, 0.0, -1.0, 0.5), (0.0, 1.0))
+
+
+def test_latents_of_other_statistics_than_the_autoencoders(world, tmp_path):
+    """z is latent / scale + shift by channel, whatever the autoencoder's own scale; pixels of [0, 1] go to [-1, 1]."""
+    z = np.random.default_rng(0).normal(size=(3, 4, 4, 4)).astype(np.float32)
+    latent = (z - np.float32(CHANNELS.shift)) * np.float32(CHANNELS.scale)
+    module, params, _ = store.load(world / "vae")
+    pictures = module.apply({"params": params}, z, method="decode") * 2 - 1
+    decoder = load_decoder(str(world / "vae"), str(tmp_path / "gone"), 4, CHANNELS)
+    np.testing.assert_allclose(decoder(latent), pictures, atol=2e-5)
+    data = dataclasses.asdict(CHANNELS)
+    latents.write_latents(tmp_path / "data", [(np.zeros((1, 2, 4, 4, 4)), 0)], dataclasses.replace(ORIGIN, **data))
+    np.testing.assert_allclose(
+        load_decoder(str(world / "vae"), str(tmp_path / "data"), 4, CHANNELS)(latent), pictures, atol=2e-5
+    )
+    for leaf, value in (("scale", 0.25), ("shift", 0.0), ("input_range", (-1.0, 1.0))):
+        other = dataclasses.replace(CHANNELS, **{leaf: value})
+        with pytest.raises(UserError, match=rf"data\.{leaf}=.*, but the latents in .* have {leaf}="):
+            load_decoder(str(world / "vae"), str(tmp_path / "data"), 4, other)
+
+
+def test_a_tiny_autoencoder_cannot_shift(tmp_path):
+    module = create("TinyVAE", width=8, encoder_blocks=(1, 1), decoder_blocks=(1, 1))
+    store.save(tmp_path / "tiny", module, some_params(module), {})
+    for scaling in (CHANNELS, Scaling(0.25, 1.0)):
+        with pytest.raises(
+            UserError, match="decodes latents as they are, and data.scale = .*; valid: one number, and 0"
+        ):
+            load_decoder(str(tmp_path / "tiny"), str(tmp_path / "gone"), 4, scaling)
 
 
 def test_the_leaf_is_of_latents_alone(tmp_path, capsys):
@@ -143,8 +180,9 @@ def test_devices_decode_their_own_part_a_few_at_a_time(world, monkeypatch):
     expected = module.apply({"params": params}, x / 0.25, method="decode")
     monkeypatch.setattr(decoding, "AT_ONCE", 2 * 8 * 8)
     mesh = make_mesh({"data": 8})
+    decode = partial(decoding.decode, module, (-1.0, 1.0))
     compiled = (
-        jax.jit(on_mesh(lambda params, x: decoding.decode(module, params, x), mesh), out_shardings=batch_sharding(mesh))
+        jax.jit(on_mesh(decode, mesh), out_shardings=batch_sharding(mesh))
         .lower(params, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)))
         .compile()
     )

@@ -6,6 +6,7 @@ import pytest
 
 from diffjax.config import load
 from diffjax.config.load import resumed, stored, stored_values
+from diffjax.errors import UserError
 from tests.programs import ROOT
 
 RECIPE = f"{ROOT}/configs/quickstart.py:model=dit"
@@ -86,3 +87,32 @@ def test_a_run_goes_on_with_its_own_meaning_of_leaves_that_came_later(tmp_path):
     assert resumed(path, today, ["--config.ema.decay_rampup=0.1"]) == today
     path.write_text(json.dumps(stored(today)))
     assert resumed(path, today, []) == today
+
+
+LATENTS = f"{ROOT}/configs/imagenet256.py:model=dit-s-2"
+
+
+def test_one_scale_is_written_as_before_and_several_come_back():
+    """config.json of runs that began before channels could be scaled each by its own."""
+    tree = stored(load(LATENTS))
+    assert (tree["data"]["scale"], tree["data"]["shift"]) == (0.18215, 0.0)
+    for leaf in ("shift", "input_range", "images"):
+        del tree["data"][leaf]
+    assert stored_values(json.loads(json.dumps(tree))) == load(LATENTS)
+    numbers = load(LATENTS, ["--config.data.scale=0.5,1,2,4", "--config.data.shift=1,0,-1,0.5"])
+    assert numbers.values["data.scale"] == (0.5, 1.0, 2.0, 4.0)
+    assert stored_values(json.loads(json.dumps(stored(numbers)))) == numbers
+    assert load(LATENTS, ["--config.data.scale=0.5"]).values["data.scale"] == 0.5
+    with pytest.raises(UserError, match=r"data.scale = \(0.5, 0.0\): valid: above 0"):
+        load(LATENTS, ["--config.data.scale=0.5,0"])
+
+
+def test_a_recipe_may_say_one_scale_or_several(tmp_path):
+    for value in (0.5, 1, (0.5, 1.0, 2.0, 4.0)):
+        recipe = tmp_path / "mine.py"
+        recipe.write_text(
+            "from configs import common\n\n\ndef get_config(arg=None):\n    c = common.base()\n"
+            "    common.published(c, 'DiT-S/2')\n"
+            f"    c.data.name, c.data.scale = 'latents', {value}\n    return c\n"
+        )
+        assert load(str(recipe)).values["data.scale"] == value

@@ -143,8 +143,6 @@ TOKEN_LEAVES, VECTOR_LEAVES = KINDS["tokens"][1], KINDS["vectors"][1]
         ({"score": NUMBERS[:5]}, {}, "score: not as many as the 12 images"),
         ({"conditions": LABELS[:5]}, {}, "conditions: not as many as the 12 images"),
         ({"score": np.float32(1)}, {}, "score: not as many as the 12 images"),
-        ({"label": LABELS}, {}, "label is no name for an auxiliary array"),
-        ({"image": pictures()}, {}, "image is no name for an auxiliary array"),
         ({"image_weight": NUMBERS}, {}, r"image_weight: \[12\]; valid: \[n, h, w\] or"),
         ({"score": NUMBERS * np.nan}, {}, "score: not all values are finite"),
         ({"names": np.array(["a"] * COUNT)}, {}, "names: <U1; valid: numbers, true and false"),

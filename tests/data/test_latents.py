@@ -1,15 +1,14 @@
 """Latent folders: what is written is read, sampled anew at each visit, and scaled exactly once."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from diffjax.data import latents, records, sources
+from diffjax.data import draws, latents, records, sources
 from diffjax.data.latents import Origin, read_manifest, write_latents
+from diffjax.data.normal import standard_normal
 from diffjax.data.pipeline import Batches
 from diffjax.errors import UserError
 from tests.data import configs
@@ -140,7 +139,7 @@ def test_unlabelled_and_fingerprint(stored, tmp_path):
 
 
 def test_refusals_when_reading(stored, tmp_path):
-    with pytest.raises(UserError, match=r"latents\.json is missing; .* python -m diffjax\.data\.latents --features"):
+    with pytest.raises(UserError, match=r"latents\.json is missing; .* python -m diffjax encode"):
         sources.load(**section(tmp_path / "missing"))
     with pytest.raises(UserError, match=r"data\.scale=0\.18215, but the latents .* scale=0\.25"):
         sources.load(**section(stored, scale=0.18215))
@@ -171,6 +170,11 @@ def test_shards_lie_beside_their_manifest(stored, name):
         ({"shards": "latents-00000.array_record"}, "shards is no list of values"),
         ({"shards": [3]}, r"shards\[0\] is 3"),
         ({"scale": None}, "scale is null"),
+        ({"scale": [0.25, "1"]}, r"scale is \[0.25"),
+        ({"scale": [0.25, 0.25, 0.25]}, "scale, shift, input_range of 3, 1, 2 numbers; valid: 1 or 4"),
+        ({"shift": [0.0, 0.0]}, "of 1, 2, 2 numbers"),
+        ({"input_range": [0.0]}, "of 1, 1, 1 numbers"),
+        ({"image": "none"}, 'image is "none"'),
         ({"views": 3}, "views 3, shape"),
         ({"shape": [6, 6]}, r"shape \[6, 6\]; valid: 1 or 2, and \[h, w, c\]"),
         ({"num_classes": True}, "num_classes is true"),
@@ -203,68 +207,88 @@ def test_refusals_when_writing(stored, tmp_path):
         assert not (tmp_path / folder / "latents.json").exists()
 
 
-@pytest.fixture
-def fast_dit(tmp_path):
-    """Twelve features, so that sorting names as strings would misplace 10 and 11."""
-    features, labels = tmp_path / "imagenet256_features", tmp_path / "imagenet256_labels"
-    for folder in (features, labels):
-        folder.mkdir()
-    for number in range(12):
-        latent = np.arange(4 * 6 * 6, dtype=np.float32).reshape(1, 4, 6, 6) / 64 + number
-        np.save(features / f"{number}.npy", latent)
-        np.save(labels / f"{number}.npy", np.array([number % 5]))
-    return features, labels
+CHANNELS = {"scale": (0.25, 0.5, 1.0, 2.0), "shift": (1.0, 0.0, -1.0, 0.5)}
 
 
-def convert(features, labels, out):
-    return latents.main(
-        [f"--features={features}", f"--labels={labels}", f"--out={out}", "--num_classes=5", "--scale=0.25"]
-    )
-
-
-def test_fast_dit_layout(fast_dit, tmp_path, capsys):
-    features, labels = fast_dit
-    assert convert(features, labels, tmp_path / "out") == 0
-    assert capsys.readouterr().out.startswith("12 latents of shape [6, 6, 4] in 1 shards")
-    source = sources.load(**section(tmp_path / "out", flip=False))
-    for number in range(12):
-        stored = source.examples[number]
-        expected = np.load(features / f"{number}.npy")[0].transpose(1, 2, 0)
-        np.testing.assert_array_equal(stored["image"], np.stack([expected, np.zeros_like(expected)])[None])
-        assert stored["label"] == number % 5
-    batches = Batches(source, batch_size=12, seed=0, flip=False)
-    assert sorted(np.floor(next(batches).x[:, 0, 0, 0])) == list(range(12))  # unscaled, no noise
+def test_channels_are_shifted_and_scaled_each_by_its_own(tmp_path):
+    """Latent 3 of channels 0 to 3: (4 - 1) / 4, 4 / 2, (4 + 1) 1, (4 - 0.5) 2."""
+    write_latents(tmp_path, examples(views=1, std=0.0), replace(ORIGIN, **CHANNELS))
+    source = sources.load(**section(tmp_path, **CHANNELS, flip=False))
+    batches = Batches(source, batch_size=COUNT, seed=0, flip=False)
+    image = next(batches).x
     batches.close()
+    assert image.dtype == np.float32
+    (fourth,) = image[np.isclose(image[:, 0, 0, 0], 0.75)]
+    np.testing.assert_array_equal(fourth, np.broadcast_to(np.float32([0.75, 2.0, 5.0, 7.0]), SHAPE))
+    manifest = read_manifest(tmp_path)
+    np.testing.assert_allclose(manifest["mean"], [(5.5 - 1) / 4, 5.5 / 2, 6.5, 10], rtol=1e-6)
+    assert source.fingerprint["scale"] == [0.25, 0.5, 1.0, 2.0]
+    assert source.fingerprint["shift"] == [1.0, 0.0, -1.0, 0.5]
 
 
-def test_fast_dit_refusals(fast_dit, tmp_path, capsys):
-    features, labels = fast_dit
-    (labels / "11.npy").unlink()
-    assert convert(features, labels, tmp_path / "out") == 2
-    assert "12 features in" in (said := capsys.readouterr().err)
-    assert "11.npy is in one folder only" in said
-    np.save(labels / "11.npy", np.array([0, 1]))
-    with pytest.raises(UserError, match=r"label \(2,\); expected \(1, c, h, w\) and \(1,\)"):
-        list(latents.fast_dit(features, labels))
-    np.save(labels / "0.npy", np.array([{}], object), allow_pickle=True)
-    with pytest.raises(UserError, match=r"0\.npy .* cannot be read"):
-        list(latents.fast_dit(features, labels))
-    np.save(features / "last.npy", np.zeros(1))
-    with pytest.raises(UserError, match=r"last\.npy .* is not named by a number"):
-        list(latents.fast_dit(features, labels))
-    with pytest.raises(UserError, match="no such folder"):
-        list(latents.fast_dit(tmp_path / "missing", labels))
+def test_the_spread_of_scaled_latents_is_in_the_manifest(tmp_path):
+    """Means 1 to 10 with std 0.5: variance 8.25 + 0.25, times the scale; nothing is scaled that was already."""
+    plain = write_latents(tmp_path / "a", examples(views=1), ORIGIN)
+    np.testing.assert_allclose([plain["mean"], plain["std"]], [[5.5 / 4] * 4, [8.5**0.5 / 4] * 4])
+    applied = write_latents(tmp_path / "b", examples(views=1), replace(ORIGIN, scale_applied=True))
+    np.testing.assert_allclose([applied["mean"], applied["std"]], [[5.5] * 4, [8.5**0.5] * 4])
 
 
-def test_a_url_is_no_folder(fast_dit, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert convert(*fast_dit, "gs://bucket/out") == 2
-    assert "only local and mounted paths" in capsys.readouterr().err
-    assert not (tmp_path / "gs:").exists()
+def test_one_number_for_all_channels_leaves_fingerprint_and_samples_as_they_were(stored):
+    """Those of runs that began before latents could be shifted."""
+    fingerprint = sources.load(**section(stored)).fingerprint
+    assert fingerprint.keys() == {"name", "split", "classes", "count", "records_sha256", "scale"}
+    assert fingerprint["scale"] == 0.25
+    moments = np.random.default_rng(0).normal(size=(3, 1, 2, *SHAPE)).astype(np.float32)
+    drawn = latents.Sample(0.18215)(moments, np.zeros(3, bool), np.arange(3), 5)
+    eps = np.stack([standard_normal(draws.philox(5, "latent", block=i), SHAPE) for i in range(3)])
+    np.testing.assert_array_equal(drawn, (moments[:, 0, 0] + moments[:, 0, 1] * eps) * np.float32(0.18215))
 
 
-def test_the_command_runs(fast_dit, tmp_path):
-    command = [sys.executable, "-m", "diffjax.data.latents", f"--features={fast_dit[0]}", f"--labels={fast_dit[1]}"]
-    result = subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert read_manifest(tmp_path / "out")["scale"] == 0.18215
+def test_manifests_of_earlier_versions_are_read(stored):
+    manifest = read_manifest(stored)
+    earlier = {name: value for name, value in manifest.items() if name not in ("shift", "input_range", "image")}
+    (stored / "latents.json").write_text(json.dumps(earlier))
+    assert read_manifest(stored) == manifest
+    assert len(sources.load(**section(stored)).examples) == COUNT
+
+
+@pytest.mark.parametrize(
+    "leaves, message",
+    [
+        ({"shift": 0.5}, r"data\.shift=0\.5, but the latents in .* have shift=0\.0"),
+        ({"scale": (0.25, 0.25, 0.25, 0.5)}, r"data\.scale=\(0\.25, 0\.25, 0\.25, 0\.5\), but"),
+        ({"scale": (0.25, 0.25)}, "data.scale has 2 numbers; valid: 1, or one for each of 4 channels"),
+        (
+            {"input_range": (0.0, 1.0)},
+            r"data\.input_range=\(0\.0, 1\.0\), but .* input_range=\[-1\.0, 1\.0\]",
+        ),
+        ({"input_range": (1.0, -1.0)}, "valid: the lowest and the highest value"),
+        ({"images": True}, "have no images beside them; make them with encode --keep_images"),
+    ],
+)
+def test_leaves_that_contradict_the_manifest(stored, leaves, message):
+    with pytest.raises(UserError, match=message):
+        sources.load(**section(stored, **leaves))
+
+
+def test_one_number_means_the_same_for_every_channel(stored):
+    assert sources.load(**section(stored, scale=(0.25,) * 4)).fingerprint == sources.load(**section(stored)).fingerprint
+
+
+def test_records_with_images_round_trip():
+    image = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    record = records.encode(moments(3), 7, image)
+    assert len(record) == len(records.encode(moments(3), 7)) + image.size
+    decoded, label = records.decode(record, SHAPE, image.shape)
+    np.testing.assert_array_equal(decoded, moments(3))
+    assert label == 7
+    np.testing.assert_array_equal(records.decode_image(record, image.shape), image)
+    for other in (None, (5, 7, 1)):
+        with pytest.raises(UserError, match="not a latent record"):
+            records.decode(record, SHAPE, other)
+
+
+def test_records_without_images_are_those_of_the_first_version():
+    record = records.encode(np.full((1, 2, 1, 1, 1), 1.5, np.float32), 258)
+    assert record == b"DJXL" + bytes([1, 0, 1, 0, 2, 1, 0, 0, 0, 0x3E, 0, 0x3E])

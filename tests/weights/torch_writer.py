@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 
-from diffjax.weights.torch_file import MAGIC, STORAGES
+from diffjax.torch_file import MAGIC, STORAGES
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from diffjax.errors import UserError
-from diffjax.weights.torch_file import STORAGES, read
+from diffjax.torch_file import STORAGES, read
 from tests.weights.torch_writer import Named, Storage, Tensor, dumps, pretended, tensor, write_stream, write_zip
 
 WRITERS = [write_zip, write_stream]
