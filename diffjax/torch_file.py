@@ -51,6 +51,20 @@ SAFETENSORS = {
     "BOOL": "bool",
 }
 
+# Packages whose settings and records lie beside the weights in a training checkpoint, and the names that these use.
+# What they name becomes an empty stand-in; their code is not imported.
+BESIDE = ("fairseq", "lightning", "lightning_fabric", "omegaconf", "pytorch_lightning", "torchmetrics")
+BESIDE_NAMES = {
+    *(("builtins", name) for name in ("bool", "dict", "float", "int", "list", "set", "str", "tuple")),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy.core.multiarray", "scalar"),
+    *(("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")),
+    ("_codecs", "encode"),
+    ("collections", "defaultdict"),
+    ("numpy", "dtype"),
+    ("typing", "Any"),
+}
+
 Storage = Callable[[str, str, int], np.ndarray]  # key, element type, element count -> the elements, [count]
 
 
@@ -187,6 +201,31 @@ def _read_stream(path: Path, file: BinaryIO) -> Any:
     return _Unpickler(path, mapped, storage).load()
 
 
+class Beside:
+    """An object of a training program, left empty: whatever is done to it while reading has no effect."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Beside":
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
+
+    def extend(self, values: Any) -> None:
+        pass
+
+    def add(self, value: Any) -> None:
+        pass
+
+
 class _Unpickler(pickle._Unpickler):
     """Resolves names through a table and nothing else.
 
@@ -198,6 +237,8 @@ class _Unpickler(pickle._Unpickler):
         self.path, self.storage, self.names = path, storage, _names(views)
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in BESIDE_NAMES or module.partition(".")[0] in BESIDE:
+            return type("Beside", (Beside,), {})
         if (module, name) not in self.names:
             raise UserError(
                 f"{self.path}: refused to load {module}.{name}: only tensors and plain values are read; "

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from diffjax.errors import UserError
 from diffjax.torch_file import STORAGES, read
+from diffjax.weights import unwrap
 from tests.weights.torch_writer import Named, Storage, Tensor, dumps, pretended, tensor, write_stream, write_zip
 
 WRITERS = [write_zip, write_stream]
@@ -67,6 +68,29 @@ def test_training_checkpoint(tmp_path, write):
     assert loaded["opt"] == value["opt"]
     assert loaded["args"] == {"model": "DiT-XL/2", "epochs": 7}
     assert loaded["size"] == (2, 3)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_what_training_programs_leave_beside_the_weights(tmp_path, write):
+    """Settings, callbacks and numbers of Lightning, omegaconf, fairseq and numpy are passed over, unread."""
+    names: dict[str, list[str]] = {
+        "omegaconf": [],
+        "pytorch_lightning": [],
+        "omegaconf.dictconfig": ["DictConfig"],
+        "pytorch_lightning.callbacks": ["Checkpoint"],
+        "typing": ["Any"],
+        "numpy.core.multiarray": ["scalar"],
+    }
+    with pretended(**names):
+        settings = Named("omegaconf.dictconfig", "DictConfig", ({"width": 3},))
+        callback = Named("pytorch_lightning.callbacks", "Checkpoint", ())
+        best = Named("numpy.core.multiarray", "scalar", (Named("typing", "Any", ()), b"12345678"))
+        value = {"state_dict": {"model.weight": tensor(VALUES, "0")}, "hyper_parameters": settings}
+        value |= {"callbacks": [callback, {"best": best}], "epoch": 3}
+        path = write(tmp_path / "last.ckpt", value)
+    loaded = read(path)
+    assert loaded["epoch"] == 3
+    np.testing.assert_array_equal(unwrap(loaded)["weight"], VALUES)
 
 
 def test_safetensors(tmp_path):

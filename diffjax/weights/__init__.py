@@ -40,7 +40,8 @@ MODELS = {
     "tiny_vae": "TinyVAE",
 }
 
-PREFIXES = ("module.", "_orig_mod.")  # of models wrapped for data parallelism or averaging, and compiled ones
+# Of models wrapped for data parallelism or averaging, compiled ones, and those inside a Lightning module.
+PREFIXES = ("module.", "_orig_mod.", "model.")
 AVERAGES = {"ema", "emas", "swa", "avg", "average", "averaged"}  # words in the names of averaged weights
 NO_WEIGHTS = re.compile("(last_)?opt|sched|lr_|arg|conf|cfg|hparam|hyper", re.IGNORECASE)  # starts of names
 DEPTH = 3  # how far entries of a checkpoint may lie within each other
@@ -123,10 +124,7 @@ def part_of(family: str) -> str:
 
 
 def unwrap(checkpoint: Any, entry: str = "", part: str = "") -> dict[str, Any]:
-    """The weights inside a file, without a prefix "module." or "_orig_mod.": see `choose` for which.
-
-    The prefixes come from saving a model that was wrapped for data parallelism, or compiled.
-    """
+    """The weights inside a file, without the prefixes that wrappers of a model put before names: see `choose`."""
     return choose(checkpoint, entry, part)[1]
 
 
