@@ -207,9 +207,10 @@ class Method:
         inputs: of the model for one example, blank; None for what it does not take.
         condition: what the model is conditioned on; None: nothing.
         loss: see `Loss`.
-        sampler: see `MakeSampler`.
+        sampler: see `MakeSampler`; None: nothing is drawn.
         makes: what it draws, in words: "pictures", or what else.
         terms: per-example losses for evaluation; None: only their mean is known.
+        reconstruct: (apply, params, x) -> images like x, of an autoencoder.
         decoder: of what it draws to pictures; None: nothing has to be done, or nothing can.
         extra: key -> parameters of the loss that are trained beside the model's, with `extra_axes` to shard them.
         frozen: networks that the loss uses, by name.
@@ -220,9 +221,10 @@ class Method:
     inputs: tuple[Any, ...]
     condition: Condition | None
     loss: Loss
-    sampler: MakeSampler
+    sampler: MakeSampler | None
     makes: str = "pictures"
     terms: Terms | None = None
+    reconstruct: Callable[[Apply, Tree, Array], Array] | None = None
     decoder: Decoder | None = None
     extra: Callable[[Array], dict[str, Tree]] = lambda key: {}
     extra_axes: LogicalAxes = ()
@@ -304,6 +306,9 @@ class Subject(Protocol):
 
     def terms(self, params: Tree, batch: Batch, key: Array) -> tuple[Metrics, Array, Array]:
         """`Method.terms` without dropout and the index [b] of each row, compiled."""
+
+    def reconstructions(self, params: Tree, batch: Batch) -> np.ndarray:
+        """`Method.reconstruct` of a batch, on every process all of it, in the order of its `index`."""
 
     def images(self, params: Tree, conditions: np.ndarray) -> Iterator[np.ndarray]:
         """Samples 0, 1, ... as float32 [b, h, w, c], one per condition."""

@@ -181,8 +181,14 @@ class Experiment:
 
     @functools.cached_property
     def sampler(self) -> Sampler:
-        """The sampler of the config."""
-        return self.method.sampler(self.sampling)
+        """The sampler of the config. UserError where the method draws nothing."""
+        return self.make_sampler()
+
+    def make_sampler(self, **how: Any) -> Sampler:
+        """The sampler of the config, see `contracts.MakeSampler` for how."""
+        if self.method.sampler is None:
+            raise UserError(f"{self.name} draws nothing: method {self.config.method!r} makes {self.method.makes}")
+        return self.method.sampler(self.sampling, **how)
 
     @functools.cached_property
     def decode(self) -> Tree:
@@ -264,6 +270,20 @@ class Experiment:
     def terms(self, params: Tree, batch: Batch, key: jax.Array) -> tuple[Metrics, jax.Array, jax.Array]:
         """`Method.terms` without dropout and `batch.index`, compiled; on every process those of the whole batch."""
         return self._terms(params, self.frozen, batch, key)
+
+    @functools.cached_property
+    def _reconstruct(self) -> Callable:
+        of_method = self.method.reconstruct
+        assert of_method
+
+        def reconstruct(params: Tree, batch: Batch) -> jax.Array:
+            return of_method(self.apply, params, batch.x)[jax.numpy.argsort(batch.index)]
+
+        return jax.jit(on_mesh(reconstruct, self.mesh), out_shardings=replicated(self.mesh))
+
+    def reconstructions(self, params: Tree, batch: Batch) -> np.ndarray:
+        """`Method.reconstruct` of a batch, float32, on every process all of it, in the order of its `index`."""
+        return np.asarray(self._reconstruct(params, batch))
 
     @functools.cached_property
     def _compiled_sampler(self) -> functools.partial:

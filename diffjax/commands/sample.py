@@ -95,10 +95,11 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError(f"--out={out}: give a file that ends in .npz")
     trained = _open(values, [*overrides, *autoencoder_leaf(values)])
     experiment = trained.experiment
+    _ = experiment.sampler  # which an autoencoder has not
     if experiment.method.makes != "pictures" and not values.raw:
         raise UserError(f"sample: this model makes {experiment.method.makes}, not pictures; {NO_DECODER}")
     guide = open_guide(values.guide, experiment) if values.guide else None
-    sampler = experiment.method.sampler(experiment.sampling, autoguided=True) if guide else experiment.sampler
+    sampler = experiment.make_sampler(autoguided=True) if guide else experiment.sampler
     asked = _conditions(values, trained)
     make_folder(out)
     form = describe_form(experiment.model, trained.params, values.fused)

@@ -187,7 +187,7 @@ def cells_of_grid(
         for steps, weight in itertools.product(counts, weights or [own.guidance.scale]):
             sampling = other_sampling(own, sampler, steps, weight)
             try:
-                made = experiment.method.sampler(sampling, max_steps=counts[-1])
+                made = with_sampling(experiment, sampling).make_sampler(max_steps=counts[-1])
             except UserError as error:
                 if len(runs) == 1:
                     raise

@@ -128,6 +128,33 @@ def pixel_scores(
     return evaluate
 
 
+def reconstruction_grid(
+    subject: Subject,
+    *,
+    split: Annotated[str, Leaf("part of the data that is not trained on", "watch")] = "test",
+    num: Annotated[int, Leaf("images in the picture", "watch", at_least(1))] = 32,
+) -> Evaluator:
+    """A picture of held-out images, each beside what an autoencoder makes of it."""
+    if subject.method.reconstruct is None:
+        raise UserError(
+            "evals.reconstructions is of autoencoders, and this model is none; set evals.reconstructions.every_steps=0"
+        )
+    source = subject.other_source(split=split)
+    count = min(num, len(source.examples))
+
+    def evaluate(params: Tree) -> Result:
+        pairs: list[np.ndarray] = []
+        first = 0
+        for batch, real in subject.batches(source, count):
+            found = samples.to_uint8(subject.reconstructions(params, batch)[:real])
+            given = [source.examples[first + i]["image"] for i in range(real)]
+            pairs += [np.concatenate([image, made], axis=1) for image, made in zip(given, found)]
+            first += real
+        return Result({}, samples.grid(np.stack(pairs)))
+
+    return evaluate
+
+
 def check_pictures(subject: Subject, name: str) -> None:
     if subject.method.makes != "pictures":
         raise UserError(
@@ -139,4 +166,5 @@ EVALUATORS: dict[str, EvaluatorRecord] = {
     "samples": EvaluatorRecord(sample_grid, every_steps=10_000),
     "loss": EvaluatorRecord(held_out_loss),
     "scores": EvaluatorRecord(pixel_scores),
+    "reconstructions": EvaluatorRecord(reconstruction_grid),
 }

@@ -8,7 +8,7 @@ Both halves are residual blocks at several resolutions with one head of self-att
 with z, which `from_latent` makes of a latent.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -19,10 +19,21 @@ from einops import rearrange
 from diffjax.errors import UserError
 from diffjax.frozen.layers import check_sizes, conv, group_norm, norm_silu, twice
 from diffjax.ops.attention import attention
-from diffjax.ops.dtypes import DTYPES
-from diffjax.parallel.rules import constrain
+from diffjax.ops.dtypes import DTYPES, Dtype
+from diffjax.options import Leaf, Valid, at_least
+from diffjax.parallel.rules import LogicalAxes, constrain
 
 LOWEST, HIGHEST = -30.0, 20.0  # what the log-variance is cut to
+COUNT = at_least(1)
+EACH = Valid(lambda: "a positive integer per level", lambda widths: bool(widths) and min(widths) >= 1)
+
+LOGICAL_AXES: LogicalAxes = (
+    (r"attention/(query|key|value|out)/kernel", ("embed", None)),
+    (r"(decoder/conv_in|quant_conv)/kernel", (None, None, None, "embed")),
+    (r"encoder/conv_in/kernel", (None, None, None, "embed")),
+    (r"kernel", (None, None, "embed", None)),
+    (r"(scale|bias)", (None,)),
+)
 
 
 class ResBlock(nn.Module):
@@ -126,26 +137,28 @@ class VAE(nn.Module):
 
     Attributes:
         channels: of images.
-        latent_channels: of z.
-        widths: channels of the levels, from the largest map to the smallest; each but the last halves the map.
-        depth: residual blocks of a level in the encoder; the decoder has one more.
-        groups: of every GroupNorm.
-        quant: 1 x 1 convolutions of the moments and of z.
-        attention: in the middle of either half.
-        scale, shift: latent = (z - shift) scale; one number, or one for each channel.
-        dtype: compute dtype, "float32" or "bfloat16"; norm statistics, softmax and what is returned are float32.
+        scale, shift: latent = (z - shift) scale; they belong to the models of latents, and nothing here uses them but
+            `from_latent`.
+        dtype: norm statistics, softmax and what is returned are float32 in any.
     """
 
     channels: int = 3
-    latent_channels: int = 4
-    widths: tuple[int, ...] = (128, 256, 512, 512)
-    depth: int = 2
-    groups: int = 32
-    quant: bool = True
-    attention: bool = True
-    scale: float | tuple[float, ...] = 0.18215
-    shift: float | tuple[float, ...] = 0.0
-    dtype: str = "float32"
+    latent_channels: Annotated[int, Leaf("channels of latents", valid=COUNT, fixed=True)] = 4
+    widths: Annotated[
+        tuple[int, ...], Leaf("channels of the levels, each half the side of the one before", valid=EACH, fixed=True)
+    ] = (128, 256, 512, 512)
+    depth: Annotated[int, Leaf("blocks of a level; the decoder has one more", valid=COUNT, fixed=True)] = 2
+    groups: Annotated[int, Leaf("groups of every GroupNorm; they divide every width", valid=COUNT, fixed=True)] = 32
+    quant: Annotated[bool, Leaf("1 x 1 convolutions of the moments and of latents", fixed=True)] = True
+    attention: Annotated[bool, Leaf("attention over the smallest map", fixed=True)] = True
+    scale: Annotated[
+        float | tuple[float, ...],
+        Leaf("models see latents times this, 1 / their deviation; one number, or one a channel", fixed=True),
+    ] = 0.18215
+    shift: Annotated[float | tuple[float, ...], Leaf("subtracted from latents before", fixed=True)] = 0.0
+    dtype: Dtype = "float32"
+
+    logical_axes = LOGICAL_AXES
 
     @property
     def factor(self) -> int:
@@ -159,6 +172,11 @@ class VAE(nn.Module):
             raise UserError(f"VAE: widths = {tuple(self.widths)}; valid: multiples of groups = {self.groups}")
         if not np.all(np.asarray(self.scale) > 0):
             raise UserError(f"VAE: scale = {self.scale}; valid: above 0")
+
+    def check_input(self, height: int, width: int) -> None:
+        """Raise UserError for images whose sides do not become whole numbers of a latent's."""
+        if height % self.factor or width % self.factor:
+            raise UserError(f"VAE: images of {height} x {width} pixels; valid: sides divisible by {self.factor}")
 
     def setup(self) -> None:
         dtype, features = DTYPES[self.dtype], 2 * self.latent_channels
@@ -180,9 +198,7 @@ class VAE(nn.Module):
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log-variance, float32 [b, h/f, w/f, latent channels] each, of images [b, h, w, c] in [-1, 1]."""
-        height, width = images.shape[1:3]
-        if height % self.factor or width % self.factor:
-            raise UserError(f"VAE: images of {height} x {width} pixels; valid: sides divisible by {self.factor}")
+        self.check_input(*images.shape[1:3])
         moments = self.encoder(images)
         if self.quant:
             moments = self.quant_conv(moments)

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 
 from diffjax.errors import UserError, did_you_mean
+from diffjax.frozen import vae
 from diffjax.models import diffit, diffit_unet, digit, dis, dit, udit
 from diffjax.options import Option, options
 
@@ -17,6 +18,7 @@ FAMILIES: dict[str, type[nn.Module]] = {
     "DiffiT": diffit.DiffiT,
     "DiffiT-UNet": diffit_unet.DiffiTUNet,
     "DiGIT": digit.DiGIT,
+    "VAE": vae.VAE,  # trained, too, by method reconstruction
 }
 
 

@@ -22,11 +22,9 @@ import jax.numpy as jnp
 
 from diffjax.errors import UserError
 from diffjax.models.layers import (
-    DTYPES,
     REMAT_POLICIES,
     Attention,
     Depth,
-    Dtype,
     Heads,
     ImageBackbone,
     Mlp,
@@ -54,6 +52,7 @@ from diffjax.models.layers import (
 )
 from diffjax.ops import windows
 from diffjax.ops.attention import attention
+from diffjax.ops.dtypes import DTYPES, Dtype
 from diffjax.options import Leaf, at_least, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain
 

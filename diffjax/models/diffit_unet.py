@@ -35,9 +35,7 @@ from diffjax.errors import UserError
 from diffjax.models import layers
 from diffjax.models.diffit import BLOCK_AXES, DiffiTBlock, TimeIn
 from diffjax.models.layers import (
-    DTYPES,
     Attention,
-    Dtype,
     ImageBackbone,
     MlpRatio,
     Remat,
@@ -50,6 +48,7 @@ from diffjax.models.layers import (
     zeros,
 )
 from diffjax.ops import windows
+from diffjax.ops.dtypes import DTYPES, Dtype
 from diffjax.options import Leaf, Valid, at_least, fraction, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain
 

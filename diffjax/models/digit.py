@@ -29,11 +29,9 @@ from einops import rearrange
 from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.models.layers import (
-    DTYPES,
     REMAT_POLICIES,
     Attention,
     Depth,
-    Dtype,
     Heads,
     MlpRatio,
     Remat,
@@ -50,6 +48,7 @@ from diffjax.models.layers import (
     uniform,
 )
 from diffjax.ops.attention import attention, cached_attention
+from diffjax.ops.dtypes import DTYPES, Dtype
 from diffjax.ops.vocabulary import END, MASK, NO_TOKEN, PAD, SPECIALS
 from diffjax.options import Leaf, at_least, fraction, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain

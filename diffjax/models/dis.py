@@ -28,8 +28,6 @@ from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.models import layers
 from diffjax.models.layers import (
-    DTYPES,
-    Dtype,
     FinalLayer,
     ImageBackbone,
     Patch,
@@ -48,6 +46,7 @@ from diffjax.models.layers import (
     unpatchify,
     zeros,
 )
+from diffjax.ops.dtypes import DTYPES, Dtype
 from diffjax.ops.selective_scan import IMPLEMENTATIONS, selective_scan
 from diffjax.options import Leaf, at_least, fraction, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain

@@ -16,11 +16,9 @@ import jax.numpy as jnp
 
 from diffjax.errors import UserError
 from diffjax.models.layers import (
-    DTYPES,
     REMAT_POLICIES,
     Attention,
     Depth,
-    Dtype,
     FinalLayer,
     Heads,
     ImageBackbone,
@@ -47,6 +45,7 @@ from diffjax.models.layers import (
     xavier,
     zeros,
 )
+from diffjax.ops.dtypes import DTYPES, Dtype
 from diffjax.parallel.rules import LogicalAxes, constrain
 
 # Table 1 of the paper: depth, width, heads.

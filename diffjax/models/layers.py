@@ -17,7 +17,6 @@ from einops import rearrange
 
 from diffjax.errors import UserError
 from diffjax.ops.attention import IMPLEMENTATIONS, attention
-from diffjax.ops.dtypes import DTYPES
 from diffjax.options import Leaf, above, at_least, check, one_of, options
 from diffjax.parallel.rules import constrain
 
@@ -38,7 +37,6 @@ Heads = Annotated[int, Leaf("attention heads; they divide the width", valid=at_l
 MlpRatio = Annotated[
     float, Leaf("hidden channels of the feed-forward networks per channel of a token", valid=above(0), fixed=True)
 ]
-Dtype = Annotated[str, Leaf("compute dtype; parameters are always float32", "compute", one_of(DTYPES))]
 Remat = Annotated[
     str,
     Leaf(

@@ -33,9 +33,7 @@ from einops import rearrange
 from diffjax import rng
 from diffjax.errors import UserError
 from diffjax.models.layers import (
-    DTYPES,
     REMAT_POLICIES,
-    Dtype,
     FinalLayer,
     ImageBackbone,
     Mlp,
@@ -57,6 +55,7 @@ from diffjax.models.layers import (
 )
 from diffjax.ops.attention import attention
 from diffjax.ops.depthwise import IMPLEMENTATIONS, add_kernels, depthwise_conv
+from diffjax.ops.dtypes import DTYPES, Dtype
 from diffjax.ops.rotary import rope_angles, rotate
 from diffjax.options import Leaf, Valid, at_least, one_of
 from diffjax.parallel.rules import LogicalAxes, constrain

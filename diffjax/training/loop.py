@@ -85,7 +85,7 @@ def train(
                 print(f"{workdir} is finished: step {total} of {total}", flush=True)
             return
         tracer = stack.enter_context(contextlib.closing(Profile(workdir / "profile", profile, latest or 0, total)))
-        _ = experiment.sampler, experiment.frozen  # what cannot be is found now, before anything is written
+        _ = experiment.method.sampler and experiment.sampler, experiment.frozen  # what cannot be is found now
         evaluations.prepare()
         begin = finetune.find_start(experiment) if latest is None else None
         batches = stack.enter_context(contextlib.closing(experiment.stream()))
