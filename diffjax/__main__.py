@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": "score a samples file, or compare two result files",
     "sweep": "score a grid of samplers, steps and guidance on runs: a table and a plot",
     "ema": "an average of any length from the snapshots of a run",
+    "prepare": "original files of a public data set -> records of its images, by its published preparation",
     "encode": "images -> latents of an autoencoder, for latent models",
     "tokenize": "images -> tokens of their features, for token models",
     "probe": "linear probe of each block of a token model",
@@ -155,12 +156,16 @@ def _parse(command: str, module: ModuleType, values: flags.FlagValues, arguments
         raise UserError(f"{command}: no flag --{error.flagname}{usage.meant(error.flagname, values)}") from error
     except flags.Error as error:
         raise UserError(f"{command}: {' '.join(str(error).split())}; {see}") from error
-    if missing := [f"--{name}" for name in getattr(module, "REQUIRED", ()) if values[name].value is None]:
-        raise UserError(f"{command}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; {see}")
-    if positional and (name := getattr(module, "REST", None)) and values[name].present:
-        values[name].value = getattr(values, name) + values[name].parser.parse(",".join(positional))
+    required, rest = getattr(module, "REQUIRED", ()), getattr(module, "REST", "")
+    given: Any = getattr(values, rest) if rest and values[rest].present else None
+    one = len(positional) == 1 and given is None and rest in required
+    if positional and (one or isinstance(given, list)):
+        value: Any = values[rest].parser.parse(",".join(positional))
+        values[rest].value = [*given, *value] if given else value
     elif positional:
         raise UserError(f"{command}: {positional[0]!r} is not a flag; write --name=value")
+    if missing := [f"--{name}" for name in required if values[name].value is None]:
+        raise UserError(f"{command}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; {see}")
 
 
 def print_leaves(arguments: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 A command has `define_flags` and `run`; besides, where they are something else than nothing, REQUIRED, the flags that it
 cannot do without, INTERRUPTED, what is left when it is stopped, and REST, the flag that arguments without a name belong
-to.
+to: more items of a list that was begun, or the one value of a required flag.
 """
 
 import json

@@ -30,12 +30,13 @@ from diffjax.config import load
 from diffjax.data import latents, records, shards
 from diffjax.errors import UserError
 from diffjax.experiment import encoding
-from diffjax.files import only_writer, write_json
+from diffjax.files import only_writer
 from diffjax.methods.latents import Encoding, check_shift
 from diffjax.parallel import hosts
 from diffjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from diffjax.weights import autoencoders
 
+NAME = "latents"  # of the shards
 REQUEST = "encode.json"  # what is being made, while it is
 INTERRUPTED = "finished shards are kept, the same command makes the others"
 REQUIRED = ("config", "out")
@@ -71,7 +72,7 @@ def encode(asked: Encoding, out: Path, batch_size: int = 32) -> None:
     }
     shards.make_folder(out, latents.MANIFEST)
     with only_writer(out):
-        agree(out, request)
+        shards.agree(out, REQUEST, request, NAME)
         write(asked, module, params, out, batch_size, mesh)
         finish(asked, request, out)
 
@@ -103,44 +104,26 @@ def check(asked: Encoding, module: Any) -> None:
         raise UserError(f"encode: this autoencoder scales latents by {own}, and data.scale = {asked.scale}")
 
 
-def agree(out: Path, request: dict[str, Any]) -> None:
-    """Leave the request in the folder. UserError where it holds shards of another one, or does not say of which."""
-    path = out / REQUEST
-    if not path.is_file():
-        if left := sorted(out.glob(shard_name(0).replace("00000", "*"))):
-            raise UserError(
-                f"{out} holds {left[0].name} and does not say of what; remove such files, or choose another folder"
-            )
-        write_json(path, request)
-        return
-    stored = json.loads(path.read_text())
-    if differing := [name for name, value in request.items() if stored.get(name) != value]:
-        raise UserError(
-            f"{out} holds shards of another encoding ({', '.join(differing)} differ); choose another folder"
-        )
-
-
 def write(asked: Encoding, module: Any, params: Any, out: Path, batch_size: int, mesh: Mesh) -> None:
     """The shards that are missing."""
-    size, count = latents.SHARD_SIZE, len(asked.images.examples)
-    missing = [shard for shard in range(-(-count // size)) if not (out / shard_name(shard)).is_file()]
-    jobs = [range(shard * size, min((shard + 1) * size, count)) for shard in missing]
+    count = len(asked.images.examples)
+    jobs = shards.missing(out, NAME, count, latents.SHARD_SIZE)
     params = jax.device_put(params, replicated(mesh))
     moments = jax.jit(lambda params, images: moments_of(module, params, images, asked.mirrored))
     with (
         ThreadPoolExecutor(asked.threads) as readers,
         ThreadPoolExecutor(1) as ahead,
-        tqdm(total=count, initial=count - sum(map(len, jobs)), unit="image", disable=None) as bar,
+        tqdm(total=count, initial=count - sum(len(numbers) for _, numbers in jobs), unit="image", disable=None) as bar,
     ):
 
         def read(numbers: range) -> tuple[np.ndarray, list[int]]:
             examples = list(readers.map(asked.images.examples.__getitem__, numbers))
             return np.stack([each["image"] for each in examples]), [int(each["label"]) for each in examples]
 
-        for shard, numbers in zip(missing, jobs):
+        for path, numbers in jobs:
             batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
             encoded = encoded_batches((ahead.submit(read, each) for each in batches), params, moments, batch_size, mesh)
-            shards.write_shard(out / shard_name(shard), of_batches(encoded, bar))
+            shards.write_shard(path, of_batches(encoded, bar))
 
 
 def encoded_batches(
@@ -192,14 +175,10 @@ def finish(asked: Encoding, request: dict[str, Any], out: Path) -> None:
         num_classes=asked.images.num_classes,
         label_table_sha256=hashlib.sha256("\n".join(asked.images.classes).encode()).hexdigest(),
     )
-    names = [shard_name(shard) for shard in range(-(-count // latents.SHARD_SIZE))]
+    names = shards.file_names(NAME, count, latents.SHARD_SIZE)
     shape = (asked.size, asked.size, asked.channels)
     manifest = latents.finish(out, names, count, 1 + asked.mirrored, shape, origin)
     (out / REQUEST).unlink()
     spread = ", ".join(f"{value:.3g}" for value in manifest["std"])
     print(f"wrote {count} latents of {asked.size} x {asked.size} x {asked.channels} to {out}")
     print(f"standard deviation of the scaled latents by channel: {spread} (about 1 is right)")
-
-
-def shard_name(shard: int) -> str:
-    return shards.file_name("latents", shard)

@@ -93,14 +93,14 @@ Rule = Callable[[Image.Image, int], np.ndarray]  # an image "RGB" or "L", a size
 
 
 def edm_center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The central square of `image`, by one Lanczos resize to uint8 [size, size, channels] (NVlabs/edm, center-crop)."""
+    """The central square of `image`, resized to uint8 [size, size, channels] by Lanczos in one step (EDM)."""
     side = min(image.size)
     left, top = adm_offset(*image.size, side)
     return _pixels(_resize(_square(image, left, top, side), (size, size), Image.Resampling.LANCZOS))
 
 
 def edm_scale(image: Image.Image, size: int) -> np.ndarray:
-    """The whole `image`, whatever its aspect, by one Lanczos resize to uint8 [size, size, channels] (NVlabs/edm)."""
+    """The whole `image`, whatever its aspect, resized to uint8 [size, size, channels] by Lanczos in one step (EDM)."""
     return _pixels(_resize(image, (size, size), Image.Resampling.LANCZOS))
 
 
@@ -115,7 +115,7 @@ def lsun_box(image: Image.Image, size: int) -> np.ndarray:
 
 
 def torchvision_bilinear(image: Image.Image, size: int) -> np.ndarray:
-    """The centre of `image` as torchvision's Resize(size) and CenterCrop(size) give it: uint8 [size, size, channels]."""
+    """The centre of `image` by torchvision's Resize(size) and CenterCrop(size): uint8 [size, size, channels]."""
     return _torchvision(image, size, Image.Resampling.BILINEAR)
 
 

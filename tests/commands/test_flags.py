@@ -38,11 +38,13 @@ def test_every_flag_is_read(command):
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "values"
     }
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr"]
+    read |= {call.args[1].value for call in calls if isinstance(call.args[1], ast.Constant)}  # --from is a keyword
     assert set(values) <= read
 
 
-# Flags that are words: a recipe with its argument, a family, an embedded set or a file, steps.
-WORDS = {"config", "family", "labels", "reference", "profile", "weights"}
+# Flags that are words: a recipe with its argument, a data set and its part, a family, an embedded set or a file, steps.
+WORDS = {"config", "name", "split", "family", "labels", "reference", "profile", "weights"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -15,6 +15,7 @@ from diffjax.config import describe, earlier, schema
 from diffjax.config.load import base, load, nested, override, stored_values
 from diffjax.config.schema import Config, is_read, leaves, resolve, unread_leaves
 from diffjax.data import sources
+from diffjax.data.source import Source
 from diffjax.diffusion import PROCESSES, samplers
 from diffjax.errors import UserError
 from diffjax.methods import METHODS
@@ -101,7 +102,7 @@ def spied_model(model: schema.Model, seen: set[str]) -> schema.Model:
     return Noting(model.name, Spy(model.options, "model.", seen))
 
 
-def fake_source(name: str, **given: Any) -> sources.Source:
+def fake_source(name: str, **given: Any) -> Source:
     """In the place of data that are not here; a source takes exactly the options that it has."""
     known = sources.SOURCES[name].__kwdefaults__ or {}
     assert not set(given) - set(known) - {"size", "channels", "num_classes", "condition", "condition_size", "flip"}
