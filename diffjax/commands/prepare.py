@@ -42,8 +42,8 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
     dataset = find(values.name)
     asked = request(values, dataset)
-    originals = dataset.read(getattr(values, "from"), asked.split)
-    manifest = prepare(asked, dataset, originals, values.out, values.threads)
+    with dataset.read(getattr(values, "from"), asked.split) as originals:
+        manifest = prepare(asked, dataset, originals, values.out, values.threads)
     print(f"wrote {manifest['count']:,} images of {asked.size} x {asked.size} x 3 to {values.out}")
     if converted := ", ".join(f"{count:,} {name}" for name, count in manifest["converted"].items()):
         print(f"converted to rgb: {converted}")

@@ -37,6 +37,9 @@ class Container(Protocol):
     def __contains__(self, name: str) -> bool:
         """Whether there is a file of this name, an image or not."""
 
+    def close(self) -> None:
+        """Close what is open."""
+
 
 def open_container(path: Path) -> Container:
     """A folder, a .zip or a .tar. UserError for anything else."""
@@ -68,6 +71,9 @@ class Folder:
     def __contains__(self, name: str) -> bool:
         return (self.root / name).is_file()
 
+    def close(self) -> None:
+        pass
+
 
 class Zip:
     """A zip, of any compression that Python reads."""
@@ -87,6 +93,9 @@ class Zip:
 
     def __contains__(self, name: str) -> bool:
         return name in self._all
+
+    def close(self) -> None:
+        self._zip.close()
 
 
 class Tar:
@@ -111,6 +120,9 @@ class Tar:
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _members(file: IO[bytes], start: int = 0, folder: str = "") -> Iterator[tuple[str, int, int]]:

@@ -39,7 +39,7 @@ def read(path: Path, split: str) -> Originals:
     names = list(container.sizes)
     if not names:
         raise UserError(f"{path} holds no images of ImageNet's {split}; valid: {LAYOUT}")
-    if not any("/" in name for name in names):
+    if split == "validation" and not any("/" in name for name in names):
         labels = _labels_of_validation(names, path, ranks)
     else:
         labels = np.array([_rank(name, ranks, path) for name in names], np.int32)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class Originals:
         index_sha256: of names, sizes and labels of all images.
         classes: the names of the classes by label.
         note: what is to be said of them, in words; "" for nothing.
+        close: closes the files that `load` reads; a `with` statement calls it.
     """
 
     names: Sequence[str] = field(repr=False)
@@ -35,9 +36,16 @@ class Originals:
     index_sha256: str
     classes: tuple[str, ...] = field(default=(), repr=False)
     note: str = ""
+    close: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def index_sha256(names: Sequence[str], labels: np.ndarray, sizes: Sequence[int] | None = None) -> str:
@@ -54,9 +62,8 @@ def of_container(
     names: Sequence[str],
     labels: np.ndarray | None = None,
     classes: Sequence[str] = (),
-    **more: Any,
 ) -> Originals:
-    """Images of a container by their names there. more: other fields of `Originals`."""
+    """Images of a container by their names there."""
     labels = np.zeros(len(names), np.int32) if labels is None else labels
     return Originals(
         names,
@@ -65,7 +72,7 @@ def of_container(
         [describe(path) for path in container.archives],
         index_sha256(names, labels, [container.sizes[name] for name in names]),
         tuple(classes),
-        **more,
+        close=container.close,
     )
 
 
