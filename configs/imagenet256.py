@@ -5,7 +5,8 @@
 Any other backbone trains under the same recipe: model=udit-b, model=dis-b-2 (the recipe of its own paper, if it has
 another one, is in a file of its own).
 
-DIR holds autoencoder latents with their mirror images, which `encode` makes (docs/data.md, "Latents"). Features in the
+DIR holds autoencoder latents with their mirror images, which `encode` makes of the images of `prepare imagenet256`
+(docs/data.md, "Latents"). Features in the
 fast-DiT layout become such a folder, without mirror images (then add --config.data.flip=false), by
 
     python -m diffjax.data.latents --features=imagenet256_features --labels=imagenet256_labels --out=DIR

@@ -17,8 +17,10 @@ from typing import Any
 from absl import flags
 
 from diffjax.commands import define_path
+from diffjax.data.image_records import MANIFEST
 from diffjax.data.preparation.datasets import DATASETS, Dataset, find
 from diffjax.data.preparation.write import Request, prepare
+from diffjax.data.shards import check_unfinished
 from diffjax.data.transforms import DECODERS, RULES
 from diffjax.errors import UserError
 
@@ -42,6 +44,8 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
     dataset = find(values.name)
     asked = request(values, dataset)
+    check_unfinished(values.out, MANIFEST)
+    print(f"reading {getattr(values, 'from')}", flush=True)
     with dataset.read(getattr(values, "from"), asked.split) as originals:
         manifest = prepare(asked, dataset, originals, values.out, values.threads)
     print(f"wrote {manifest['count']:,} images of {asked.size} x {asked.size} x 3 to {values.out}")

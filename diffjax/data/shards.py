@@ -51,14 +51,14 @@ def agree(out: Path, file: str, request: Mapping[str, Any], name: str) -> None:
 
     UserError where the folder holds shards of another request, or does not say of which.
     """
-    path = out / file
-    if not path.is_file():
-        if left := sorted(out.glob(file_name(name, 0).replace("00000", "*"))):
-            raise UserError(
-                f"{out} holds {left[0].name} and does not say of what; remove such files, or choose another folder"
-            )
+    path, left = out / file, sorted(out.glob(file_name(name, 0).replace("00000", "*")))
+    if not left:
         write_json(path, request)
         return
+    if not path.is_file():
+        raise UserError(
+            f"{out} holds {left[0].name} and does not say of what; remove such files, or choose another folder"
+        )
     try:
         stored = json.loads(path.read_text())
     except ValueError as error:
@@ -114,10 +114,15 @@ def contents(root: Path, names: Sequence[str], look: Callable[[bytes], None]) ->
     return {"count": count, "shards": list(names), "records_sha256": digest.hexdigest()}
 
 
+def check_unfinished(out: Path, manifest: str) -> None:
+    """UserError where the folder `out` holds a manifest: what it describes is whole."""
+    if (out / manifest).exists():
+        raise UserError(f"{out} already holds {manifest}; remove it or choose another folder")
+
+
 def make_folder(out: Path, manifest: str) -> None:
     """The folder `out`, which must not hold a manifest yet."""
-    if (out / manifest).exists():
-        raise UserError(f"{out} already holds a {manifest}; remove it or choose another folder")
+    check_unfinished(out, manifest)
     out.mkdir(parents=True, exist_ok=True)
 
 

@@ -154,7 +154,7 @@ def test_what_does_not_fit_costs_nothing(vae, encoded, tmp_path, capsys):
         "data.num_classes=9",
     )
     assert "autoencoder.weights is empty; give its weights" in error("autoencoder.weights=")
-    assert "already holds a latents.json" in error(out=encoded)
+    assert "already holds latents.json" in error(out=encoded)
     assert not (tmp_path / "out").exists()
     assert main(["encode", f"--config={TINY}", f"--out={tmp_path / 'out'}"]) == 2
     assert "the config's data are digits; give one whose data.name is latents" in capsys.readouterr().err

@@ -169,5 +169,5 @@ def test_a_codebook_that_does_not_fit(made, tmp_path, capsys):
 
 def test_a_folder_that_holds_tokens_already(made, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
-    assert "already holds a tokens.json; remove it" in mistake(capsys, tokenize_arguments(made))
+    assert "already holds tokens.json; remove it" in mistake(capsys, tokenize_arguments(made))
     assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == before

@@ -56,10 +56,9 @@ def open_container(path: Path) -> Container:
 class Folder:
     """The image files below a folder, at any depth."""
 
-    archives: list[Path] = []  # noqa: RUF012 - there are none
-
     def __init__(self, root: Path):
         self.root = root
+        self.archives: list[Path] = []
         with reading(root):
             self.sizes = {name: (root / name).stat().st_size for name in list_images(root).images}
         check_sizes(root, self.sizes.items())

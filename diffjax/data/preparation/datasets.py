@@ -20,7 +20,7 @@ class File(NamedTuple):
     """An original file as published."""
 
     name: str
-    bytes: int
+    bytes: int  # 0: not stated
     sha256: str = ""
     md5: str = ""
 
@@ -79,6 +79,7 @@ def _imagenet(size: int, rule: str, use: str) -> Dataset:
                 "c7e06a6c0baccf06d8dbeb6577d71efff84673a5dbdd50633ab44f8ea0456ae0",
                 "29b22e2961454d5413ddabcf34fc5622",
             ),
+            File("ILSVRC2012_devkit_t12.tar.gz", 0, md5="fa75699e90414af021442c21a62c3abf"),
         ),
     )
 

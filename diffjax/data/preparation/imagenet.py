@@ -14,7 +14,7 @@ import numpy as np
 from diffjax.data.image_records import table_sha256
 from diffjax.data.preparation import parquet
 from diffjax.data.preparation.containers import Container, open_container, reading
-from diffjax.data.preparation.originals import Originals, find, of_container
+from diffjax.data.preparation.originals import Originals, describe, find, of_container
 from diffjax.errors import UserError
 
 SYNSETS_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
@@ -39,12 +39,17 @@ def read(path: Path, split: str) -> Originals:
     names = list(container.sizes)
     if not names:
         raise UserError(f"{path} holds no images of ImageNet's {split}; valid: {LAYOUT}")
+    devkit: Path | None = None
     if split == "validation" and not any("/" in name for name in names):
-        labels = _labels_of_validation(names, path, ranks)
+        devkit = find(path, DEVKIT, "the devkit, which has the labels of validation images")
+        labels = _labels_of_validation(names, path, devkit, ranks)
     else:
         labels = np.array([_rank(name, ranks, path) for name in names], np.int32)
     order = sorted(range(len(names)), key=lambda i: (labels[i], names[i].rpartition("/")[2]))
-    return of_container(container, [names[i] for i in order], labels[order], classes)
+    originals = of_container(container, [names[i] for i in order], labels[order], classes)
+    if devkit and devkit.is_file():
+        originals.files.append(describe(devkit))
+    return originals
 
 
 def synsets() -> tuple[str, ...]:
@@ -77,9 +82,9 @@ def _rank(name: str, ranks: dict[str, int], path: Path) -> int:
     return ranks[synset]
 
 
-def _labels_of_validation(names: list[str], path: Path, ranks: dict[str, int]) -> np.ndarray:
+def _labels_of_validation(names: list[str], path: Path, devkit: Path, ranks: dict[str, int]) -> np.ndarray:
     """Labels int32 [n] of ILSVRC2012_val_*.JPEG by the devkit, which numbers the classes in an order of its own."""
-    truth, synset_of = _devkit(find(path, DEVKIT, "the devkit, which has the labels of validation images"))
+    truth, synset_of = _devkit(devkit)
     labels = []
     for name in names:
         match = VALIDATION.fullmatch(name)

@@ -77,11 +77,11 @@ def of_container(
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Name, size and hashes of an archive; without hashes where it is too large to be read for them."""
+    """Name, size and hashes of an archive; None for hashes where it is too large to be read for them."""
     size = path.stat().st_size
     found: dict[str, Any] = {"name": path.name, "bytes": size}
     if size > HASHED:
-        return found
+        return found | {"sha256": None, "md5": None}
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while piece := file.read(2**20):

@@ -14,7 +14,7 @@ from diffjax.data.preparation.originals import Originals, describe, index_sha256
 from diffjax.errors import UserError
 
 SYNSET = re.compile(r"n\d{8}")
-GROUPS_KEPT = 2  # row groups in memory, which threads read in order
+GROUPS_KEPT = 4  # row groups in memory, which threads read in order
 
 
 def find_shards(path: Path, split: str) -> list[Path]:

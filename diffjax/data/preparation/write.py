@@ -26,7 +26,7 @@ from diffjax.errors import UserError
 from diffjax.files import only_writer
 
 REQUEST = "prepare.json"  # what is being made, while it is
-AHEAD = 16  # images per thread that are read before they are written
+AHEAD = 4  # images per thread that are read before they are written
 LARGEST = 178_956_970  # pixels that a rule may make of an image before it crops: Pillow's limit of what it opens
 
 
@@ -86,7 +86,7 @@ def check(asked: Request, dataset: Dataset, originals: Originals) -> None:
                 "nevertheless"
             )
     classes = f" of {present:,} of {len(originals.classes):,} classes" if originals.classes else ""
-    log.info(f"{named}{classes}{'' if expected else '; no publisher states how many there are'}")
+    log.info(f"{named}{classes}{'; their number is not checked' if dataset.counts and not expected else ''}")
     if originals.note:
         log.info(originals.note)
     for name in changed(dataset, originals):

@@ -4,13 +4,15 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import PIL
 import pytest
 
 from diffjax.data import image_records, shards
-from diffjax.data.preparation import write
+from diffjax.data.preparation import datasets, originals, write
 from diffjax.errors import UserError
-from tests.data.preparation.originals import encoded, picture, prepare, refusal, stored, write_tree
+from tests.data.preparation.originals import encoded, picture, prepare, publish, refusal, stored, write_tree
+from tests.data.preparation.test_containers import zip_of
 
 FLAGS = ("--size=8", "--rule=adm", "--decode=stored")
 COUNT, SHARD = 10, 4
@@ -36,10 +38,10 @@ def test_an_interrupted_preparation_goes_on(origin, tmp_path, monkeypatch):
     assert sorted(contents(whole)) == [f"images-0000{i}.array_record" for i in range(3)] + ["images.json"]
     made, written = write.record, shards.write_shard
 
-    def cut_in_the_second(asked, dataset, originals, number):
-        if number == SHARD + 2:
+    def cut_in_the_second(*given):
+        if given[-1] == SHARD + 2:
             raise Cut
-        return made(asked, dataset, originals, number)
+        return made(*given)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -94,6 +96,9 @@ def test_another_request_is_not_mixed_in(origin, tmp_path, capsys, monkeypatch):
     changed.write_bytes(before + b"more")
     assert "(source differ)" in refusal(capsys, "images", origin, out, *FLAGS)
     changed.write_bytes(before)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / write.REQUEST).write_text("{}")  # of another request, of which no shard is there
+    prepare("images", origin, tmp_path / "none", *FLAGS)
     moved = shutil.move(origin, tmp_path / "moved")  # which is no other request
     prepare("images", moved, out, *FLAGS)
 
@@ -123,7 +128,7 @@ def test_damaged_shards_are_named(origin, tmp_path, capsys, monkeypatch):
 def test_a_finished_folder_is_left_alone(origin, tmp_path, capsys):
     out = prepare("images", origin, tmp_path / "out", *FLAGS)
     before = contents(out)
-    with pytest.raises(UserError, match="already holds a images.json; remove it or choose another folder"):
+    with pytest.raises(UserError, match="already holds images.json; remove it or choose another folder"):
         shards.make_folder(out, image_records.MANIFEST)
     assert contents(out) == before
 
@@ -159,3 +164,42 @@ def test_the_manifest_says_what_was_done(origin, tmp_path):
     assert {**manifest, **described} == manifest
     assert manifest["pillow"] == PIL.__version__
     assert json.loads((tmp_path / "out" / "images.json").read_text()) == manifest
+
+
+def test_large_archives_are_known_by_their_images(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"some")
+    assert originals.describe(path) == {
+        "name": "a.tar",
+        "bytes": 4,
+        "sha256": "a6b46dd0d1ae5e86cbc8f37e75ceeb6760230c1ca4ffbcb0c97b96dd7d9c464b",
+        "md5": "03d59e663c1af9ac33a9949d1193505a",
+    }
+    monkeypatch.setattr(originals, "HASHED", 3)
+    assert originals.describe(path) == {"name": "a.tar", "bytes": 4, "sha256": None, "md5": None}
+    digests = {
+        originals.index_sha256(names, np.array(labels), sizes)
+        for names, labels, sizes in (
+            (["a", "b"], [0, 1], [5, 6]),
+            (["a", "c"], [0, 1], [5, 6]),
+            (["a", "b"], [0, 2], [5, 6]),
+            (["a", "b"], [0, 1], [5, 7]),
+            (["b", "a"], [1, 0], [6, 5]),
+        )
+    }
+    assert len(digests) == 5
+
+
+@pytest.mark.parametrize("change", ["none", "bytes", "sha256"])
+def test_files_that_are_not_the_published_ones_are_named(origin, tmp_path, monkeypatch, capsys, change):
+    archive = tmp_path / "in.zip"
+    archive.write_bytes(zip_of({path.name: path.read_bytes() for path in origin.rglob("*.png")}))
+    found = originals.describe(archive)
+    file = datasets.File("in.zip", found["bytes"] + (change == "bytes"), found["sha256"], found["md5"])
+    if change == "sha256":
+        file = file._replace(sha256="0" * 64)
+    publish(monkeypatch, "images", files=(file,))
+    manifest = stored(prepare("images", archive, tmp_path / "out", *FLAGS))[2]
+    assert manifest["source"]["not_as_published"] == ([] if change == "none" else ["in.zip"])
+    line = "in.zip is not the published file, by its size or hash"
+    assert (line in capsys.readouterr().out) == (change != "none")
