@@ -5,6 +5,7 @@ a limit on what is read of it, and an entry that claims more than an image can h
 """
 
 import contextlib
+import lzma
 import os
 import tarfile
 import zipfile
@@ -19,7 +20,8 @@ from diffjax.errors import UserError
 
 LARGEST = 2**28  # bytes of the file of an image
 BLOCK = 512  # of a tar
-DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+OF_ARCHIVES = (zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
+DAMAGE = (OSError, EOFError, ValueError, RuntimeError, *OF_ARCHIVES)
 
 
 class Container(Protocol):
@@ -87,6 +89,8 @@ class Zip:
         self.sizes = in_order(found)
 
     def read(self, name: str) -> bytes:
+        if self._all[name] > LARGEST:
+            raise UserError(f"{self.archives[0]}: {name} claims {self._all[name]:,} bytes; valid: at most {LARGEST:,}")
         with reading(self.archives[0], name):
             return self._zip.read(name)
 
@@ -132,6 +136,8 @@ def _members(file: IO[bytes], start: int = 0, folder: str = "") -> Iterator[tupl
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while member := tar.next():
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep a million of them
+            if member.size < 0 or member.issparse():
+                raise tarfile.ReadError(f"{member.name} is sparse, or of a negative size")
             if not member.isreg():
                 continue
             if member.name.endswith(".tar") and not folder and (inner := tar.extractfile(member)):

@@ -190,7 +190,7 @@ DATASETS: dict[str, Dataset] = {
     ),
     "lsun-bedroom256": _lsun(
         "bedroom",
-        3_033_042,
+        3_033_042,  # as commonly given; no publisher's list states it
         File(
             "bedroom_train_lmdb.zip",
             45_922_737_680,

@@ -1,6 +1,7 @@
 """Folders, zips and tars: the same images; what an archive claims cannot hurt."""
 
 import io
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -110,3 +111,28 @@ def test_a_file_that_vanishes(tmp_path):
     Path(tmp_path / "a.png").unlink()
     with pytest.raises(UserError, match="a.png cannot be read: .*No such file"):
         folder.read("a.png")
+
+
+def test_other_files_are_limited_too(tmp_path, monkeypatch):
+    path = write_tree(tmp_path, {"a.zip": zip_of({"dataset.json": bytes(5000)}, zipfile.ZIP_DEFLATED)}) / "a.zip"
+    found = open_container(path)
+    monkeypatch.setattr(containers, "LARGEST", 1000)
+    with pytest.raises(UserError, match="dataset.json claims 5,000 bytes; valid: at most 1,000"):
+        found.read("dataset.json")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "negative"])
+def test_bad_tars(tmp_path, kind):
+    """A negative size leads back to its own header, again and again."""
+    info = tarfile.TarInfo("a.png")
+    info.size = 512
+    if kind == "sparse":
+        info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    if kind == "negative":
+        header[124:136] = (-512).to_bytes(12, "big", signed=True)
+        header[148:156] = b" " * 8
+        header[148:156] = f"{sum(header):06o}\0 ".encode()
+    path = write_tree(tmp_path, {"a.tar": bytes(header) + bytes(4096)}) / "a.tar"
+    with pytest.raises(UserError, match=r"a\.tar cannot be read: "):
+        open_container(path)
