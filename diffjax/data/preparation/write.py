@@ -61,7 +61,8 @@ def prepare(asked: Request, dataset: Dataset, originals: Originals, out: Path, t
     size = image_records.shard_size(asked.size)
     shards.make_folder(out, image_records.MANIFEST)
     with only_writer(out):
-        shards.agree(out, REQUEST, stated | {"shard_size": size}, image_records.NAME)
+        layout = {"version": image_records.VERSION, "shard_size": size}
+        shards.agree(out, REQUEST, stated | layout, image_records.NAME)
         _write(asked, dataset, originals, out, size, threads)
         stated |= {"terms": dataset.terms, "use": dataset.use}
         manifest = image_records.finish(out, len(originals), asked.size, originals.classes, stated)
