@@ -3,7 +3,11 @@
     python -m diffjax train --config=configs/cifar10.py:model=dit-s-2 --workdir=runs/cifar10 --config.data.dir=DIR
 
 DIR is the data folder of tensorflow-datasets, in which `cifar10` has been prepared as array_record (the error for a
-missing folder prints the command). No figure is published for DiT on CIFAR-10; none is claimed here.
+missing folder prints the command); or, with --config.data.name=records, the folder of
+
+    python -m diffjax prepare cifar10 --from=DOWNLOADS --out=DIR
+
+No figure is published for DiT on CIFAR-10; none is claimed here.
 """
 
 from configs import common

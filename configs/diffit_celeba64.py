@@ -4,7 +4,12 @@
 
 DIR is the data folder of tensorflow-datasets, in which `celeb_a` has been prepared as array_record (the error for a
 missing folder prints the command). Its 218 x 178 pictures are cropped and resized as in ADM,
-not as in DDIM and U-ViT, whose statistics of this set do not fit. The paper has no figure
+not as in DDIM and U-ViT, whose statistics of this set do not fit. They fit what, read with --config.data.name=records,
+is made by
+
+    python -m diffjax prepare celeba64 --from=DOWNLOADS --out=DIR
+
+The paper has no figure
 for this data set; none is claimed here.
 
 The argument `batch` changes the batch size and keeps the images that are seen; --config.batch_size keeps the steps.

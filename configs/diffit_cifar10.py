@@ -3,7 +3,9 @@
     python -m diffjax train --config=configs/diffit_cifar10.py --workdir=runs/diffit-cifar10 --config.data.dir=DIR
 
 DIR is the data folder of tensorflow-datasets, in which `cifar10` has been prepared as array_record (the error for a
-missing folder prints the command).
+missing folder prints the command); or, with --config.data.name=records, the folder of
+
+    python -m diffjax prepare cifar10 --from=DOWNLOADS --out=DIR
 
 The paper contradicts itself on the blocks of a stage (4 or 2: model=diffit-cifar10, model=diffit-cifar10_l2) and leaves
 the width of the first one open (128 here, 256 with model=diffit-cifar10_w256). It trains 200,000 iterations of 512

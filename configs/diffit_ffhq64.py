@@ -3,7 +3,9 @@
     python -m diffjax train --config=configs/diffit_ffhq64.py --workdir=runs/diffit-ffhq64 --config.data.dir=DIR
 
 DIR holds the 70,000 images, each resized to 64 x 64 by one Lanczos step from 1024 x 1024 as EDM's tool does it;
-sub-folders do not matter.
+sub-folders do not matter. Of the originals, with --config.data.name=records, the folder of
+
+    python -m diffjax prepare ffhq64 --from=images1024x1024 --out=DIR
 
 The paper contradicts itself on the blocks of the stages (4 each, or 1, 2, 2, 2: model=diffit-ffhq64_l2). It trains
 200,000 iterations of 256 images; EDM, whose setup it follows, 200,000 thousand images, which this recipe does:

@@ -8,9 +8,10 @@
     images -> DINOv2 -> k-means -> tokens -> [this model] -> tokens -> [digit_stage2.py] -> VQGAN tokens -> pixels
 
 `tokenize` fits the codebook, or takes the published one (--codebook=km_8k.npy); the images are those of
-tensorflow-datasets, prepared as array_record. Arguments: `model=digit-l` (16,384 clusters of the L encoder), `classes`
-(a model of classes), `vocabulary=2048` (other codebooks), `model=digit-b-vq` (no features: VQGAN's own tokens, the
-paper's baseline; its weights, converted with --family=vqgan, are in params/vqgan).
+tensorflow-datasets, prepared as array_record, or those of `prepare imagenet256 --out=DIR` with
+--config.images.name=records --config.images.dir=DIR. Arguments: `model=digit-l` (16,384 clusters of the L encoder),
+`classes` (a model of classes), `vocabulary=2048` (other codebooks), `model=digit-b-vq` (no features: VQGAN's own
+tokens, the paper's baseline; its weights, converted with --family=vqgan, are in params/vqgan).
 
 The scripts tokenize a random crop anew in every step; here the tokens of the central crop and of its mirror image are
 made once, resized as ADM does. Their k-means saw crops resized to 224, ours sees what the model is trained on. They

@@ -3,8 +3,12 @@
     python -m diffjax train --config=configs/dis_celeba64.py --workdir=runs/dis-celeba64 --config.data.dir=DIR
 
 DIR is the data folder of tensorflow-datasets, in which `celeb_a` has been prepared as array_record (the error for a
-missing folder prints the command). Its 218 x 178 pictures are cropped and resized as in ADM. The figures of the
-paper's table could not be read: none is claimed here.
+missing folder prints the command). Its 218 x 178 pictures are cropped and resized as in ADM. The crop of DDIM and
+U-ViT, read with --config.data.name=records, is made by
+
+    python -m diffjax prepare celeba64 --from=DOWNLOADS --out=DIR
+
+The figures of the paper's table could not be read: none is claimed here.
 """
 
 from configs import common

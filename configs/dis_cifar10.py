@@ -4,8 +4,12 @@
     python -m diffjax train --config=configs/dis_cifar10.py:labels --workdir=runs/dis-cifar10-l --config.data.dir=DIR
 
 DIR is the data folder of tensorflow-datasets, in which `cifar10` has been prepared as array_record (the error for a
-missing folder prints the command). The figures of the paper's table could not be read: none is claimed here. A third
-party reported FID-10K 16.4 for the unconditional S/2 after 200K steps of that script and 250 sampling steps.
+missing folder prints the command); or, with --config.data.name=records, the folder of
+
+    python -m diffjax prepare cifar10 --from=DOWNLOADS --out=DIR
+
+The figures of the paper's table could not be read: none is claimed here. A third party reported FID-10K 16.4 for the
+unconditional S/2 after 200K steps of that script and 250 sampling steps.
 """
 
 from configs import common

@@ -5,10 +5,11 @@
 Any other backbone trains under the same recipe: model=udit-b, model=dis-b-2 (the recipe of its own paper, if it has
 another one, is in a file of its own).
 
-DIR holds autoencoder latents with their mirror images, which `encode` makes (docs/data.md, "Latents"). Features in the
-fast-DiT layout become such a folder, without mirror images (then add --config.data.flip=false), by
+DIR holds autoencoder latents with their mirror images, which `encode` makes of the images of `prepare imagenet256`
+(docs/data.md, "Latents"). Features that others published become such a folder, too; those of fast-DiT without mirror
+images (then add --config.data.flip=false):
 
-    python -m diffjax.data.latents --features=imagenet256_features --labels=imagenet256_labels --out=DIR
+    python -m diffjax prepare features-fast-dit --from=FOLDER --out=DIR
 
 Hardware: the paper trained XL/2 at about 5.7 steps/s on a TPU v3-256 pod, so 400K steps take about 20 hours there.
 Expected FID-50K (ADM reference, EMA 0.9999, 250 DDPM steps, no guidance, ft-MSE decoder) after 400K steps:

@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": "score a samples file, or compare two result files",
     "sweep": "score a grid of samplers, steps and guidance on runs: a table and a plot",
     "ema": "an average of any length from the snapshots of a run",
+    "prepare": "original files of a public data set -> records of its images, by its published preparation",
     "encode": "images -> latents of an autoencoder, for latent models",
     "tokenize": "images -> tokens of their features, for token models",
     "probe": "linear probe of each block of a token model",

@@ -292,7 +292,7 @@ class Subject(Protocol):
 
     @property
     def source(self) -> Any:
-        """The training data, a `data.sources.Source`."""
+        """The training data, a `data.source.Source`."""
 
     @property
     def source_options(self) -> Options:

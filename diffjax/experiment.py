@@ -25,6 +25,7 @@ from diffjax.config.schema import is_read, leaves, section_values
 from diffjax.contracts import Apply, Batch, DataSpec, Method, Metrics, Sampler, Tree, bind
 from diffjax.data import pipeline, sources
 from diffjax.data.latents import scaling
+from diffjax.data.source import Source
 from diffjax.errors import UserError
 from diffjax.evaluation.evaluators import EVALUATORS
 from diffjax.methods import METHODS, encoders
@@ -159,7 +160,7 @@ class Experiment:
         return jax.jit(lambda: rng.stream(self.seed, "train"), out_shardings=replicated(self.mesh))()
 
     @functools.cached_property
-    def source(self) -> sources.Source:
+    def source(self) -> Source:
         """The training data."""
         if METHODS[self.config.method].images:
             folder = Path(str(self.config.data.options["dir"]))
@@ -171,11 +172,11 @@ class Experiment:
         """The options of the data source."""
         return self.config.data.options
 
-    def other_source(self, **options: Any) -> sources.Source:
+    def other_source(self, **options: Any) -> Source:
         """The training data with other options of the source, such as another split."""
         return load_source(self.config.data, **options)
 
-    def images_of_tokens(self, **options: Any) -> sources.Source:
+    def images_of_tokens(self, **options: Any) -> Source:
         """The images that the tokens were made of, with other options of their source."""
         return load_source(self.config.images, **options)
 
@@ -244,7 +245,7 @@ class Experiment:
             start=start,
         )
 
-    def batches(self, source: sources.Source, num: int) -> Iterator[tuple[Batch, int]]:
+    def batches(self, source: Source, num: int) -> Iterator[tuple[Batch, int]]:
         """The first `num` examples of a source: global batches, and how many examples count of each.
 
         Those with `index` below that count; the others fill up the batch. Of several processes' rows the order differs.
@@ -447,7 +448,7 @@ def data_spec(config: Config) -> DataSpec:
     return DataSpec(*given, autoencoder=config.autoencoder.weights)
 
 
-def load_source(data: Any, **options: Any) -> sources.Source:
+def load_source(data: Any, **options: Any) -> Source:
     """The data set of a section `data` or `images`, with other values of the source's options."""
     shared = ("size", "channels", "num_classes", "condition", "condition_size", "flip")
     given = {name: getattr(data, name) for name in shared if hasattr(data, name)} | dict(data.options)

@@ -73,7 +73,7 @@ def encode(asked: Encoding, out: Path, batch_size: int = 32, keep_images: bool =
     }
     shards.make_folder(out, latents.MANIFEST)
     with only_writer(out):
-        latents.agree(out, request)
+        shards.agree(out, latents.REQUEST, request, latents.NAME, latents.LATER)
         write(asked, module, params, out, batch_size, mesh, keep_images)
         finish(asked, request, out)
 
@@ -109,20 +109,20 @@ def check(asked: Encoding, module: Any) -> None:
 def write(asked: Encoding, module: Any, params: Any, out: Path, batch_size: int, mesh: Mesh, keep_images: bool) -> None:
     """The shards that are missing."""
     count = len(asked.images.examples)
-    jobs = latents.missing_shards(out, count)
+    jobs = shards.missing(out, latents.NAME, count, latents.SHARD_SIZE)
     params = jax.device_put(params, replicated(mesh))
     moments = jax.jit(lambda params, images: moments_of(module, params, images, asked))
     with (
         ThreadPoolExecutor(asked.threads) as readers,
         ThreadPoolExecutor(1) as ahead,
-        tqdm(total=count, initial=count - sum(map(len, jobs.values())), unit="image", disable=None) as bar,
+        tqdm(total=count, initial=count - sum(len(numbers) for _, numbers in jobs), unit="image", disable=None) as bar,
     ):
 
         def read(numbers: range) -> tuple[np.ndarray, list[int]]:
             examples = list(readers.map(asked.images.examples.__getitem__, numbers))
             return np.stack([each["image"] for each in examples]), [int(each["label"]) for each in examples]
 
-        for path, numbers in jobs.items():
+        for path, numbers in jobs:
             batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
             encoded = encoded_batches((ahead.submit(read, each) for each in batches), params, moments, batch_size, mesh)
             shards.write_shard(path, of_batches(encoded, keep_images, bar))

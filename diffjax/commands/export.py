@@ -2,8 +2,10 @@
 
 python -m diffjax export --workdir=runs/a --family=dit --out=dit.safetensors
 python -m diffjax export --params=params/dit-xl --family=dit --out=dit.safetensors
+python -m diffjax export --workdir=runs/vae --family=vae --out=params/vae
 
-Of a run it takes the averaged parameters; --weights=params the last ones. `convert` reads the file back.
+Of a run it takes the averaged parameters; --weights=params the last ones. An autoencoder also goes into a folder of
+diffusers, whose config.json has its sizes and scale. `convert` reads both back.
 """
 
 import jax
@@ -13,10 +15,19 @@ from safetensors.numpy import save_file
 from diffjax import models
 from diffjax.commands import define_overwrite, define_path, make_folder
 from diffjax.errors import UserError
-from diffjax.files import atomic, file_sha256
+from diffjax.files import atomic, file_sha256, write_json
 from diffjax.parallel import hosts
 from diffjax.runs import open_run
-from diffjax.weights import FAMILIES, MODELS, has_fixed, store, to_reference
+from diffjax.weights import (
+    FAMILIES,
+    MODELS,
+    autoencoders,
+    checkpoints,
+    has_fixed,
+    reference_config,
+    store,
+    to_reference,
+)
 
 REQUIRED = ("family", "out")
 
@@ -29,7 +40,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("family", None, f"whose layout: {', '.join(FAMILIES)}", flag_values=values)
     side = "side of the inputs, where --params does not say it, for families with a table of positions (dit, sit)"
     flags.DEFINE_integer("size", None, side, lower_bound=1, flag_values=values)
-    define_path("out", None, "file, .safetensors", values)
+    define_path("out", None, "file, .safetensors; of vae and tiny_vae also a folder", values)
     define_overwrite(values)
 
 
@@ -40,10 +51,13 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError("export: give either --workdir or --params")
     if values.params and (values["step"].present or values["weights"].present):
         raise UserError("export: --step and --weights choose within a run folder; they have no effect on --params")
-    if out.suffix != ".safetensors" or out.is_dir():
+    check_family(values.family)
+    in_folder = MODELS[values.family] in autoencoders.KINDS and out.suffix != ".safetensors"
+    file = out / checkpoints.FOLDER[0] if in_folder else out
+    if file.suffix != ".safetensors" or file.is_dir():
         raise UserError(f"--out={out}: give a file that ends in .safetensors")
-    if out.exists() and not values.overwrite:
-        raise UserError(f"{out} is there already; choose another --out, or --overwrite replaces it")
+    if file.exists() and not values.overwrite:
+        raise UserError(f"{file} is there already; choose another --out, or --overwrite replaces it")
     own: int | None
     if values.workdir:
         found = open_run(values.workdir, weights=values.weights, step=values.step)
@@ -52,25 +66,30 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     else:
         module, params, made = store.load(values.params)
         kind, name, own = made["name"], f"{made['name']} of {values.params}", made.get("size")
-    check_family(values.family, kind, name)
+    check_model(values.family, kind, name)
     size = values.size or own
     if has_fixed(values.family) and not size:
         raise UserError(
             f"export: files of {values.family} hold a table of positions, and {values.params} does not say for which "
             "inputs; give their side, --size=32 for latents of 256 pixels"
         )
-    make_folder(out)
+    make_folder(file)
     weights = to_reference(values.family, module, params, size)
-    with atomic(out) as file:
-        save_file(weights, file.name, {"format": "pt"})
+    if in_folder:
+        write_json(out / "config.json", reference_config(values.family, module))
+    with atomic(file) as opened:
+        save_file(weights, opened.name, {"format": "pt"})
     count = sum(array.size for array in weights.values())
-    print(f"wrote {len(weights)} arrays with {count:,} numbers of {name} to {out}, sha256 {file_sha256(out)}")
+    print(f"wrote {len(weights)} arrays with {count:,} numbers of {name} to {file}, sha256 {file_sha256(file)}")
 
 
-def check_family(family: str, kind: str, name: str) -> None:
-    """UserError unless the model can be written in the layout of a family."""
+def check_family(family: str) -> None:
     if family not in FAMILIES:
         raise UserError(f"--family={family} is unknown; valid: {', '.join(FAMILIES)}")
+
+
+def check_model(family: str, kind: str, name: str) -> None:
+    """UserError unless the model can be written in the layout of a family."""
     if MODELS[family] != kind:
         valid = (
             ", ".join(each for each, model in MODELS.items() if model == kind) or "none, no public checkpoint has it"

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from diffjax.commands import define_distributed, define_overwrite, define_path, make_folder, refuse_other_result
 from diffjax.data import sources
 from diffjax.data import tokens as records
+from diffjax.data.source import pixels
 from diffjax.errors import UserError
 from diffjax.evaluation import linear_probe, protocol
 from diffjax.experiment import Experiment
@@ -173,8 +174,8 @@ def images(experiment: Experiment, examples: Examples) -> np.ndarray:
     source = experiment.images_of_tokens(split=made_of["split"])
     if json.loads(json.dumps(source.fingerprint)) != made_of:
         raise UserError(f"the tokens in {examples.folder} are of {made_of}, and the run's config knows other images")
-    pixels, _ = sources.arrays(source)
-    return sources.pixels(pixels, np.zeros(len(pixels), bool), np.arange(len(pixels)), seed=0)
+    images, _ = sources.arrays(source)
+    return pixels(images, np.zeros(len(images), bool), np.arange(len(images)), seed=0)
 
 
 def score(

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from diffjax.commands import define_distributed, define_path
 from diffjax.config import Config, load
-from diffjax.data import draws, shards, sources
+from diffjax.data import draws, shards
 from diffjax.data import tokens as records
+from diffjax.data.source import Source, pixels
 from diffjax.errors import UserError
 from diffjax.experiment import tokenization
 from diffjax.files import atomic, only_writer, write_npy
@@ -68,7 +69,7 @@ def tokenize(config: Config, out: Path, given: Path | None = None, batch_size: i
 
 def _write(
     asked: Tokenization,
-    source: sources.Source,
+    source: Source,
     encoder: Encoder,
     decoder: Encoder | None,
     out: Path,
@@ -117,9 +118,7 @@ def _codebooks(asked: Tokenization, encoders: list[Encoder]) -> tuple[records.Co
     )
 
 
-def _fit(
-    asked: Tokenization, source: sources.Source, encode: Partial, batch_size: int, mesh: Mesh, state: Path
-) -> np.ndarray:
+def _fit(asked: Tokenization, source: Source, encode: Partial, batch_size: int, mesh: Mesh, state: Path) -> np.ndarray:
     """The codebook, by k-means on features of the images, float32 [k, d]."""
     k = asked.counts["vocabulary"]
     count = len(source.examples)
@@ -148,7 +147,7 @@ def _fit(
 
 
 def _points(
-    source: sources.Source, chosen: np.ndarray, encode: Partial, k: int, seed: int, batch_size: int, mesh: Mesh
+    source: Source, chosen: np.ndarray, encode: Partial, k: int, seed: int, batch_size: int, mesh: Mesh
 ) -> np.ndarray:
     """The features that k-means takes of those of the chosen images, in its order, float32 [m, d].
 
@@ -175,17 +174,13 @@ def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray
     yield from rest
 
 
-def _features(
-    source: sources.Source, chosen: np.ndarray, encode: Partial, batch_size: int, mesh: Mesh
-) -> Iterator[np.ndarray]:
+def _features(source: Source, chosen: np.ndarray, encode: Partial, batch_size: int, mesh: Mesh) -> Iterator[np.ndarray]:
     jitted = jax.jit(lambda encode, images: encode(images))
     for images, _ in _batches(source, chosen, batch_size):
         yield np.asarray(jitted(encode, _put(images, batch_size, mesh)))[: len(images)]
 
 
-def _batches(
-    source: sources.Source, chosen: np.ndarray, batch_size: int
-) -> Iterator[tuple[np.ndarray, list[dict[str, Any]]]]:
+def _batches(source: Source, chosen: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, list[dict[str, Any]]]]:
     """Images uint8 [at most batch_size, h, w, c], and their examples."""
     for start in range(0, len(chosen), batch_size):
         examples = [source.examples[int(i)] for i in chosen[start : start + batch_size]]
@@ -195,7 +190,7 @@ def _batches(
 def _put(images: np.ndarray, batch_size: int, mesh: Mesh) -> jax.Array:
     """uint8 images as float32 in [-1, 1] on the devices, filled up to a whole batch with copies of the last."""
     whole = np.concatenate([images, np.repeat(images[-1:], batch_size - len(images), axis=0)])
-    values = sources.pixels(whole, np.zeros(batch_size, bool), np.arange(batch_size), seed=0)
+    values = pixels(whole, np.zeros(batch_size, bool), np.arange(batch_size), seed=0)
     return jax.device_put(values, batch_sharding(mesh))
 
 
@@ -205,7 +200,7 @@ def _nearest(encode: Partial, images: jax.Array, centroids: jax.Array) -> jax.Ar
 
 
 def _tokens(
-    source: sources.Source, encoders: list[Encoder], mirrored: bool, batch_size: int, mesh: Mesh
+    source: Source, encoders: list[Encoder], mirrored: bool, batch_size: int, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Tokens int32 [views, codebooks, n] and label of every image."""
     kinds = [(encoder.encode, jnp.asarray(encoder.codebook)) for encoder in encoders]

@@ -57,7 +57,7 @@ class MethodTable(Mapping[str, Any]):
 
 
 OF_SOURCES = {"images": ("latents", "tokens"), "autoencoder": ("latents",)}  # sections that these alone have
-IMAGE_SOURCES = {name: SOURCES[name] for name in ("digits", "emoji32", "folder", "tfds")}
+IMAGE_SOURCES = {name: SOURCES[name] for name in ("digits", "emoji32", "folder", "tfds", "records")}
 
 
 @dataclass(frozen=True)

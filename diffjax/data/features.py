@@ -1,12 +1,8 @@
 """Make a folder of latents of the feature folders that others published, in the layouts of the table below.
 
-    python -m diffjax.data.features LAYOUT --from=PATH --out=DIR
-
-An interrupted conversion goes on with the same command; the manifest is written last.
+An interrupted conversion goes on with the same call; the manifest is written last.
 """
 
-import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +14,6 @@ from diffjax.data import layouts
 from diffjax.data.latents import INPUT_RANGE, Numbers, Origin, Spread, write_latents
 from diffjax.data.layouts import Features
 from diffjax.errors import UserError
-from diffjax.files import local_path
 
 SAMPLED = 1024  # examples, evenly spaced, that are looked at before anything is written
 SD_SCALE = 0.18215  # of the autoencoder of Stable Diffusion
@@ -64,16 +59,13 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def convert(
-    layout: str, source: Path, out: Path, *, num_classes: int = 1000, autoencoder: str = "", weights_sha256: str = ""
-) -> dict[str, Any]:
+def convert(layout: str, source: Path, out: Path, num_classes: int) -> dict[str, Any]:
     """Write the latents of a published feature folder to the folder `out`; returns the manifest.
 
     Args:
         layout: one of LAYOUTS.
         source: the folder or file of the release.
         num_classes: 0: labels are left out.
-        autoencoder, weights_sha256: to record; "": what the layout says, and nothing.
 
     Raises:
         UserError: what differs from the layout, and numbers that seem to be scaled twice or never.
@@ -90,8 +82,8 @@ def convert(
         scale, shift = tuple((np.asarray(scale) / std).tolist()), tuple(mean.tolist())
     origin = Origin(
         source=f"{layout} features {source.name}",
-        autoencoder=autoencoder or known.autoencoder,
-        weights_sha256=weights_sha256,
+        autoencoder=known.autoencoder,
+        weights_sha256="",
         input_range=known.input_range,
         scale=scale,
         shift=shift,
@@ -145,34 +137,3 @@ def leaves(manifest: dict[str, Any]) -> str:
     values = {leaf: manifest[leaf] for leaf in ("scale", "shift", "input_range")}
     texts = {leaf: ",".join(map(str, np.ravel(value).tolist())) for leaf, value in values.items()}
     return " ".join(f"--config.data.{leaf}={text}" for leaf, text in texts.items())
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("layout", choices=LAYOUTS)
-    parser.add_argument("--from", dest="source", required=True, help="the folder or file of the release")
-    parser.add_argument("--out", required=True, help="folder for the latents")
-    parser.add_argument("--num_classes", type=int, default=1000, help="0: labels are left out")
-    parser.add_argument("--autoencoder", default="", help="name to record; the layout's if not given")
-    parser.add_argument("--weights_sha256", default="", help="of the autoencoder's weights, to record")
-    args = parser.parse_args(arguments)
-    try:
-        source, out = local_path(args.source), local_path(args.out)
-        manifest = convert(
-            args.layout,
-            source,
-            out,
-            num_classes=args.num_classes,
-            autoencoder=args.autoencoder,
-            weights_sha256=args.weights_sha256,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{manifest['count']} latents of shape {manifest['shape']} in {len(manifest['shards'])} shards: {out}")
-    print(f"read with: {leaves(manifest)}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

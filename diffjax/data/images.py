@@ -154,7 +154,7 @@ class FolderExamples:
         """
         for file in self.files[:CHECKED]:
             path = self.root / file
-            with _refusing(str(path)), Image.open(path) as image:
+            with refusing(str(path)), Image.open(path) as image:
                 check_mode(image.mode, self.decode)
                 size = image.size
             if not self.crop:
@@ -197,12 +197,12 @@ def _check_size(found: tuple[int, int], name: str, size: int) -> None:
 
 
 def _decode(file: Path | BinaryIO, name: str, channels: int, how: str) -> Image.Image:
-    with _refusing(name):
+    with refusing(name):
         return DECODERS[how](file, channels)
 
 
 @contextlib.contextmanager
-def _refusing(name: str) -> Iterator[None]:
+def refusing(name: str) -> Iterator[None]:
     """Errors of Pillow become UserError, which names the file, and the limit where one was passed."""
     try:
         yield

@@ -4,7 +4,6 @@ Stored are mean and standard deviation of z, the autoencoder's posterior; models
 makes such a folder of images, and features.py of the feature folders that others published.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,10 +15,11 @@ from tqdm import tqdm
 from diffjax.data import draws, records, shards
 from diffjax.data.normal import standard_normal
 from diffjax.errors import UserError
-from diffjax.files import only_writer, write_json
+from diffjax.files import only_writer
 from diffjax.options import Leaf, Options, Valid
 
 MANIFEST = "latents.json"
+NAME = "latents"  # of the shards
 REQUEST = "encode.json"  # what is being made, while it is
 SHARD_SIZE = 8192  # records; 135 MB of 32x32x4 moments
 COMMAND = "python -m diffjax encode --config=RECIPE --out="
@@ -143,41 +143,14 @@ def write_latents(out: Path, examples: Sequence[tuple[np.ndarray, int]], origin:
 
     shards.make_folder(out, MANIFEST)
     with only_writer(out):
-        agree(out, {**asdict(origin), "count": len(examples), "shard_size": SHARD_SIZE})
-        jobs = missing_shards(out, len(examples))
-        left = sum(map(len, jobs.values()))
+        request = {**asdict(origin), "count": len(examples), "shard_size": SHARD_SIZE}
+        shards.agree(out, REQUEST, request, NAME, LATER)
+        jobs = shards.missing(out, NAME, len(examples), SHARD_SIZE)
+        left = sum(len(numbers) for _, numbers in jobs)
         with tqdm(total=len(examples), initial=len(examples) - left, unit="latent", disable=None) as bar:
-            for path, numbers in jobs.items():
+            for path, numbers in jobs:
                 shards.write_shard(path, encoded(numbers))
         return finish(out, len(examples), expected[0], expected[2:], origin)
-
-
-def agree(out: Path, request: Mapping[str, Any]) -> None:
-    """Leave the request in the folder. UserError where it holds shards of another one, or does not say of which."""
-    path = out / REQUEST
-    if not path.is_file():
-        if left := sorted(out.glob("latents-*.array_record")):
-            raise UserError(
-                f"{out} holds {left[0].name} and does not say of what; remove such files, or choose another folder"
-            )
-        write_json(path, request)
-        return
-    stored, asked = LATER | json.loads(path.read_text()), json.loads(json.dumps(request))
-    if differing := [name for name, value in asked.items() if stored.get(name) != value]:
-        raise UserError(
-            f"{out} holds shards of another encoding ({', '.join(differing)} differ); choose another folder"
-        )
-
-
-def shard_names(count: int) -> list[str]:
-    """The shards of so many latents."""
-    return [shards.file_name("latents", shard) for shard in range(-(-count // SHARD_SIZE))]
-
-
-def missing_shards(out: Path, count: int) -> dict[Path, range]:
-    """The shards that `out` lacks, each with the numbers of its latents."""
-    every = {out / name: i * SHARD_SIZE for i, name in enumerate(shard_names(count))}
-    return {path: range(first, min(first + SHARD_SIZE, count)) for path, first in every.items() if not path.is_file()}
 
 
 def finish(
@@ -200,7 +173,7 @@ def finish(
         _check(moments, label, (views, 2, *shape), origin)
         spread.add(moments)
 
-    contents = shards.contents(out, shard_names(count), look)
+    contents = shards.contents(out, shards.file_names(NAME, count, SHARD_SIZE), look)
     if contents["count"] != count:
         raise UserError(
             f"{out} holds {contents['count']} latents of {count} images; remove its shards and make them again"

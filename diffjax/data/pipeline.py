@@ -27,7 +27,7 @@ from absl import flags
 
 from diffjax.contracts import Batch
 from diffjax.data import draws
-from diffjax.data.sources import Source
+from diffjax.data.source import Source
 from diffjax.errors import UserError
 from diffjax.trees import leaves
 

@@ -34,6 +34,44 @@ def file_name(name: str, shard: int) -> str:
     return f"{name}-{shard:05d}.array_record"
 
 
+def file_names(name: str, count: int, size: int) -> list[str]:
+    """The shards of `count` records, `size` in each but the last."""
+    return [file_name(name, shard) for shard in range(-(-count // size))]
+
+
+def missing(out: Path, name: str, count: int, size: int) -> list[tuple[Path, range]]:
+    """The shards of `count` records that are not in the folder `out` yet, each with the numbers of its records."""
+    paths = [out / each for each in file_names(name, count, size)]
+    numbers = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    return [(path, records) for path, records in zip(paths, numbers) if not path.is_file()]
+
+
+def agree(
+    out: Path, file: str, request: Mapping[str, Any], name: str, earlier: Mapping[str, Any] | None = None
+) -> None:
+    """Leave the request, json-able, as `file` in the folder `out`, whose shards `name-*` are made by several calls.
+
+    earlier: entries that earlier versions did not write, and what they meant.
+
+    UserError where the folder holds shards of another request, or does not say of which.
+    """
+    path, left = out / file, sorted(out.glob(file_name(name, 0).replace("00000", "*")))
+    if not left:
+        write_json(path, request)
+        return
+    if not path.is_file():
+        raise UserError(
+            f"{out} holds {left[0].name} and does not say of what; remove such files, or choose another folder"
+        )
+    try:
+        stored = {**(earlier or {}), **json.loads(path.read_text())}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and the shards, or choose another folder") from error
+    wanted = {**(earlier or {}), **json.loads(json.dumps(request))}
+    if found := sorted(field for field in wanted.keys() | stored.keys() if wanted.get(field) != stored.get(field)):
+        raise UserError(f"{out} holds shards of another request ({', '.join(found)} differ); choose another folder")
+
+
 def write_shard(path: Path, records: Iterable[bytes], digest: Any = None) -> int:
     """Write one shard, which has its name when it is whole; returns how many records. digest: takes them all."""
     unfinished, count = path.with_suffix(".unfinished"), 0
@@ -80,10 +118,15 @@ def contents(root: Path, names: Sequence[str], look: Callable[[bytes], None]) ->
     return {"count": count, "shards": list(names), "records_sha256": digest.hexdigest()}
 
 
+def check_unfinished(out: Path, manifest: str) -> None:
+    """UserError where the folder `out` holds a manifest: what it describes is whole."""
+    if (out / manifest).exists():
+        raise UserError(f"{out} already holds {manifest}; remove it or choose another folder")
+
+
 def make_folder(out: Path, manifest: str) -> None:
     """The folder `out`, which must not hold a manifest yet."""
-    if (out / manifest).exists():
-        raise UserError(f"{out} already holds a {manifest}; remove it or choose another folder")
+    check_unfinished(out, manifest)
     out.mkdir(parents=True, exist_ok=True)
 
 

@@ -7,19 +7,20 @@ pipeline's (pipeline.py). The options of a source are the keyword parameters of 
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 
 from diffjax import contracts
 from diffjax.contracts import Condition
-from diffjax.data import draws, embedded, shards
+from diffjax.data import draws, embedded, image_records, shards
 from diffjax.data.arrays import ArrayExamples, check_conditions, read_arrays
+from diffjax.data.image_records import ImageRecords
 from diffjax.data.images import SUFFIXES, FolderExamples, PreparedExamples, class_names, list_images, unread_classes
 from diffjax.data.latents import INPUT_RANGE, InputRange, LatentExamples, Sample, Scale, Scaling, Shift, read_manifest
+from diffjax.data.source import Source, as_stored, mirror, pixels
 from diffjax.data.tokens import TokenExamples, choose_view, kinds, source_and_target, target
 from diffjax.data.tokens import read_manifest as read_token_manifest
 from diffjax.data.transforms import DECODERS
@@ -40,87 +41,6 @@ Decode = Annotated[
 ]
 Vocabulary = Annotated[int, Leaf("size of the vocabulary of the tokens", valid=at_least(0), fixed=True)]
 DecoderVocabulary = Annotated[int, Leaf("size of the decoder's vocabulary", valid=at_least(0), fixed=True)]
-LISTED = 10  # classes, in a line
-
-
-class RandomAccess(Protocol):
-    """Examples by number; picklable, since worker processes receive a copy.
-
-    {"image": array, "label": integer, tokens [n] or vector [k]}, where there are auxiliary arrays also "aux": by name.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-
-def pixels(images: np.ndarray, mirrored: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
-    """Images uint8 [b, h, w, c], left-right mirrored where `mirrored` bool [b], as float32 in [-1, 1].
-
-    Nothing else is random here, so `positions` and `seed` have no effect.
-    """
-    flipped = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-    return flipped.astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def mirror(images: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """Maps [b, h, w, ...] of any dtype, left-right mirrored where `mirrored` bool [b]."""
-    return np.where(mirrored.reshape(-1, *(1,) * (images.ndim - 1)), images[:, :, ::-1], images)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set.
-
-    Attributes:
-        size: side of the square image, latent or grid of tokens.
-        num_classes: 0: unlabelled, every label is 0.
-        fingerprint: json-able identity: another data set, split or file list has another one.
-        draw: (stored [b, ...], mirrored bool [b], stream positions int64 [b], seed) -> what training sees: float32
-            [b, h, w, c], or tokens int32 [b, codebooks, n].
-        given: what the examples are conditioned on, where that is not their label.
-        aux: auxiliary arrays of the examples by name, each with its (stored [b, ...], mirrored bool [b]) -> [b, ...].
-        separate: (drawn, conditions) -> (x, conditions), where a part of what is drawn conditions the rest.
-        classes: the names of the classes by label, where they have any.
-        note: what of the files was left out, in words; "" for nothing.
-        place: where the data lie; "" for embedded ones.
-    """
-
-    name: str
-    examples: RandomAccess = field(repr=False)
-    size: int
-    channels: int
-    num_classes: int
-    fingerprint: dict[str, Any]
-    draw: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray] = pixels
-    given: Condition | None = None
-    aux: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = field(default_factory=dict)
-    separate: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
-    classes: tuple[str, ...] = ()
-    note: str = ""
-    place: str = ""
-
-    def describe(self) -> str:
-        """A description of the data found: "1,500 images of digits, 10 classes: 0, 1, 2, ..., 9"."""
-        classes = f"{self.num_classes:,} classes" if self.num_classes else "no classes"
-        left_out = f"; left out: {self.note}" if self.note else ""
-        return f"{len(self.examples):,} {self.kind} of {self.name}, {classes}{self.names()}{left_out}"
-
-    @property
-    def kind(self) -> str:
-        """What the examples are, in a word."""
-        return "images" if self.draw is pixels else "examples"
-
-    def names(self) -> str:
-        """ ": cat, dog", the names of the classes, of many the first and the last; "" where they have none."""
-        names = list(self.classes)
-        if len(names) > LISTED:
-            names = [*names[: LISTED - 1], "...", names[-1]]
-        return f": {', '.join(names)}" if names else ""
-
-    @property
-    def condition(self) -> Condition | None:
-        return self.given or contracts.labels(self.num_classes)
 
 
 def load(
@@ -305,13 +225,13 @@ def tfds(
     channels = 1 if shape[-1] == 1 else 3
     names = tuple(features["label"].names) if num_classes and "label" in features else ()
     found = size if crop == "adm" or shape[0] is None else shape[0]
-    records = _records(builder, split)
-    examples = PreparedExamples(records, size, channels, crop == "adm", decode, len(names) > 0)
+    encoded = _records(builder, split)
+    examples = PreparedExamples(encoded, size, channels, crop == "adm", decode, len(names) > 0)
     identity = {
         "name": "tfds",
         "dataset": builder.info.full_name,
         "split": split,
-        "length": len(records),
+        "length": len(encoded),
         "size": size,
         "crop": crop,
         "classes": len(names),
@@ -366,6 +286,23 @@ def _records(builder: Any, split: str) -> Any:
         raise UserError(f"data.split={split!r} is not a split of {builder.info.full_name}; valid: {known}") from error
 
 
+def records(*, num_classes: int, dir: Dir = "", split: Split = "train") -> Source:
+    """Images in `dir`, made by `prepare`, of the part `split` of the data set.
+
+    With `num_classes` 0 the labels are not read.
+    """
+    root = Path(dir)
+    manifest = image_records.read_manifest(root)
+    if split != manifest["split"]:
+        raise UserError(f"data.split={split!r}, but the images in {root} are of split {manifest['split']!r}")
+    classes = tuple(manifest["classes"]) if num_classes else ()
+    examples = ImageRecords(shards.open_records(root, manifest), len(classes) > 0)
+    identity = {"name": "records", "classes": len(classes)}
+    identity |= {key: manifest[key] for key in ("dataset", "split", "size", "count", "records_sha256")}
+    size, channels = manifest["size"], manifest["channels"]
+    return Source("records", examples, size, channels, len(classes), identity, classes=classes, place=str(root))
+
+
 def latents(
     *,
     num_classes: int,
@@ -393,9 +330,9 @@ def latents(
         )
     if flip and manifest["views"] == 1:
         raise UserError(f"data.flip=True, but the latents in {root} hold no mirror images; set data.flip=False")
-    records = shards.open_records(root, manifest)
     height, width, channels = manifest["shape"]
     num_classes = manifest["num_classes"] if num_classes else 0
+    records = shards.open_records(root, manifest)
     stored_image = tuple(manifest["image"]) if manifest["image"] else None
     examples = LatentExamples(records, (height, width, channels), num_classes > 0, stored_image, images)
     identity = {"name": "latents", "split": split, "classes": num_classes}
@@ -437,9 +374,10 @@ def tokens(
         raise UserError(f"data.flip=True, but {root} holds no tokens of mirrored images; set data.flip=False")
     grid, views = streams[0]["grid"], manifest["views"]
     num_classes = manifest["num_classes"] if num_classes else 0
-    records = shards.open_records(root, manifest)
     counts = tuple(stream["codes"] for stream in streams[:channels])
-    examples = TokenExamples(records, (views, len(streams), grid**2), counts, num_classes > 0)
+    examples = TokenExamples(
+        shards.open_records(root, manifest), (views, len(streams), grid**2), counts, num_classes > 0
+    )
     identity = {"name": "tokens", "classes": num_classes, "codes": kinds(manifest, channels)}
     identity |= {key: manifest[key] for key in ("images", "count", "records_sha256")}
     separate = source_and_target if channels == 2 else target
@@ -484,16 +422,12 @@ def arrays_of_file(
     return Source("arrays", examples, size, channels, num_classes, identity, given=given, aux=aux, place=str(path))
 
 
-def as_stored(array: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """Auxiliary arrays that have no left and right."""
-    return array
-
-
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits,
     "emoji32": emoji32,
     "folder": folder,
     "tfds": tfds,
+    "records": records,
     "latents": latents,
     "tokens": tokens,
     "arrays": arrays_of_file,

@@ -1,4 +1,4 @@
-"""Decoding of image files, and the ADM centre crop, to the byte as the public ImageNet references were made.
+"""Decoding of image files, and the resize and crop rules of published data sets, to the byte.
 
 There are two ways to decode. `shown` gives the pixels that a viewer shows on a white page. `stored` gives what the
 programs behind the public references saw: transparency is dropped, which uncovers the colours under it, and the
@@ -86,10 +86,93 @@ def adm_center_crop(image: Image.Image, size: int) -> np.ndarray:
     for halved in halvings:
         image = _resize(image, halved, Image.Resampling.BOX)
     image = _resize(image, last, Image.Resampling.BICUBIC)
-    left, top = adm_offset(*last, size)
-    cropped = image.crop((left, top, left + size, top + size))
-    return np.array(cropped).reshape(size, size, -1)
+    return _pixels(_square(image, *adm_offset(*last, size), size))
+
+
+Rule = Callable[[Image.Image, int], np.ndarray]  # an image "RGB" or "L", a size -> uint8 [size, size, channels]
+
+
+def edm_center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The central square of `image`, resized to uint8 [size, size, channels] by Lanczos in one step (EDM)."""
+    side = min(image.size)
+    left, top = adm_offset(*image.size, side)
+    return _pixels(_resize(_square(image, left, top, side), (size, size), Image.Resampling.LANCZOS))
+
+
+def edm_scale(image: Image.Image, size: int) -> np.ndarray:
+    """The whole `image`, whatever its aspect, resized to uint8 [size, size, channels] by Lanczos in one step (EDM)."""
+    return _pixels(_resize(image, (size, size), Image.Resampling.LANCZOS))
+
+
+def lsun_box(image: Image.Image, size: int) -> np.ndarray:
+    """`image` reduced by a box filter to `size` on its short side, its centre uint8 [size, size, channels].
+
+    As guided-diffusion prepares LSUN: no halvings, sizes rounded half to even.
+    """
+    scale = size / min(image.size)
+    image = _resize(image, (round(image.width * scale), round(image.height * scale)), Image.Resampling.BOX)
+    return _pixels(_square(image, *adm_offset(*image.size, size), size))
+
+
+def torchvision_bilinear(image: Image.Image, size: int) -> np.ndarray:
+    """The centre of `image` by torchvision's Resize(size) and CenterCrop(size): uint8 [size, size, channels]."""
+    return _torchvision(image, size, Image.Resampling.BILINEAR)
+
+
+def torchvision_bicubic(image: Image.Image, size: int) -> np.ndarray:
+    """The same with bicubic interpolation."""
+    return _torchvision(image, size, Image.Resampling.BICUBIC)
+
+
+def _torchvision(image: Image.Image, size: int, filter: Image.Resampling) -> np.ndarray:
+    """The long side is truncated to whole pixels, and the offset rounded half to even, unlike those of ADM."""
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return _pixels(_square(_resize(image, (width, height), filter), left, top, size))
+
+
+CELEBA = (178, 218)  # width and height of an aligned image
+CELEBA_CROP = (25, 57, 128)  # left, top, side: 64 pixels to each side of (89, 121)
+
+
+def celeba_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The face of an aligned CelebA image, 128 x 128 pixels, by a bilinear resize to uint8 [size, size, channels].
+
+    As DDIM and U-ViT prepare it. ValueError for an image that is not 178 x 218.
+    """
+    if image.size != CELEBA:
+        raise ValueError(f"{image.width}x{image.height} pixels; an aligned CelebA image has {CELEBA[0]}x{CELEBA[1]}")
+    return _pixels(_resize(_square(image, *CELEBA_CROP), (size, size), Image.Resampling.BILINEAR))
+
+
+def unchanged(image: Image.Image, size: int) -> np.ndarray:
+    """The pixels of an image that has the size. ValueError for one that has not."""
+    if image.size != (size, size):
+        raise ValueError(f"{image.width}x{image.height} pixels; valid without a rule: {size}x{size}")
+    return _pixels(image)
+
+
+# Not interchangeable: their results differ by far more than rounding.
+RULES: dict[str, Rule] = {
+    "adm": adm_center_crop,
+    "edm-crop": edm_center_crop,
+    "edm-scale": edm_scale,
+    "lsun": lsun_box,
+    "bilinear": torchvision_bilinear,
+    "bicubic": torchvision_bicubic,
+    "celeba": celeba_crop,
+    "none": unchanged,
+}
 
 
 def _resize(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) -> Image.Image:
     return image.resize((size[0], image.height), filter).resize(size, filter)
+
+
+def _square(image: Image.Image, left: int, top: int, side: int) -> Image.Image:
+    return image.crop((left, top, left + side, top + side))
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.array(image).reshape(image.height, image.width, -1)

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.tree_util import Partial
 
-from diffjax.data import sources
 from diffjax.data import tokens as records
+from diffjax.data.source import Source
 from diffjax.errors import UserError
 from diffjax.frozen import dinov2, vqgan
 from diffjax.tokens import pixels
@@ -51,7 +51,7 @@ class Tokenization:
         fit_images, iterations, init, seed: of the k-means that fits the codebook; see section `tokens`.
     """
 
-    images: sources.Source
+    images: Source
     made: Preparation
     counts: Mapping[str, int]
     mirrored: bool

@@ -12,8 +12,8 @@ import numpy as np
 from einops import rearrange
 from jax.tree_util import Partial
 
-from diffjax.data import sources
 from diffjax.data.latents import MANIFEST, Scaling, read_manifest
+from diffjax.data.source import Source
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import BATCH_AXES
 from diffjax.weights import autoencoders
@@ -32,7 +32,7 @@ class Encoding:
         threads: that read images.
     """
 
-    images: sources.Source
+    images: Source
     weights: str
     size: int
     channels: int

@@ -81,6 +81,12 @@ def has_fixed(family: str) -> bool:
     return hasattr(_family(family), "fixed")
 
 
+def reference_config(family: str, module: nn.Module) -> dict[str, Any]:
+    """The reference's constructor arguments, where they lie beside the weights in a folder (diffusers); else {}."""
+    found = _family(family)
+    return found.config_of(module) if hasattr(found, "config_of") else {}
+
+
 class Read(NamedTuple):
     """A model out of a public file.
 

@@ -65,6 +65,23 @@ def to_reference(module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.n
     return mapping.to_state_dict(_table(model.encoder_blocks, model.decoder_blocks), sizes, params)
 
 
+def config_of(module: nn.Module) -> dict[str, Any]:
+    """The reference's constructor arguments, as diffusers keeps them in config.json."""
+    model: Any = module
+    widths = [model.width] * len(model.encoder_blocks)
+    return {
+        "_class_name": "AutoencoderTiny",
+        "in_channels": model.channels,
+        "out_channels": model.channels,
+        "encoder_block_out_channels": widths,
+        "decoder_block_out_channels": widths,
+        "num_encoder_blocks": list(model.encoder_blocks),
+        "num_decoder_blocks": list(model.decoder_blocks),
+        "latent_channels": model.latent_channels,
+        **FIXED,
+    }
+
+
 def _blocks(state_dict: Mapping[str, Any], half: str) -> tuple[int, ...]:
     """How many blocks each level of a half has: convolutions alone, but the first and last, stand between levels."""
     found = {match[1] for key in state_dict if (match := re.match(rf"{half}\.layers\.(\d+)\.conv\.", key))}

@@ -89,6 +89,29 @@ def to_reference(module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.n
     )
 
 
+def config_of(module: nn.Module) -> dict[str, Any]:
+    """The reference's constructor arguments, as diffusers keeps them in config.json."""
+    model: Any = module
+    levels = len(model.widths)
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": model.channels,
+        "out_channels": model.channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": list(model.widths),
+        "layers_per_block": model.depth,
+        "act_fn": FIXED["act_fn"],
+        "latent_channels": model.latent_channels,
+        "norm_num_groups": model.groups,
+        "scaling_factor": model.scale,
+        "shift_factor": model.shift or None,
+        "use_quant_conv": model.quant,
+        "use_post_quant_conv": model.quant,
+        "mid_block_add_attention": model.attention,
+    }
+
+
 def renamed(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of the autoencoder by the names of diffusers, of any of the three layouts."""
     weights = {key: value for key, value in state_dict.items() if not key.startswith(LOSS)}

@@ -22,6 +22,7 @@ import numpy as np
 from diffjax.commands import encode
 from diffjax.data import sources
 from diffjax.data.latents import Scaling
+from diffjax.data.source import RandomAccess, Source
 from diffjax.frozen import create
 from diffjax.methods.latents import Encoding
 from diffjax.weights import store
@@ -30,7 +31,7 @@ from diffjax.weights import store
 class Half:
     """The first half of some examples."""
 
-    def __init__(self, examples: sources.RandomAccess):
+    def __init__(self, examples: RandomAccess):
         self._examples = examples
 
     def __len__(self) -> int:
@@ -59,7 +60,7 @@ def main() -> None:
     on_device = jax.block_until_ready(jax.device_put(images))
     jax.block_until_ready(bare(params, on_device))
 
-    def encoded(images: sources.Source) -> float:
+    def encoded(images: Source) -> float:
         start = time.perf_counter()
         encode.encode(dataclasses.replace(asked, images=images), folder / "out", arguments.batch)
         shutil.rmtree(folder / "out")

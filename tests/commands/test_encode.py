@@ -155,7 +155,7 @@ def test_what_does_not_fit_costs_nothing(vae, encoded, tmp_path, capsys):
         "data.num_classes=9",
     )
     assert "autoencoder.weights is empty; give its weights" in error("autoencoder.weights=")
-    assert "already holds a latents.json" in error(out=encoded)
+    assert "already holds latents.json" in error(out=encoded)
     assert not (tmp_path / "out").exists()
     assert main(["encode", f"--config={TINY}", f"--out={tmp_path / 'out'}"]) == 2
     assert "the config's data are digits; give one whose data.name is latents" in capsys.readouterr().err
@@ -167,7 +167,7 @@ def test_shards_of_another_request_are_not_mixed(vae, encoded, tmp_path, capsys)
     request = {"source": "", "weights_sha256": "", "mirrored": True, "scale": 0.5, "shard_size": latents.SHARD_SIZE}
     (tmp_path / "out" / latents.REQUEST).write_text(json.dumps(request))
     assert run(vae, tmp_path / "out") == 2
-    assert "holds shards of another encoding (source, autoencoder, weights_sha256 differ)" in capsys.readouterr().err
+    assert "holds shards of another request (autoencoder, source, weights_sha256 differ)" in capsys.readouterr().err
     (tmp_path / "out" / latents.REQUEST).unlink()
     assert run(vae, tmp_path / "out") == 2
     assert "holds latents-00000.array_record and does not say of what; remove" in capsys.readouterr().err
@@ -189,15 +189,15 @@ CHANGES = {
 
 def test_shards_that_are_not_whole_are_named(vae, encoded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(latents, "SHARD_SIZE", SHARD)
-    agree = latents.agree
+    agree = shards.agree
 
-    def agree_and_bring(out, request):
-        agree(out, request)
+    def agree_and_bring(out, *request):
+        agree(out, *request)
         for path in encoded.glob("*.array_record"):
             shutil.copy(path, out)
         CHANGES[out.name][0](out)
 
-    monkeypatch.setattr(latents, "agree", agree_and_bring)
+    monkeypatch.setattr(shards, "agree", agree_and_bring)
     for name, (_, words) in CHANGES.items():
         assert run(vae, tmp_path / name) == 2
         assert words in (error := capsys.readouterr().err)

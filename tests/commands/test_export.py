@@ -9,7 +9,7 @@ from diffjax.__main__ import main
 from diffjax.commands.inspect import inspect
 from diffjax.frozen import create
 from diffjax.models.layers import sincos_positions
-from diffjax.weights import FAMILIES, MODELS, store
+from diffjax.weights import FAMILIES, MODELS, autoencoders, store
 from tests.frozen.test_vae import SMALL, some_params
 from tests.programs import train_arguments
 
@@ -55,6 +55,18 @@ def test_a_frozen_network_comes_back(tmp_path, family, name):
     assert main(["export", f"--params={tmp_path / 'params'}", f"--family={family}", f"--out={out}"]) == 0
     arguments = ["norm_num_groups=8"] if family == "vae" else []
     assert convert(family, out, tmp_path / "back", *arguments) == made["sha256"]
+
+
+@pytest.mark.parametrize("family, name", [("vae", "VAE"), ("tiny_vae", "TinyVAE")])
+def test_an_autoencoder_comes_back_from_a_folder_without_arguments(tmp_path, family, name):
+    module = create(name, **SMALL[name], **({"scale": 0.25, "shift": 0.5} if name == "VAE" else {}))
+    store.save(tmp_path / "params", module, params := some_params(module), {})
+    export = ["export", f"--params={tmp_path / 'params'}", f"--family={family}", f"--out={tmp_path / 'folder'}"]
+    assert main(export) == 0
+    found, back, sha256 = autoencoders.read(tmp_path / "folder")
+    assert found == module
+    assert sha256 == store.tree_sha256(params) == store.tree_sha256(back)
+    assert main(export) == 2
 
 
 def test_what_cannot_be_written_is_said(run, tmp_path, capsys):

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from diffjax import download
 from diffjax.__main__ import main
 from diffjax.config import load
+from diffjax.data.latents import Scaling
 from diffjax.experiment import data_spec
 from diffjax.files import only_writer
 from diffjax.frozen import create
@@ -132,7 +133,7 @@ def test_the_name_is_an_autoencoder(site, vae, tmp_path):
     leaves = ["--config.autoencoder.weights=vae", "--config.data.scale=0.5", "--config.data.channels=4"]
     config = load(f"{ROOT / 'configs/imagenet256.py'}:model=dit-s-2,runlocal", leaves)
     assert config.values["autoencoder.weights"] == data_spec(config).autoencoder == "vae"
-    decode = load_decoder("vae", "no folder", vae[1].latent_channels, 0.5)
+    decode = load_decoder("vae", "no folder", vae[1].latent_channels, Scaling(0.5))
     assert decode(np.zeros((1, 4, 4, vae[1].latent_channels), np.float32)).shape[-1] == 3
 
 

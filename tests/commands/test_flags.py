@@ -46,8 +46,8 @@ def test_every_flag_is_read(command):
     assert set(values) <= read
 
 
-# Flags that are words: a recipe and its argument, an entry of a file, an embedded set or a file, steps, an address.
-WORDS = {"config", "entry", "family", "from", "labels", "name", "reference", "profile", "weights"}
+# Flags that are words: a recipe and its argument, an entry of a file, a data set and its part, steps, an address.
+WORDS = {"config", "entry", "family", "from", "labels", "name", "reference", "profile", "split", "weights"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

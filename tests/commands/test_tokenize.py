@@ -8,6 +8,7 @@ from diffjax import experiment
 from diffjax.commands import tokenize as tokenize_command
 from diffjax.data import sources
 from diffjax.data import tokens as records
+from diffjax.data.source import Source
 from diffjax.files import LOCK
 from diffjax.parallel.mesh import make_mesh
 from diffjax.tokens import kmeans
@@ -121,8 +122,8 @@ def test_an_interrupted_fit_goes_on_to_the_same_codebook(made, tmp_path, monkeyp
 def test_unlabelled_images(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(256, size=(40, 8, 8, 1), dtype=np.uint8)
 
-    def load(*_) -> sources.Source:
-        return sources.Source("some", sources.ArrayExamples(images, np.zeros(40, int)), 8, 1, 0, {"name": "some"})
+    def load(*_) -> Source:
+        return Source("some", sources.ArrayExamples(images, np.zeros(40, int)), 8, 1, 0, {"name": "some"})
 
     monkeypatch.setattr(experiment, "load_source", load)
     out = tokenize(tmp_path / "tokens", "data.num_classes=0")
@@ -168,5 +169,5 @@ def test_a_codebook_that_does_not_fit(made, tmp_path, capsys):
 
 def test_a_folder_that_holds_tokens_already(made, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
-    assert "already holds a tokens.json; remove it" in mistake(capsys, tokenize_arguments(made))
+    assert "already holds tokens.json; remove it" in mistake(capsys, tokenize_arguments(made))
     assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == before

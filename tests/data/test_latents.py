@@ -195,7 +195,7 @@ def test_a_manifest_without_a_field_is_refused(stored):
 
 
 def test_refusals_when_writing(stored, tmp_path):
-    with pytest.raises(UserError, match="already holds a latents.json"):
+    with pytest.raises(UserError, match="already holds latents.json"):
         write_latents(stored, examples(), ORIGIN)
     with pytest.raises(UserError, match="no latents to write"):
         write_latents(tmp_path / "a", [], ORIGIN)

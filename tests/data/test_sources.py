@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from diffjax.data import embedded, sources
+from diffjax.data.source import pixels
 from diffjax.errors import UserError
 from tests.data import configs
 
@@ -61,11 +62,11 @@ def test_arrays_are_in_stored_order_and_limited():
 
 def test_pixels_are_scaled_to_minus_one_and_one():
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    scaled = sources.pixels(images, np.zeros(1, bool), np.zeros(1, int), 0)
+    scaled = pixels(images, np.zeros(1, bool), np.zeros(1, int), 0)
     assert scaled.dtype == np.float32
     np.testing.assert_array_equal(scaled, images.astype(np.float32) / np.float32(127.5) - 1)
     assert (scaled.min(), scaled.max()) == (-1, 1)
-    np.testing.assert_array_equal(sources.pixels(images, np.ones(1, bool), np.zeros(1, int), 0), scaled[:, :, ::-1])
+    np.testing.assert_array_equal(pixels(images, np.ones(1, bool), np.zeros(1, int), 0), scaled[:, :, ::-1])
 
 
 def test_unknown_source_names_the_valid_ones():

@@ -1,4 +1,4 @@
-"""Decoding and the ADM centre crop against stored outputs of the public code."""
+"""Decoding, and the published resize and crop rules, against stored outputs of the public code."""
 
 import hashlib
 import io
@@ -9,11 +9,20 @@ import pytest
 from PIL import Image
 
 from diffjax.data import transforms
-from diffjax.data.transforms import adm_center_crop, adm_offset, adm_sizes
+from diffjax.data.transforms import RULES, adm_center_crop, adm_offset, adm_sizes
 from tests.golden.cases import Case, cases
 
 pytestmark = pytest.mark.golden
 RESIZE = [each for each in cases("data") if each.values[0] is None or "mode_files" in each.values[0].info]
+METHODS = {  # the name of a rule in the stored cases -> in RULES
+    "adm": "adm",
+    "edm2_dhariwal": "adm",
+    "edm_center_crop": "edm-crop",
+    "edm_scale": "edm-scale",
+    "lsun_box": "lsun",
+    "tv_bilinear": "bilinear",
+    "tv_bicubic": "bicubic",
+}
 CASES = RESIZE or [pytest.param(None, id="data-no-resize-cases")]
 
 
@@ -35,43 +44,58 @@ def sha256(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def adm_outputs(entry: dict) -> list[tuple[int, str]]:
-    """(size, SHA-256) of each stored output of the crop for one input."""
-    return [
-        (int(key.removeprefix("adm_")), out["sha256"]) for key, out in entry["out"].items() if key.startswith("adm_")
-    ]
-
-
 def adm_hashes(entry: dict) -> list[tuple[int, str]]:
-    """The same where the hashes stand beside each other as `adm_<size>_sha256`."""
+    """(size, SHA-256) of each stored output of the ADM crop, where they stand as `adm_<size>_sha256`."""
     found = [(re.fullmatch(r"adm_(\d+)_sha256", key), value) for key, value in entry.items()]
     return [(int(match[1]), value) for match, value in found if match]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_adm_center_crop(case: Case):
+@pytest.mark.parametrize("method", METHODS)
+def test_rules(case: Case, method: str):
+    """SHA-256 of every output; full outputs and corners where they are stored."""
     assert case is not None, "no stored cases"
     for entry in case.info["cases"]:
-        image = recipe(entry)
-        outputs = adm_outputs(entry)
-        assert outputs, f"case {entry['case']} stores no output of the crop"
-        for size, expected in outputs:
-            found = adm_center_crop(Image.fromarray(image), size)
-            stored = case.arrays.get(f"c{entry['case']}/adm_{size}")
+        image = Image.fromarray(recipe(entry))
+        named = ((*name.rpartition("_")[::2], out) for name, out in entry["out"].items())
+        outputs = [(int(size), out) for stem, size, out in named if stem == method]
+        assert outputs, f"case {entry['case']} stores no output of {method}"
+        for size, out in outputs:
+            found = RULES[METHODS[method]](image, size)
+            stored = case.arrays.get(f"c{entry['case']}/{method}_{size}")
             if stored is not None:
                 np.testing.assert_array_equal(found, stored)
-            corners = case.arrays.get(f"c{entry['case']}/adm_{size}_crop")
+            corners = case.arrays.get(f"c{entry['case']}/{method}_{size}_crop")
             if corners is not None:
                 n = corners.shape[1]
                 np.testing.assert_array_equal(np.stack([found[:n, :n], found[-n:, -n:]]), corners)
-            assert sha256(found) == expected, f"case {entry['case']} at {size}"
+            assert found.dtype == np.uint8
+            assert list(found.shape) == out["shape"]
+            assert sha256(found) == out["sha256"], f"case {entry['case']} at {size}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_stored_method_is_compared(case: Case):
+    assert case is not None, "no stored cases"
+    assert {name.rpartition("_")[0] for entry in case.info["cases"] for name in entry["out"]} == set(METHODS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_celeba_rule(case: Case):
+    assert case is not None, "no stored cases"
+    entry = case.info["celeba"]
+    found = RULES["celeba"](Image.fromarray(recipe(entry)), 64)
+    assert sha256(found) == entry["sha256"]
+    np.testing.assert_array_equal(found, case.arrays["celeba/uvit_crop_64"])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_adm_sizes_and_offsets(case: Case):
     assert case is not None, "no stored cases"
     for entry in case.info["cases"]:
-        for size, _ in adm_outputs(entry):
+        stored = [key for key in entry if key.startswith("adm_sizes_")]
+        assert stored
+        for size in (int(key.removeprefix("adm_sizes_")) for key in stored):
             sizes = adm_sizes(entry["width"], entry["height"], size)
             assert [list(each) for each in sizes] == entry[f"adm_sizes_{size}"]
             assert list(adm_offset(*sizes[-1], size)) == entry[f"adm_offset_{size}"]
@@ -104,3 +128,6 @@ def test_colour_modes(case: Case):
             cropped = adm_center_crop(Image.fromarray(stored), size)
             np.testing.assert_array_equal(cropped, case.arrays[f"{prefix}/adm_{size}"])
             assert sha256(cropped) == expected
+        if entry["pil_mode"] == "RGB":  # of other modes EDM's own program makes other pictures, or none
+            found = RULES["edm-crop"](Image.fromarray(stored), 64)
+            assert sha256(found) == entry["edm_v1_center_crop_64_sha256"]
