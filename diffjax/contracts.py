@@ -29,8 +29,26 @@ Apply = Callable[..., Any]  # (params, *inputs, **options) -> what the model ret
 Metrics: TypeAlias = "dict[str, Array]"
 
 
+class Stored(NamedTuple):
+    """Part of the training stream as the data are stored, numpy arrays of this host; `training.batches` prepares it.
+
+    values: uint8 pixels [b, h, w, c], float16 moments [b, 2, h, w, c], or tokens int32 [b, codebooks, n].
+    mirrored: bool [b], which examples are seen mirrored; values of which both views are stored are those of that view.
+    condition: as in `Batch`.
+    index: int32 [b], the example's position in the global batch. number: int32 [b], that of the batch in the stream.
+    aux: more arrays per example, [b, ...], by name, not mirrored.
+    """
+
+    values: Any
+    mirrored: Any
+    condition: Any
+    index: Any
+    number: Any
+    aux: Mapping[str, Any] = {}
+
+
 class Batch(NamedTuple):
-    """Part of the training stream: numpy arrays of this host, or arrays of the global batch.
+    """What training sees of a part of the stream, arrays of the global batch.
 
     x: float32 [b, h, w, c], pixels in [-1, 1] or scaled latents; or tokens, int32 [b, n].
     condition: labels int32 [b], zeros where there are none; tokens int32 [b, n]; or vectors float32 [b, k].
@@ -105,6 +123,16 @@ class Backbone(Protocol):
         block) instead. augment: [b, augment_labels], how each example was augmented. A model that cannot do the last
         two leaves them out.
         """
+
+
+class Device(Protocol):
+    """What the values of a batch are prepared with, where they are prepared; see `data.source.Source.draw`."""
+
+    def normal(self, shape: tuple[int, ...]) -> Any:
+        """Standard normal values, float32 [b, *shape], of each example its own."""
+
+    def divide(self, x: Any, by: float) -> Any:
+        """x / by, rounded once."""
 
 
 class Process(Protocol):

@@ -22,7 +22,7 @@ from diffjax import contracts, models, rng
 from diffjax.config import Config
 from diffjax.config.load import nested, stored
 from diffjax.config.schema import is_read, leaves, section_values
-from diffjax.contracts import Apply, Batch, DataSpec, Method, Metrics, Sampler, Tree, bind
+from diffjax.contracts import Apply, Batch, DataSpec, Method, Metrics, Sampler, Stored, Tree, bind
 from diffjax.data import pipeline, sources
 from diffjax.data.latents import scaling
 from diffjax.data.source import Source
@@ -36,7 +36,7 @@ from diffjax.options import Options
 from diffjax.parallel.mesh import batch_sharding, check_batch, check_processes, make_mesh, replicated
 from diffjax.parallel.rules import LogicalAxes, on_mesh, parameters, shardings
 from diffjax.sampling import generate
-from diffjax.training import ema, optimizer
+from diffjax.training import batches, ema, optimizer
 from diffjax.training.state import TrainState, initial_state, state_shardings, with_shardings
 from diffjax.training.step import train_step
 from diffjax.weights.store import tree_sha256
@@ -219,16 +219,25 @@ class Experiment:
         parallel = self.config.parallel
         return shardings(params, self.mesh, parallel.strategy, axes, parallel.replicate_below)
 
-    def put(self, batch: Batch) -> Batch:
-        """This host's part of a batch -> arrays of the global batch, sharded over the mesh."""
+    @functools.cached_property
+    def _prepare(self) -> Callable:
+        prepare = on_mesh(functools.partial(batches.prepare, seed=self.seed), self.mesh)
+        return jax.jit(prepare, static_argnums=0, out_shardings=batch_sharding(self.mesh))
+
+    def put(self, stored: Stored, source: Source | None = None) -> Batch:
+        """This host's part of a batch -> arrays of the global batch as training sees it, sharded over the mesh.
+
+        source: that it is of; by default the training data.
+        """
         sharding = batch_sharding(self.mesh)
+        preparation = (source or self.source).preparation
 
         def global_array(array: np.ndarray) -> jax.Array:
             shape = (self.batch_size, *array.shape[1:])
             return jax.make_array_from_process_local_data(sharding, array, shape)
 
         with jax.transfer_guard_host_to_device("allow"):  # the one transfer of a step that is meant
-            return jax.tree.map(global_array, batch)
+            return self._prepare(preparation, jax.tree.map(global_array, stored))
 
     def stream(self, start: int = 0) -> pipeline.Batches:
         """This host's part of the stream of training batches, from number `start` on."""
@@ -255,8 +264,8 @@ class Experiment:
             numbers = np.minimum(first + own, num - 1)
             examples = [source.examples[int(i)] for i in numbers]
             unmirrored = np.zeros(len(own), bool)
-            batch = pipeline.collate(source, examples, own, unmirrored, numbers, self.seed)
-            yield self.put(batch), min(self.batch_size, num - first)
+            stored = pipeline.collate(source, examples, own, unmirrored, first // self.batch_size)
+            yield self.put(stored, source), min(self.batch_size, num - first)
 
     @functools.cached_property
     def _terms(self) -> Callable:
@@ -307,9 +316,7 @@ class Experiment:
         numbers = np.arange(first, first + num) % len(self.source.examples)
         found = []
         for block in np.split(numbers, range(SAMPLE_BATCH, num, SAMPLE_BATCH)):  # not all examples at once
-            examples = [self.source.examples[int(i)] for i in block]
-            unmirrored = np.zeros(len(block), bool)
-            found.append(pipeline.collate(self.source, examples, block, unmirrored, block, self.seed).condition)
+            found.append(pipeline.conditions(self.source, block))
         return np.concatenate(found)
 
     def evaluators(self) -> dict[str, contracts.Evaluator]:

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from diffjax.commands import define_distributed, define_overwrite, define_path, make_folder, refuse_other_result
 from diffjax.data import sources
 from diffjax.data import tokens as records
-from diffjax.data.source import pixels
+from diffjax.data.source import scaled
 from diffjax.errors import UserError
 from diffjax.evaluation import linear_probe, protocol
 from diffjax.experiment import Experiment
@@ -175,7 +175,7 @@ def images(experiment: Experiment, examples: Examples) -> np.ndarray:
     if json.loads(json.dumps(source.fingerprint)) != made_of:
         raise UserError(f"the tokens in {examples.folder} are of {made_of}, and the run's config knows other images")
     images, _ = sources.arrays(source)
-    return pixels(images, np.zeros(len(images), bool), np.arange(len(images)), seed=0)
+    return scaled(images)
 
 
 def score(

@@ -23,7 +23,7 @@ from diffjax.commands import define_distributed, define_path
 from diffjax.config import Config, load
 from diffjax.data import draws, shards
 from diffjax.data import tokens as records
-from diffjax.data.source import Source, pixels
+from diffjax.data.source import Source, scaled
 from diffjax.errors import UserError
 from diffjax.experiment import tokenization
 from diffjax.files import atomic, only_writer, write_npy
@@ -190,8 +190,7 @@ def _batches(source: Source, chosen: np.ndarray, batch_size: int) -> Iterator[tu
 def _put(images: np.ndarray, batch_size: int, mesh: Mesh) -> jax.Array:
     """uint8 images as float32 in [-1, 1] on the devices, filled up to a whole batch with copies of the last."""
     whole = np.concatenate([images, np.repeat(images[-1:], batch_size - len(images), axis=0)])
-    values = pixels(whole, np.zeros(batch_size, bool), np.arange(batch_size), seed=0)
-    return jax.device_put(values, batch_sharding(mesh))
+    return jax.device_put(scaled(whole), batch_sharding(mesh))
 
 
 @jax.jit

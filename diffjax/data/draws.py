@@ -2,7 +2,7 @@
 
 Philox is counter-based: key = (seed, crc32(stream)), counter = where in the stream. Any position is reached at once,
 so nothing has to be saved or replayed. Only raw 64-bit words are used: numpy guarantees these to stay the same over its
-versions, which it does not for its distributions. Normal values are made of them in normal.py.
+versions, which it does not for its distributions.
 """
 
 import zlib

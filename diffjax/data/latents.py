@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import numpy as np
 from tqdm import tqdm
 
-from diffjax.data import draws, records, shards
-from diffjax.data.normal import standard_normal
+from diffjax.contracts import Device
+from diffjax.data import records, shards
 from diffjax.errors import UserError
 from diffjax.files import only_writer
 from diffjax.options import Leaf, Options, Valid
@@ -215,7 +215,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LatentExamples:
-    """{"image": moments float32 [views, 2, h, w, c], "label": int} from ArrayRecord shards.
+    """{"image": moments float16 [views, 2, h, w, c], "label": int} from ArrayRecord shards.
 
     stored_image: the shape of the images in the records; None: none. images: whether they are read, as the auxiliary
     array `image`, uint8 [H, W, channels].
@@ -241,15 +241,13 @@ class LatentExamples:
 
 @dataclass(frozen=True)
 class Sample:
-    """A new posterior sample at each visit: (mean + std eps - shift) scale, eps drawn for (seed, stream position)."""
+    """A new posterior sample at each visit: (mean + std eps - shift) scale."""
 
     scale: Numbers  # 1 when the stored latents are scaled already
     shift: Numbers = 0.0
 
-    def __call__(self, stored: np.ndarray, mirrored: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
-        """Moments [b, views, 2, h, w, c], mirrored bool [b], positions int64 [b] -> float32 [b, h, w, c]."""
-        chosen = stored[np.arange(len(stored)), mirrored.astype(int)]
-        shape = chosen.shape[2:]
-        eps = np.stack([standard_normal(draws.philox(seed, "latent", block=int(each)), shape) for each in positions])
-        drawn = chosen[:, 0] + chosen[:, 1] * eps
+    def __call__(self, moments: Any, mirrored: Any, device: Device) -> Any:
+        """Moments float16 [b, 2, h, w, c] of the view that is seen -> float32 [b, h, w, c]."""
+        mean, std = moments[:, 0].astype(np.float32), moments[:, 1].astype(np.float32)
+        drawn = mean + std * device.normal(mean.shape[1:])
         return (drawn - np.asarray(self.shift, np.float32)) * np.asarray(self.scale, np.float32)

@@ -1,8 +1,9 @@
 """The training stream: host-local batches as a pure function of (source, seed, batch size, batch number).
 
 Position p = 0, 1, 2, ... of the endless global stream shows example order_e[p mod n] of epoch e = p // n, where order_e
-is a random permutation of the n examples drawn for (seed, e); its flip and its other random numbers are drawn for
-(seed, p). Batch k is the positions k b .. (k + 1) b - 1, and host i of h takes every h-th of them from the i-th on. So
+is a random permutation of the n examples drawn for (seed, e); its flip is drawn for (seed, p). Batch k is the positions
+k b .. (k + 1) b - 1, and host i of h takes every h-th of them from the i-th on. Batches are read as data are stored;
+what is computed of them is computed on the devices (training/batches.py). So
 the stream depends neither on hosts nor on workers nor threads, and resuming at batch k is asking for batch k.
 
 The order is computed for whole batches rather than by one Grain node per example, which costs tens of microseconds
@@ -25,7 +26,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from diffjax.contracts import Batch
+from diffjax.contracts import Stored
 from diffjax.data import draws
 from diffjax.data.source import Source
 from diffjax.errors import UserError
@@ -38,7 +39,7 @@ CONTENTS = ("length", "count", "classes", "files_sha256", "records_sha256", "sha
 class Batches:
     """An iterator of host-local batches, resumable at any batch number.
 
-    Each is a `contracts.Batch`; (batch number, index) names an example whatever the number of hosts.
+    Each is a `contracts.Stored`; (batch number, index) names an example whatever the number of hosts.
 
     batch_size  examples of all hosts together; divisible by `process_count`
     flip        mirror left-right with probability 1/2
@@ -71,10 +72,10 @@ class Batches:
         self._started, self._next_batch = False, start
         self._open(start)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Stored]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Stored:
         if self._started:
             batch = next(self._iterator)
         else:  # here Grain starts its processes
@@ -132,25 +133,22 @@ def _differing(stored: Mapping[str, Any], own: Mapping[str, Any], source: Source
 
 
 def collate(
-    source: Source,
-    examples: list[dict[str, Any]],
-    index: np.ndarray,
-    mirrored: np.ndarray,
-    positions: np.ndarray,
-    seed: int,
-) -> Batch:
-    """Stored examples as training sees them, numpy; see `Source.draw` for mirrored, positions and seed."""
-
-    x = source.draw(np.stack([example["image"] for example in examples]), mirrored, positions, seed)
+    source: Source, examples: list[dict[str, Any]], index: np.ndarray, mirrored: np.ndarray, number: int
+) -> Stored:
+    """Examples [b] as they are stored, in one batch; index, mirrored [b] and number as in `Stored`."""
+    images = (example["image"] for example in examples)
+    values = np.stack([views[int(one)] for views, one in zip(images, mirrored)] if source.views else list(images))
     dtype = source.condition.dtype if source.condition and not source.separate else np.int32
     condition = np.stack([example["label"] for example in examples]).astype(dtype)
-    if source.separate:
-        x, condition = source.separate(x, condition)
-    aux = {
-        name: prepare(np.stack([example["aux"][name] for example in examples]), mirrored)
-        for name, prepare in source.aux.items()
-    }
-    return Batch(x, condition, index.astype(np.int32), aux)
+    aux = {name: np.stack([example["aux"][name] for example in examples]) for name in source.aux}
+    return Stored(values, mirrored, condition, index.astype(np.int32), np.full(len(index), number, np.int32), aux)
+
+
+def conditions(source: Source, numbers: np.ndarray) -> np.ndarray:
+    """The conditions [b, ...] of the examples of these numbers."""
+    examples = [source.examples[int(i)] for i in numbers]
+    stored = collate(source, examples, numbers, np.zeros(len(numbers), bool), 0)
+    return source.separate(stored.values, stored.condition)[1] if source.separate else stored.condition
 
 
 @dataclass(frozen=True)
@@ -167,14 +165,14 @@ class Stream:
     def __len__(self) -> int:
         return 2**40  # batches; never reached
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> Stored:
         rows = np.arange(self.process_index, self.batch_size, self.process_count)
         first = number * self.batch_size
         mirrored = np.zeros(len(rows), bool)
         if self.flip:
             mirrored = draws.coins(self.seed, "flip", first, self.batch_size)[rows]
         examples = [self.source.examples[i] for i in self._example_numbers(first + rows)]
-        return collate(self.source, examples, rows, mirrored, first + rows, self.seed)
+        return collate(self.source, examples, rows, mirrored, number)
 
     def _example_numbers(self, positions: np.ndarray) -> list[int]:
         length = len(self.source.examples)

@@ -39,7 +39,7 @@ def encode(moments: np.ndarray, label: int, image: np.ndarray | None = None) -> 
 
 
 def decode(record: bytes, shape: Sequence[int], image: Sequence[int] | None = None) -> tuple[np.ndarray, int]:
-    """The moments float32 [views, 2, *shape] and the label of a record, behind which lies an image of a shape or none.
+    """The moments float16 [views, 2, *shape] and the label of a record, behind which lies an image of a shape or none.
 
     `UserError` when it is not such a record.
     """
@@ -52,7 +52,7 @@ def decode(record: bytes, shape: Sequence[int], image: Sequence[int] | None = No
             f"{found}, {len(record)} bytes where {expected} are expected"
         )
     stored = np.frombuffer(record, "<f2", count, HEADER.size)
-    return stored.astype(np.float32).reshape(views, 2, *shape), label
+    return stored.reshape(views, 2, *shape), label
 
 
 def decode_image(record: bytes, image: Sequence[int]) -> np.ndarray:

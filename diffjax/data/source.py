@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from diffjax import contracts
-from diffjax.contracts import Condition
+from diffjax.contracts import Condition, Device
 
 LISTED = 10  # classes, in a line
 
@@ -23,21 +23,47 @@ class RandomAccess(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-def pixels(images: np.ndarray, mirrored: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
-    """Images uint8 [b, h, w, c], left-right mirrored where `mirrored` bool [b], as float32 in [-1, 1].
+class Preparation(NamedTuple):
+    """How stored values become what training sees: functions of arrays of any library that follows the array API.
 
-    Nothing else is random here, so `positions` and `seed` have no effect.
+    Attributes:
+        draw: (values [b, ...], mirrored bool [b], device) -> float32 [b, h, w, c], or tokens int32 [b, codebooks, n].
+        separate: (drawn, conditions) -> (x, conditions), where a part of what is drawn conditions the rest.
+        aux: of auxiliary arrays by name, (stored [b, ...], mirrored bool [b]) -> [b, ...].
     """
-    flipped = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-    return flipped.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+    draw: Callable[[Any, Any, Device], Any]
+    separate: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    aux: tuple[tuple[str, Callable[[Any, Any], Any]], ...] = ()
 
 
-def mirror(images: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+def pixels(images: Any, mirrored: Any, device: Device) -> Any:
+    """Images uint8 [b, h, w, c], left-right mirrored where `mirrored` bool [b], as float32 in [-1, 1]."""
+    return device.divide(mirror(images, mirrored).astype(np.float32), 127.5) - np.float32(1)
+
+
+class OnHost:
+    """`contracts.Device` of numpy arrays of which nothing is drawn."""
+
+    def normal(self, shape: tuple[int, ...]) -> np.ndarray:
+        raise TypeError("nothing is drawn on the host")
+
+    def divide(self, x: np.ndarray, by: float) -> np.ndarray:
+        return x / np.float32(by)
+
+
+def scaled(images: np.ndarray) -> np.ndarray:
+    """Images uint8 [b, h, w, c] as float32 in [-1, 1], on the host."""
+    return pixels(images, np.zeros(len(images), bool), OnHost())
+
+
+def mirror(maps: Any, mirrored: Any) -> Any:
     """Maps [b, h, w, ...] of any dtype, left-right mirrored where `mirrored` bool [b]."""
-    return np.where(mirrored.reshape(-1, *(1,) * (images.ndim - 1)), images[:, :, ::-1], images)
+    where = mirrored.reshape(-1, *(1,) * (maps.ndim - 1))
+    return maps.__array_namespace__().where(where, maps[:, :, ::-1], maps)
 
 
-def as_stored(array: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+def as_stored(array: Any, mirrored: Any) -> Any:
     """Auxiliary arrays that have no left and right."""
     return array
 
@@ -50,11 +76,11 @@ class Source:
         size: side of the square image, latent or grid of tokens.
         num_classes: 0: unlabelled, every label is 0.
         fingerprint: json-able identity: another data set, split or file list has another one.
-        draw: (stored [b, ...], mirrored bool [b], stream positions int64 [b], seed) -> what training sees: float32
-            [b, h, w, c], or tokens int32 [b, codebooks, n].
+        draw: see `Preparation`.
+        views: whether the examples hold both views, [2, ...], or the one that there is, [1, ...], of their values.
         given: what the examples are conditioned on, where that is not their label.
-        aux: auxiliary arrays of the examples by name, each with its (stored [b, ...], mirrored bool [b]) -> [b, ...].
-        separate: (drawn, conditions) -> (x, conditions), where a part of what is drawn conditions the rest.
+        aux: names of the auxiliary arrays of the examples, with functions as in `Preparation`.
+        separate: see `Preparation`.
         classes: the names of the classes by label, where they have any.
         note: what of the files was left out, in words; "" for nothing.
         place: where the data lie; "" for embedded ones.
@@ -66,10 +92,11 @@ class Source:
     channels: int
     num_classes: int
     fingerprint: dict[str, Any]
-    draw: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray] = pixels
+    draw: Callable[[Any, Any, Device], Any] = pixels
+    views: bool = False
     given: Condition | None = None
-    aux: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = field(default_factory=dict)
-    separate: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+    aux: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
+    separate: Callable[[Any, Any], tuple[Any, Any]] | None = None
     classes: tuple[str, ...] = ()
     note: str = ""
     place: str = ""
@@ -79,6 +106,10 @@ class Source:
         classes = f"{self.num_classes:,} classes" if self.num_classes else "no classes"
         left_out = f"; left out: {self.note}" if self.note else ""
         return f"{len(self.examples):,} {self.kind} of {self.name}, {classes}{self.names()}{left_out}"
+
+    @property
+    def preparation(self) -> Preparation:
+        return Preparation(self.draw, self.separate, tuple(self.aux.items()))
 
     @property
     def kind(self) -> str:

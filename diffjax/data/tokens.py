@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from diffjax.contracts import Device
 from diffjax.data import shards
 from diffjax.errors import UserError
 from diffjax.trees import leaves
@@ -154,16 +155,16 @@ class TokenExamples:
         return {"image": read, "label": label if self.labelled else 0}
 
 
-def choose_view(stored: np.ndarray, mirrored: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
-    """Tokens [b, views, codebooks, n], mirrored bool [b] -> int32 [b, codebooks, n]; nothing else is random here."""
-    return stored[np.arange(len(stored)), mirrored.astype(int)]
+def of_view(tokens: Any, mirrored: Any, device: Device) -> Any:
+    """Tokens int32 [b, codebooks, n] of the view that is seen, as they are."""
+    return tokens
 
 
-def target(drawn: np.ndarray, conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def target(drawn: Any, conditions: Any) -> tuple[Any, Any]:
     """Tokens int32 [b, codebooks, n] -> those of the last codebook [b, n], and the unchanged conditions."""
     return drawn[:, -1], conditions
 
 
-def source_and_target(drawn: np.ndarray, conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def source_and_target(drawn: Any, conditions: Any) -> tuple[Any, Any]:
     """Tokens int32 [b, 2, n] -> those of the second codebook [b, n], conditioned on those of the first [b, n]."""
     return drawn[:, 1], drawn[:, 0]

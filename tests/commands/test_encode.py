@@ -8,13 +8,13 @@ import pytest
 
 from diffjax.__main__ import main
 from diffjax.data import draws, latents, records, shards, sources
-from diffjax.data.pipeline import Batches
 from diffjax.errors import UserError
 from diffjax.frozen import create
 from diffjax.methods.latents import load_decoder
 from diffjax.sampling.samples import read_samples
 from diffjax.weights import store
 from tests.data import configs
+from tests.data.seen import Batches
 from tests.frozen.test_vae import some_params
 from tests.programs import TINY
 

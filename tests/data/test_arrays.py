@@ -6,9 +6,9 @@ import pytest
 
 from diffjax.contracts import Batch, Condition
 from diffjax.data import sources
-from diffjax.data.pipeline import Batches
 from diffjax.errors import UserError
 from tests.data import configs
+from tests.data.seen import Batches
 
 COUNT, SIZE, CLASSES = 12, 4, 5
 NUMBERS = np.arange(COUNT)

@@ -14,9 +14,9 @@ from diffjax.__main__ import main
 from diffjax.data import features, latents, layouts, sources
 from diffjax.data.features import EDM2_MEAN, EDM2_STD, convert
 from diffjax.data.latents import read_manifest
-from diffjax.data.pipeline import Batches
 from diffjax.errors import UserError
 from tests.data import configs
+from tests.data.seen import Batches
 from tests.weights.torch_writer import tensor, write_zip
 
 SD = 0.18215

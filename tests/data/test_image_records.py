@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from diffjax.data import image_records, shards, sources
-from diffjax.data.pipeline import Batches
 from diffjax.data.source import Source
 from diffjax.errors import UserError
 from tests.data import configs
+from tests.data.seen import Batches
 
 NAMES = ["cat", "dog", "newt"]
 COUNT = 7

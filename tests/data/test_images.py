@@ -9,10 +9,10 @@ from PIL import Image
 
 from diffjax.data import sources
 from diffjax.data.images import list_images
-from diffjax.data.pipeline import Batches
 from diffjax.data.transforms import adm_center_crop
 from diffjax.errors import UserError
 from tests.data import configs
+from tests.data.seen import Batches
 
 
 def picture(number: int, width: int = 40, height: int = 24) -> Image.Image:

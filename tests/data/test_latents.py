@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffjax.data import draws, latents, records, sources
+from diffjax import rng
+from diffjax.data import latents, records, sources
 from diffjax.data.latents import Origin, read_manifest, write_latents
-from diffjax.data.normal import standard_normal
-from diffjax.data.pipeline import Batches
+from diffjax.data.pipeline import Stream
 from diffjax.errors import UserError
 from tests.data import configs
+from tests.data.seen import Batches, seen
 
 COUNT, SHAPE = 10, (6, 6, 4)
 ORIGIN = Origin(
@@ -53,7 +54,7 @@ def test_records_round_trip():
     assert len(record) == 12 + 2 * 2 * 6 * 6 * 4 * 2
     decoded, label = records.decode(record, SHAPE)
     np.testing.assert_array_equal(decoded, moments(3))
-    assert decoded.dtype == np.float32
+    assert decoded.dtype == np.float16
     assert label == 7
 
 
@@ -234,15 +235,22 @@ def test_the_spread_of_scaled_latents_is_in_the_manifest(tmp_path):
     np.testing.assert_allclose([applied["mean"], applied["std"]], [[5.5] * 4, [8.5**0.5] * 4])
 
 
-def test_one_number_for_all_channels_leaves_fingerprint_and_samples_as_they_were(stored):
+def test_one_number_for_all_channels_leaves_fingerprints_as_they_were(stored):
     """Those of runs that began before latents could be shifted."""
     fingerprint = sources.load(**section(stored)).fingerprint
     assert fingerprint.keys() == {"name", "split", "classes", "count", "records_sha256", "scale"}
     assert fingerprint["scale"] == 0.25
-    moments = np.random.default_rng(0).normal(size=(3, 1, 2, *SHAPE)).astype(np.float32)
-    drawn = latents.Sample(0.18215)(moments, np.zeros(3, bool), np.arange(3), 5)
-    eps = np.stack([standard_normal(draws.philox(5, "latent", block=i), SHAPE) for i in range(3)])
-    np.testing.assert_array_equal(drawn, (moments[:, 0, 0] + moments[:, 0, 1] * eps) * np.float32(0.18215))
+
+
+def test_a_sample_by_hand(stored):
+    """Drawn for the number of the batch and the index of the example."""
+    source = sources.load(**section(stored))
+    given = Stream(source, 5, 7, True, 0, 1)[3]
+    assert (given.values.dtype, given.values.shape) == (np.float16, (5, 2, *SHAPE))
+    key = rng.fold(rng.stream(7, "data"), 3)
+    eps = np.asarray(rng.normal(rng.per_example(key, np.arange(5)), SHAPE))
+    mean, std = np.moveaxis(given.values.astype(np.float32), 1, 0)
+    np.testing.assert_allclose(seen(source, given, seed=7).x, (mean + std * eps) * 0.25, rtol=1e-6)
 
 
 def test_manifests_of_earlier_versions_are_read(stored):

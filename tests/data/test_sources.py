@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from diffjax.contracts import Stored
 from diffjax.data import embedded, sources
-from diffjax.data.source import pixels
+from diffjax.data.source import scaled
 from diffjax.errors import UserError
 from tests.data import configs
+from tests.data.seen import seen
 
 
 @pytest.mark.parametrize(
@@ -62,11 +64,16 @@ def test_arrays_are_in_stored_order_and_limited():
 
 def test_pixels_are_scaled_to_minus_one_and_one():
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    scaled = pixels(images, np.zeros(1, bool), np.zeros(1, int), 0)
-    assert scaled.dtype == np.float32
-    np.testing.assert_array_equal(scaled, images.astype(np.float32) / np.float32(127.5) - 1)
-    assert (scaled.min(), scaled.max()) == (-1, 1)
-    np.testing.assert_array_equal(pixels(images, np.ones(1, bool), np.zeros(1, int), 0), scaled[:, :, ::-1])
+    expected = images.astype(np.float32) / np.float32(127.5) - 1
+    on_host = scaled(images)
+    assert on_host.dtype == np.float32
+    assert (on_host.min(), on_host.max()) == (-1, 1)
+    np.testing.assert_array_equal(on_host, expected)
+    for mirrored, seen_as in ((False, expected), (True, expected[:, :, ::-1])):
+        stored = Stored(images, np.array([mirrored]), np.zeros(1, int), np.zeros(1, int), np.zeros(1, int))
+        on_device = seen(sources.digits(), stored).x
+        assert on_device.dtype == np.float32
+        np.testing.assert_array_equal(on_device, seen_as)
 
 
 def test_unknown_source_names_the_valid_ones():

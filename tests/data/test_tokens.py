@@ -8,10 +8,10 @@ import pytest
 
 from diffjax.contracts import Condition
 from diffjax.data import sources, tokens
-from diffjax.data.pipeline import Batches
 from diffjax.data.tokens import Codebook, Origin, write_tokens
 from diffjax.errors import UserError
 from tests.data import configs
+from tests.data.seen import Batches
 
 COUNT, GRID = 10, 3
 PIXELS = Codebook({"name": "pixels", "patch": 2}, vocabulary=50, codebook_sha256="0" * 64, grid=GRID)

@@ -1,5 +1,6 @@
 """The loss of autoencoders by hand, training that lowers it, and what such a model does not do."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from diffjax.errors import UserError
 from diffjax.evaluation.evaluators import EVALUATORS
 from diffjax.experiment import build
 from diffjax.files import read_npz
+from diffjax.parallel.mesh import batch_sharding
 from diffjax.sampling.samples import grid, to_uint8
 from diffjax.weights import autoencoders
 from tests.programs import ROOT, method_of
@@ -61,7 +63,7 @@ def test_evaluation_is_of_the_mean_and_the_other_error(experiment):
 
 def test_steps_lower_the_loss(experiment):
     state, key = experiment.init(), experiment.key
-    images = experiment.put(batch())
+    images = jax.device_put(batch(), batch_sharding(experiment.mesh))
     losses = []
     for _ in range(12):
         state, metrics = experiment.step(state, {}, images, key)
