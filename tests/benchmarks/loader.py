@@ -89,8 +89,8 @@ def compare(name: str, source: Source, args: argparse.Namespace) -> None:
     turns = [[records_per_second(source, stream, args) for stream in (Stream, OnTheHost)] for _ in range(args.turns)]
     rate: Callable[[int], float] = lambda which: statistics.median(turn[which][0] for turn in turns)  # noqa: E731
     print(
-        f"{name}: {rate(0):,.0f} records/s as stored, {rate(1):,.0f} prepared on the host, {rate(0) / rate(1):.2f} times "
-        f"as many; {turns[0][0][1]:,.0f} and {turns[0][1][1]:,.0f} bytes per record cross"
+        f"{name}: {rate(0):,.0f} records/s as stored, {rate(1):,.0f} prepared on the host "
+        f"({rate(0) / rate(1):.2f} times as many); {turns[0][0][1]:,.0f} and {turns[0][1][1]:,.0f} bytes of each cross"
     )
 
 
