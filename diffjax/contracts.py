@@ -191,11 +191,12 @@ class Decoder(NamedTuple):
 
     Attributes:
         load: -> a callable tree (`jax.tree_util.Partial`): x -> float32 [b, h, w, c] in [-1, 1].
-        recorded: whether the protocol of samples says its sha256, since nothing else says which decoder it was.
+        described: what the protocol of samples says of it beside its sha256; None: nothing, and no sha256, since how
+            the samples were made says it already.
     """
 
     load: Callable[[], Tree]
-    recorded: bool = False
+    described: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class DataSpec(NamedTuple):
     flip: bool
     augment: float
     options: Options  # of the source
-    autoencoder: str = ""  # of latents: weights that decode them to pictures
+    autoencoder: Any  # of latents: an instance of weights.autoencoders.Autoencoder
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def encode(asked: Encoding, out: Path, batch_size: int = 32, keep_images: bool =
     """Latents of all images, in the folder `out`, with or without the images; shards that are there already stay."""
     if jax.process_count() > 1:
         raise UserError("encode runs as one process, on all its devices; start it on one host")
-    module, params, sha256 = autoencoders.read(Path(asked.weights))
+    module, params, sha256 = autoencoders.read(asked.autoencoder)
     check(asked, module)
     image = (asked.images.size, asked.images.size, asked.images.channels) if keep_images else None
     mesh = make_mesh({"data": -1})

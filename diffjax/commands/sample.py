@@ -110,8 +110,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         **asked.described,
     }
     guided = {"guide": guide.origin} if guide else {}
-    decoder = "" if values.raw else experiment.decoder_sha256()
-    settings |= ({"raw": True} if values.raw else {}) | ({"autoencoder_sha256": decoder} if decoder else {})
+    settings |= {"raw": True} if values.raw else experiment.decoder_protocol()
     described = describe(experiment, trained.origin, form, **guided, **settings)
     if not values.overwrite and _is_finished(out, described):
         hosts.say(f"{out} is finished: {values.num} of {trained.describe()}; --overwrite draws them again")
