@@ -174,10 +174,15 @@ def shard_names(count: int) -> list[str]:
     return [shards.file_name("latents", shard) for shard in range(-(-count // SHARD_SIZE))]
 
 
+def all_shards(out: Path, count: int) -> dict[Path, range]:
+    """The shards of so many latents, each with the numbers of its own."""
+    every = {out / name: i * SHARD_SIZE for i, name in enumerate(shard_names(count))}
+    return {path: range(first, min(first + SHARD_SIZE, count)) for path, first in every.items()}
+
+
 def missing_shards(out: Path, count: int) -> dict[Path, range]:
     """The shards that `out` lacks, each with the numbers of its latents."""
-    every = {out / name: i * SHARD_SIZE for i, name in enumerate(shard_names(count))}
-    return {path: range(first, min(first + SHARD_SIZE, count)) for path, first in every.items() if not path.is_file()}
+    return {path: numbers for path, numbers in all_shards(out, count).items() if not path.is_file()}
 
 
 def finish(
