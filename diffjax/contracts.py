@@ -32,14 +32,14 @@ Metrics: TypeAlias = "dict[str, Array]"
 class Stored(NamedTuple):
     """Part of the training stream as the data are stored, numpy arrays of this host; `training.batches` prepares it.
 
-    values: uint8 pixels [b, h, w, c], float16 moments [b, 2, h, w, c], or tokens int32 [b, codebooks, n].
-    mirrored: bool [b], which examples are seen mirrored; values of which both views are stored are those of that view.
+    raw: uint8 pixels [b, h, w, c], float16 moments [b, 2, h, w, c], or tokens int32 [b, codebooks, n].
+    mirrored: bool [b], which examples are seen mirrored; of raw values with both views stored it is that view.
     condition: as in `Batch`.
     index: int32 [b], the example's position in the global batch. number: int32 [b], that of the batch in the stream.
     aux: more arrays per example, [b, ...], by name, not mirrored.
     """
 
-    values: Any
+    raw: Any
     mirrored: Any
     condition: Any
     index: Any
@@ -219,11 +219,12 @@ class Decoder(NamedTuple):
 
     Attributes:
         load: -> a callable tree (`jax.tree_util.Partial`): x -> float32 [b, h, w, c] in [-1, 1].
-        recorded: whether the protocol of samples says its sha256, since nothing else says which decoder it was.
+        described: what the protocol of samples says of it beside its sha256; None: nothing, and no sha256, since how
+            the samples were made says it already.
     """
 
     load: Callable[[], Tree]
-    recorded: bool = False
+    described: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ class DataSpec(NamedTuple):
     flip: bool
     augment: float
     options: Options  # of the source
-    autoencoder: str = ""  # of latents: weights that decode them to pictures
+    autoencoder: Any  # of latents: an instance of weights.autoencoders.Autoencoder
 
 
 @dataclass(frozen=True)

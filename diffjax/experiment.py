@@ -196,10 +196,16 @@ class Experiment:
         """The decoder from samples to pictures, with its parameters; None where samples are pictures."""
         return self.method.decoder.load() if self.method.decoder else None
 
-    def decoder_sha256(self) -> str:
-        """sha256 of the decoder's parameters; "" where samples need none, or are described by how they were made."""
+    def decoder_protocol(self) -> dict[str, Any]:
+        """What the protocol of samples says of the autoencoder that decodes them, json-able.
+
+        Nothing where samples need none, or where how they were made says it.
+        """
         decoder = self.method.decoder
-        return tree_sha256(self.decode.args[0]) if decoder and decoder.recorded else ""
+        if not decoder or decoder.described is None:
+            return {}
+        found = {"sha256": tree_sha256(self.decode.args[0]), **decoder.described}
+        return {f"autoencoder_{name}": value for name, value in found.items()}
 
     @functools.cached_property
     def frozen(self) -> dict[str, Tree]:
@@ -452,7 +458,7 @@ def data_spec(config: Config) -> DataSpec:
     data = config.data
     condition = contracts.condition(data.condition, data.num_classes, data.condition_size)
     given = (data.name, data.size, data.channels, condition, data.flip, data.augment, data.options)
-    return DataSpec(*given, autoencoder=config.autoencoder.weights)
+    return DataSpec(*given, autoencoder=config.autoencoder)
 
 
 def load_source(data: Any, **options: Any) -> Source:
@@ -495,7 +501,7 @@ def encoding(config: Config) -> Encoding:
     data = config.data
     return Encoding(
         images=load_source(config.images),
-        weights=config.autoencoder.weights,
+        autoencoder=config.autoencoder,
         size=data.size,
         channels=data.channels,
         scaling=scaling(data.options),

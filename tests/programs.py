@@ -56,14 +56,16 @@ def codes_of_digits() -> Path:
     return folder
 
 
-def start(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen:
+def start(
+    arguments: list[str], log: Path, *, program: tuple[str, ...] = ("-m", "diffjax"), **environment: str
+) -> subprocess.Popen:
     """`python -m diffjax ...` on one CPU device, in a process group of its own."""
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", **environment}
     if "NPROC" not in environment:
         variables.pop("NPROC", None)  # meant for the eight devices of this process
     with log.open("a") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "diffjax", *arguments],
+            [sys.executable, *program, *arguments],
             cwd=ROOT,
             env=variables,
             stdout=output,

@@ -7,12 +7,14 @@ python -m diffjax encode --config=configs/imagenet256.py --out=data/imagenet256-
 The config's section `images` says which images, `autoencoder.weights` by which autoencoder, `data` what the latents
 should be; with data.flip the mirrored images are encoded, too. Stored are mean and standard deviation of the posterior,
 not scaled; training draws from it anew at each visit. --keep_images stores the images themselves beside them.
+Started on several hosts, or with JAX_COORDINATOR_ADDRESS, the processes divide the shards of one shared folder.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from diffjax.parallel import hosts
 from diffjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from diffjax.weights import autoencoders
 
+SHARED = "all processes have to see the same folder"
 INTERRUPTED = "finished shards are kept, the same command makes the others"
 REQUIRED = ("config", "out")
 
@@ -54,13 +57,14 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
 
 
 def encode(asked: Encoding, out: Path, batch_size: int = 32, keep_images: bool = False) -> None:
-    """Latents of all images, in the folder `out`, with or without the images; shards that are there already stay."""
-    if jax.process_count() > 1:
-        raise UserError("encode runs as one process, on all its devices; start it on one host")
-    module, params, sha256 = autoencoders.read(Path(asked.weights))
+    """Latents of all images, in the folder `out`, with or without the images; shards that are there already stay.
+
+    Several processes divide the missing shards, each on its own devices; the lead writes all else.
+    """
+    module, params, sha256 = autoencoders.read(asked.autoencoder)
     check(asked, module)
     image = (asked.images.size, asked.images.size, asked.images.channels) if keep_images else None
-    mesh = make_mesh({"data": -1})
+    mesh = make_mesh({"data": -1}, jax.local_devices())
     batch_size = -(-batch_size // mesh.size) * mesh.size
     request = {
         "source": json.dumps(asked.images.fingerprint, sort_keys=True),
@@ -71,11 +75,28 @@ def encode(asked: Encoding, out: Path, batch_size: int = 32, keep_images: bool =
         "image": image,
         "shard_size": latents.SHARD_SIZE,
     }
-    shards.make_folder(out, latents.MANIFEST)
-    with only_writer(out):
-        shards.agree(out, latents.REQUEST, request, latents.NAME, latents.LATER)
-        write(asked, module, params, out, batch_size, mesh, keep_images)
-        finish(asked, request, out)
+    with contextlib.ExitStack() as alone:
+        with hosts.together():
+            if hosts.is_lead():
+                shards.make_folder(out, latents.MANIFEST)
+                alone.enter_context(only_writer(out))
+                shards.agree(out, latents.REQUEST, request, latents.NAME, latents.LATER)
+        jobs = own_shards(out, len(asked.images.examples))
+        with hosts.together():
+            if not (out / latents.REQUEST).is_file():
+                raise UserError(f"{out / latents.REQUEST} is not there, which the first process wrote; {SHARED}")
+            write(asked, module, params, jobs, batch_size, mesh, keep_images)
+        with hosts.together():
+            if hosts.is_lead():
+                finish(asked, request, out)
+
+
+def own_shards(out: Path, count: int) -> list[tuple[Path, range]]:
+    """The missing shards, as the lead lists them, that this process writes, each with the numbers of its images."""
+    every = shards.every(out, latents.NAME, count, latents.SHARD_SIZE)
+    lacking = hosts.leads(np.array([not path.is_file() for path, _ in every]))
+    jobs = [each for each, lacks in zip(every, lacking) if lacks]
+    return jobs[jax.process_index() :: jax.process_count()]
 
 
 def describe(module: Any) -> str:
@@ -106,16 +127,23 @@ def check(asked: Encoding, module: Any) -> None:
         raise UserError(f"encode: this autoencoder scales latents by 1.0, and data.scale = {asked.scaling.scale}")
 
 
-def write(asked: Encoding, module: Any, params: Any, out: Path, batch_size: int, mesh: Mesh, keep_images: bool) -> None:
-    """The shards that are missing."""
-    count = len(asked.images.examples)
-    jobs = shards.missing(out, latents.NAME, count, latents.SHARD_SIZE)
+def write(
+    asked: Encoding,
+    module: Any,
+    params: Any,
+    jobs: Sequence[tuple[Path, range]],
+    batch_size: int,
+    mesh: Mesh,
+    keep_images: bool,
+) -> None:
+    """Write shards, each of the images of some numbers."""
+    quiet = None if hosts.is_lead() else True
     params = jax.device_put(params, replicated(mesh))
     moments = jax.jit(lambda params, images: moments_of(module, params, images, asked))
     with (
         ThreadPoolExecutor(asked.threads) as readers,
         ThreadPoolExecutor(1) as ahead,
-        tqdm(total=count, initial=count - sum(len(numbers) for _, numbers in jobs), unit="image", disable=None) as bar,
+        tqdm(total=sum(len(numbers) for _, numbers in jobs), unit="image", disable=quiet) as bar,
     ):
 
         def read(numbers: range) -> tuple[np.ndarray, list[int]]:
@@ -171,8 +199,10 @@ def moments_of(module: Any, params: Any, images: jax.Array, asked: Encoding) -> 
 
 
 def finish(asked: Encoding, request: dict[str, Any], out: Path) -> None:
-    """Write the manifest."""
+    """Write the manifest. UserError where a shard is missing that another process wrote."""
     count = len(asked.images.examples)
+    if missing := shards.missing(out, latents.NAME, count, latents.SHARD_SIZE):
+        raise UserError(f"{out} lacks {missing[0][0].name}, which another process wrote; {SHARED}")
     origin = latents.Origin(
         source=request["source"],
         autoencoder=request["autoencoder"],

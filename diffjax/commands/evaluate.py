@@ -109,9 +109,7 @@ def evaluate_run(run: Run, num: int, reference: Reference, out: Path, overwrite:
     known = labels if condition else None
     form = describe_form(experiment.model, run.params, fused=True)
     said = "interleaved" if condition else NO_LABELS
-    settings: dict[str, Any] = {"labels": said, "seed": experiment.seed, "first": 0, "num": num}
-    if decoder := experiment.decoder_sha256():
-        settings["autoencoder_sha256"] = decoder
+    settings = {"labels": said, "seed": experiment.seed, "first": 0, "num": num, **experiment.decoder_protocol()}
     made = describe(experiment, run.origin, form, **settings)
     refuse_other_result(out, _request(made, reference.identity, num), overwrite)
     if run.caveat:

@@ -95,7 +95,8 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError(f"--out={out}: give a file that ends in .npz")
     trained = _open(values, [*overrides, *autoencoder_leaf(values)])
     experiment = trained.experiment
-    _ = experiment.sampler  # which an autoencoder has not
+    if not experiment.method.sampler:
+        _ = experiment.sampler  # says why there is none
     if experiment.method.makes != "pictures" and not values.raw:
         raise UserError(f"sample: this model makes {experiment.method.makes}, not pictures; {NO_DECODER}")
     guide = open_guide(values.guide, experiment) if values.guide else None
@@ -111,8 +112,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         **asked.described,
     }
     guided = {"guide": guide.origin} if guide else {}
-    decoder = "" if values.raw else experiment.decoder_sha256()
-    settings |= ({"raw": True} if values.raw else {}) | ({"autoencoder_sha256": decoder} if decoder else {})
+    settings |= {"raw": True} if values.raw else experiment.decoder_protocol()
     described = describe(experiment, trained.origin, form, **guided, **settings)
     if not values.overwrite and _is_finished(out, described):
         hosts.say(f"{out} is finished: {values.num} of {trained.describe()}; --overwrite draws them again")

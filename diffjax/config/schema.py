@@ -36,6 +36,7 @@ from diffjax.options import (
 from diffjax.parallel.rules import STRATEGIES
 from diffjax.training.ema import Ema
 from diffjax.training.optimizer import Optim
+from diffjax.weights.autoencoders import Autoencoder
 
 COUNT = at_least(1)
 
@@ -103,19 +104,6 @@ class Data:
     workers: Annotated[int, Leaf("processes that read; 0: threads of this one", "layout", at_least(0))] = 0
     threads: Annotated[int, Leaf("threads per process that read ahead", "layout", at_least(0))] = 4
     options: Annotated[Options, Chosen("name", SOURCES, flat=True)] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Autoencoder:
-    """The autoencoder of latents."""
-
-    weights: Annotated[
-        str,
-        Leaf(
-            "weights that decode latents to pictures: a file, folder of `convert` or diffusers, name of `fetch`",
-            "place",
-        ),
-    ] = ""
 
 
 @dataclass(frozen=True)

@@ -137,18 +137,18 @@ def collate(
 ) -> Stored:
     """Examples [b] as they are stored, in one batch; index, mirrored [b] and number as in `Stored`."""
     images = (example["image"] for example in examples)
-    values = np.stack([views[int(one)] for views, one in zip(images, mirrored)] if source.views else list(images))
+    raw = np.stack([views[int(one)] for views, one in zip(images, mirrored)] if source.views else list(images))
     dtype = source.condition.dtype if source.condition and not source.separate else np.int32
     condition = np.stack([example["label"] for example in examples]).astype(dtype)
     aux = {name: np.stack([example["aux"][name] for example in examples]) for name in source.aux}
-    return Stored(values, mirrored, condition, index.astype(np.int32), np.full(len(index), number, np.int32), aux)
+    return Stored(raw, mirrored, condition, index.astype(np.int32), np.full(len(index), number, np.int32), aux)
 
 
 def conditions(source: Source, numbers: np.ndarray) -> np.ndarray:
     """The conditions [b, ...] of the examples of these numbers."""
     examples = [source.examples[int(i)] for i in numbers]
     stored = collate(source, examples, numbers, np.zeros(len(numbers), bool), 0)
-    return source.separate(stored.values, stored.condition)[1] if source.separate else stored.condition
+    return source.separate(stored.raw, stored.condition)[1] if source.separate else stored.condition
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,15 @@ def file_names(name: str, count: int, size: int) -> list[str]:
     return [file_name(name, shard) for shard in range(-(-count // size))]
 
 
-def missing(out: Path, name: str, count: int, size: int) -> list[tuple[Path, range]]:
-    """The shards of `count` records that are not in the folder `out` yet, each with the numbers of its records."""
-    paths = [out / each for each in file_names(name, count, size)]
+def every(out: Path, name: str, count: int, size: int) -> list[tuple[Path, range]]:
+    """The shards of `count` records in the folder `out`, each with the numbers of its records."""
     numbers = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    return [(path, records) for path, records in zip(paths, numbers) if not path.is_file()]
+    return [(out / each, records) for each, records in zip(file_names(name, count, size), numbers)]
+
+
+def missing(out: Path, name: str, count: int, size: int) -> list[tuple[Path, range]]:
+    """Those of `every` that are not there yet."""
+    return [(path, records) for path, records in every(out, name, count, size) if not path.is_file()]
 
 
 def agree(

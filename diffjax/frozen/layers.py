@@ -1,11 +1,15 @@
 """What the frozen networks share: the check of their sizes, and layers of maps [b, h, w, c]."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
 
 from diffjax.errors import UserError
+from diffjax.frozen.strips import Inside, Layer, in_strips
 from diffjax.ops.dtypes import DTYPES
 
 EPSILON = 1e-6  # of every GroupNorm
@@ -27,13 +31,50 @@ def conv(features: int, side: int, bias: bool, dtype: Any, name: str) -> nn.Conv
     return nn.Conv(features, (side, side), use_bias=bias, dtype=dtype, name=name)
 
 
-def group_norm(x: jax.Array, groups: int, dtype: Any, name: str) -> jax.Array:
-    """GroupNorm with statistics in float32."""
-    return nn.GroupNorm(groups, epsilon=EPSILON, use_fast_variance=False, dtype=dtype, name=name)(x)
+class GroupNorm(nn.Module):
+    """The normalisation of a map, a function of its rows: statistics are those of the whole map, in float32.
+
+    (x - mean) / sqrt(variance + EPSILON) scale + bias
+    """
+
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        features = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (features,))
+        bias = self.param("bias", nn.initializers.zeros, (features,))
+        grouped = rearrange(x, "b h w (groups c) -> b h w groups c", groups=self.groups).astype(jnp.float32)
+        mean = grouped.mean((1, 2, 4), keepdims=True)
+        variance = jnp.square(grouped - mean).mean((1, 2, 4), keepdims=True)
+        each = features // self.groups
+        mean, variance = (repeat(v, "b h w groups 1 -> b h w (groups c)", c=each) for v in (mean, variance))
+        multiplier = jax.lax.rsqrt(variance + EPSILON) * scale
+        return lambda rows: ((rows - mean) * multiplier + bias).astype(self.dtype)
 
 
 def norm_silu(x: jax.Array, groups: int, dtype: Any, name: str) -> jax.Array:
-    return nn.silu(group_norm(x, groups, dtype, name))
+    return nn.silu(GroupNorm(groups, dtype, name=name)(x)(x))
+
+
+def norm_silu_conv(x: jax.Array, norm: GroupNorm, convolution: nn.Conv, strips: int = 1) -> jax.Array:
+    """A 3 x 3 convolution of silu(norm(x)); strips: see strips.py."""
+    normal = norm(x)
+
+    def layer(inside: Inside, convolution: Layer, x: jax.Array) -> jax.Array:
+        return convolution(inside(nn.silu(normal(x))))
+
+    return in_strips(layer, strips, 1, [convolution], x)
+
+
+def enlarged(x: jax.Array, convolution: nn.Conv, strips: int = 1) -> jax.Array:
+    """A 3 x 3 convolution of the map of twice the size; strips: see strips.py."""
+
+    def layer(inside: Inside, convolution: Layer, x: jax.Array) -> jax.Array:
+        return convolution(inside(twice(x)))
+
+    return in_strips(layer, strips, 1, [convolution], x, up=2)
 
 
 def twice(x: jax.Array) -> jax.Array:

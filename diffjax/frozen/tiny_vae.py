@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.errors import UserError
-from diffjax.frozen.layers import check_sizes, conv, twice
+from diffjax.frozen.layers import check_sizes, conv, enlarged
+from diffjax.frozen.strips import Inside, in_strips
 from diffjax.frozen.vae import LOWEST
 from diffjax.ops.dtypes import DTYPES
 from diffjax.parallel.rules import constrain
@@ -27,11 +28,18 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = x = constrain(x, "batch")
-        for number in range(3):
-            h = conv(x.shape[-1], 3, True, self.dtype, f"conv{number + 1}")(nn.relu(h) if number else h)
-        return nn.relu(x + h)
+    def __call__(self, x: jax.Array, strips: int = 1) -> jax.Array:
+        x = constrain(x, "batch")
+        convolutions = [conv(x.shape[-1], 3, True, self.dtype, f"conv{number}") for number in (1, 2, 3)]
+
+        def layer(inside: Inside, *given: Any) -> jax.Array:
+            *convolutions, x = given
+            h = x
+            for number, convolution in enumerate(convolutions):
+                h = convolution(inside(nn.relu(h) if number else h))
+            return nn.relu(x + h)
+
+        return in_strips(layer, strips, 3, convolutions, x)
 
 
 class Encoder(nn.Module):
@@ -63,13 +71,13 @@ class Decoder(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, strips: int = 1) -> jax.Array:
         x = nn.relu(conv(self.width, 3, True, self.dtype, "conv_in")(x))
         for level, blocks in enumerate(self.blocks):
             for block in range(blocks):
-                x = Block(self.dtype, name=f"level_{level}_block_{block}")(x)
+                x = Block(self.dtype, name=f"level_{level}_block_{block}")(x, strips)
             if level < len(self.blocks) - 1:
-                x = conv(self.width, 3, False, self.dtype, f"level_{level}_up")(twice(x))
+                x = enlarged(x, conv(self.width, 3, False, self.dtype, f"level_{level}_up"), strips)
         return conv(self.channels, 3, True, self.dtype, "conv_out")(x)
 
 
@@ -122,9 +130,12 @@ class TinyVAE(nn.Module):
         latents = self.encoder((images + 1) / 2).astype(jnp.float32)
         return latents, jnp.full_like(latents, LOWEST)
 
-    def decode(self, z: jax.Array) -> jax.Array:
-        """Latents [b, h, w, latent channels] -> images float32 [b, f h, f w, c] in about [-1, 1], not cut."""
-        return 2 * self.decoder(MAGNITUDE * jnp.tanh(z / MAGNITUDE)).astype(jnp.float32) - 1
+    def decode(self, z: jax.Array, strips: int = 1) -> jax.Array:
+        """Latents [b, h, w, latent channels] -> images float32 [b, f h, f w, c] in about [-1, 1], not cut.
+
+        strips: a divisor of h; into how many every map is divided on the way, see strips.py.
+        """
+        return 2 * self.decoder(MAGNITUDE * jnp.tanh(z / MAGNITUDE), strips).astype(jnp.float32) - 1
 
     def from_latent(self, latent: jax.Array) -> jax.Array:
         """Nothing is to be done, see the module docstring."""

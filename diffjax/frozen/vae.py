@@ -17,7 +17,8 @@ import numpy as np
 from einops import rearrange
 
 from diffjax.errors import UserError
-from diffjax.frozen.layers import check_sizes, conv, group_norm, norm_silu, twice
+from diffjax.frozen.layers import GroupNorm, check_sizes, conv, enlarged, norm_silu_conv
+from diffjax.frozen.strips import Inside, Layer, in_strips
 from diffjax.ops.attention import attention
 from diffjax.ops.dtypes import DTYPES, Dtype
 from diffjax.options import Leaf, Valid, at_least
@@ -44,28 +45,44 @@ class ResBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, strips: int = 1) -> jax.Array:
         x = constrain(x, "batch")
-        h = conv(self.features, 3, True, self.dtype, "conv1")(norm_silu(x, self.groups, self.dtype, "norm1"))
-        h = conv(self.features, 3, True, self.dtype, "conv2")(norm_silu(h, self.groups, self.dtype, "norm2"))
-        if x.shape[-1] != self.features:
-            x = conv(self.features, 1, True, self.dtype, "shortcut")(x)
-        return x + h
+        first, second = (conv(self.features, 3, True, self.dtype, name) for name in ("conv1", "conv2"))
+        shortcuts = [conv(self.features, 1, True, self.dtype, "shortcut")] if x.shape[-1] != self.features else []
+        h = norm_silu_conv(x, GroupNorm(self.groups, self.dtype, name="norm1"), first, strips)
+        normal = GroupNorm(self.groups, self.dtype, name="norm2")(h)
+
+        def rest(inside: Inside, second: Layer, *given: Any) -> jax.Array:
+            *shortcut, x, h = given
+            return (shortcut[0](x) if shortcut else x) + second(inside(nn.silu(normal(h))))
+
+        return in_strips(rest, strips, 1, (second, *shortcuts), x, h)
 
 
 class Attention(nn.Module):
-    """x + W softmax(q k^T / sqrt(c)) v over all positions of a map, one head; [b, h, w, c] -> the same."""
+    """x + W softmax(q k^T / sqrt(c)) v over all positions of a map, one head; [b, h, w, c] -> the same.
+
+    Of a strip of queries the scores with all keys exist at a time.
+    """
 
     groups: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        features, height = x.shape[-1], x.shape[1]
-        h = rearrange(group_norm(x, self.groups, self.dtype, "norm"), "b h w c -> b (h w) 1 c")
-        q, k, v = (nn.Dense(features, dtype=self.dtype, name=name)(h) for name in ("query", "key", "value"))
-        out = nn.Dense(features, dtype=self.dtype, name="out")(attention(q, k, v))
-        return x + rearrange(out, "b (h w) 1 c -> b h w c", h=height)
+    def __call__(self, x: jax.Array, strips: int = 1) -> jax.Array:
+        features = x.shape[-1]
+        normal = GroupNorm(self.groups, self.dtype, name="norm")(x)
+        query, key, value, out = (
+            nn.Dense(features, dtype=self.dtype, name=name) for name in ("query", "key", "value", "out")
+        )
+        keys, values = (rearrange(each(normal(x)), "b h w c -> b (h w) 1 c") for each in (key, value))
+
+        def attend(inside: Inside, query: Layer, out: Layer, x: jax.Array) -> jax.Array:
+            queries = rearrange(query(normal(x)), "b h w c -> b (h w) 1 c")
+            found = rearrange(attention(queries, keys, values), "b (h w) 1 c -> b h w c", h=x.shape[1])
+            return x + out(found)
+
+        return in_strips(attend, strips, 0, (query, out), x)
 
 
 class Middle(nn.Module):
@@ -76,11 +93,11 @@ class Middle(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = ResBlock(x.shape[-1], self.groups, self.dtype, name="block_1")(x)
+    def __call__(self, x: jax.Array, strips: int = 1) -> jax.Array:
+        x = ResBlock(x.shape[-1], self.groups, self.dtype, name="block_1")(x, strips)
         if self.attention:
-            x = Attention(self.groups, self.dtype, name="attention")(x)
-        return ResBlock(x.shape[-1], self.groups, self.dtype, name="block_2")(x)
+            x = Attention(self.groups, self.dtype, name="attention")(x, strips)
+        return ResBlock(x.shape[-1], self.groups, self.dtype, name="block_2")(x, strips)
 
 
 class Encoder(nn.Module):
@@ -104,8 +121,8 @@ class Encoder(nn.Module):
                 down = nn.Conv(width, (3, 3), 2, ((0, 1), (0, 1)), dtype=self.dtype, name=f"level_{level}_down")
                 x = down(x)
         x = Middle(self.groups, self.attention, self.dtype, name="middle")(x)
-        x = norm_silu(x, self.groups, self.dtype, "norm_out")
-        return conv(self.features, 3, True, self.dtype, "conv_out")(x)
+        out = conv(self.features, 3, True, self.dtype, "conv_out")
+        return norm_silu_conv(x, GroupNorm(self.groups, self.dtype, name="norm_out"), out)
 
 
 class Decoder(nn.Module):
@@ -119,17 +136,17 @@ class Decoder(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, strips: int = 1) -> jax.Array:
         x = conv(self.widths[-1], 3, True, self.dtype, "conv_in")(x)
-        x = Middle(self.groups, self.attention, self.dtype, name="middle")(x)
+        x = Middle(self.groups, self.attention, self.dtype, name="middle")(x, strips)
         for level in reversed(range(len(self.widths))):
             width = self.widths[level]
             for block in range(self.depth + 1):
-                x = ResBlock(width, self.groups, self.dtype, name=f"level_{level}_block_{block}")(x)
+                x = ResBlock(width, self.groups, self.dtype, name=f"level_{level}_block_{block}")(x, strips)
             if level:
-                x = conv(width, 3, True, self.dtype, f"level_{level}_up")(twice(x))
-        x = norm_silu(x, self.groups, self.dtype, "norm_out")
-        return conv(self.channels, 3, True, self.dtype, "conv_out")(x)
+                x = enlarged(x, conv(width, 3, True, self.dtype, f"level_{level}_up"), strips)
+        out = conv(self.channels, 3, True, self.dtype, "conv_out")
+        return norm_silu_conv(x, GroupNorm(self.groups, self.dtype, name="norm_out"), out, strips)
 
 
 class VAE(nn.Module):
@@ -205,9 +222,12 @@ class VAE(nn.Module):
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(log_variance, LOWEST, HIGHEST)
 
-    def decode(self, z: jax.Array) -> jax.Array:
-        """z [b, h, w, latent channels] -> images float32 [b, f h, f w, c] in about [-1, 1], not cut."""
-        return self.decoder(self.post_quant_conv(z) if self.quant else z).astype(jnp.float32)
+    def decode(self, z: jax.Array, strips: int = 1) -> jax.Array:
+        """z [b, h, w, latent channels] -> images float32 [b, f h, f w, c] in about [-1, 1], not cut.
+
+        strips: a divisor of h; into how many every map is divided on the way, see strips.py.
+        """
+        return self.decoder(self.post_quant_conv(z) if self.quant else z, strips).astype(jnp.float32)
 
     def from_latent(self, latent: jax.Array) -> jax.Array:
         """z of a latent as diffusion models know it."""

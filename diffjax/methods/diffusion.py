@@ -24,7 +24,7 @@ from diffjax.diffusion.sigma_grids import AnyProcess
 from diffjax.errors import UserError
 from diffjax.methods import latents
 from diffjax.ops import augment
-from diffjax.options import Chosen, Leaf, Options, at_least, fraction, one_of
+from diffjax.options import Chosen, Leaf, Options, at_least, fraction, one_of, options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +102,14 @@ def build(make_model: MakeModel, data: DataSpec, diffusion: Diffusion) -> Method
 
 def decoder_of(data: DataSpec) -> Decoder | None:
     """The decoder from latents to pictures; None where the config names none."""
-    if not data.autoencoder:
+    if not data.autoencoder.weights:
         return None
     folder, split = (str(data.options[leaf]) for leaf in ("dir", "split"))
     scaled = scaling(data.options)
     load = partial(latents.load_decoder, data.autoencoder, str(Path(folder) / split), data.channels, scaled)
-    return Decoder(load, recorded=True)
+    own = options(data.autoencoder)
+    changed = {name: getattr(data.autoencoder, name) for name in ("dtype", "tile")}
+    return Decoder(load, {name: value for name, value in changed.items() if value != own[name].default})
 
 
 def condition_arguments(data: DataSpec, null: bool) -> dict[str, Any]:

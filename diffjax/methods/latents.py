@@ -17,6 +17,7 @@ from diffjax.data.source import Source
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import BATCH_AXES
 from diffjax.weights import autoencoders
+from diffjax.weights.autoencoders import Autoencoder
 
 AT_ONCE = 2**19  # pixels that a device decodes at a time: two images of 512 pixels
 
@@ -26,14 +27,13 @@ class Encoding:
     """The settings of `encode`: images, autoencoder, and what latents a config expects.
 
     Attributes:
-        weights: of the autoencoder, see `autoencoders.read`.
         size, channels, scaling, num_classes: of the latents.
         mirrored: whether the encoding of the mirrored image is stored, too.
         threads: that read images.
     """
 
     images: Source
-    weights: str
+    autoencoder: Autoencoder
     size: int
     channels: int
     scaling: Scaling
@@ -42,28 +42,26 @@ class Encoding:
     threads: int
 
 
-def load_decoder(weights: str, data_folder: str, channels: int, scaling: Scaling) -> Partial:
+def load_decoder(asked: Autoencoder, data_folder: str, channels: int, scaling: Scaling) -> Partial:
     """Latents float32 [b, h, w, channels], as models train on them -> images float32 [b, f h, f w, c] in [-1, 1].
 
     Args:
-        weights: a file or folder, see `autoencoders.read`.
         data_folder: of the latents that the model was trained on; if it is there, its manifest has to have `scaling`.
 
     Raises:
         UserError: the autoencoder is one of other latents.
     """
-    module, params, _ = autoencoders.read(Path(weights))
+    module, params, _ = autoencoders.read(asked)
+    named = f"autoencoder.weights = {asked.weights!r}"
     if module.latent_channels != channels:
-        raise UserError(
-            f"autoencoder.weights = {weights!r} is for latents of {module.latent_channels} channels, not {channels}"
-        )
+        raise UserError(f"{named} is for latents of {module.latent_channels} channels, not {channels}")
     scaling.check(channels)
-    check_scaling(module, scaling, f"autoencoder.weights = {weights!r}")
+    check_scaling(module, scaling, named)
     if (Path(data_folder) / MANIFEST).is_file():
         scaling.check_manifest(Path(data_folder), read_manifest(Path(data_folder)))
     if hasattr(module, "scale"):  # by its own statistics or by those of the data
         module = module.clone(scale=scaling.scale, shift=scaling.shift)
-    return Partial(partial(decode, module, scaling.input_range), jax.tree.map(jnp.asarray, params))
+    return Partial(partial(decode, module, scaling.input_range, asked.tile), jax.tree.map(jnp.asarray, params))
 
 
 def check_scaling(module: Any, scaling: Scaling, name: str) -> None:
@@ -84,21 +82,27 @@ def check_scaling(module: Any, scaling: Scaling, name: str) -> None:
                 raise UserError(f"{name} {what}s latents by {own}, and data.{what} = {given}")
 
 
-def decode(module: Any, input_range: tuple[float, ...], params: Any, latents: jax.Array) -> jax.Array:
+def decode(module: Any, input_range: tuple[float, ...], tile: int, params: Any, latents: jax.Array) -> jax.Array:
     """Images in [-1, 1] of latents, in memory for a few at a time; every device decodes its own part of the batch.
 
-    input_range: of the pixels that the autoencoder was given, and gives back.
+    Args:
+        input_range: of the pixels that the autoencoder was given, and gives back.
+        tile: images of more than tile x tile pixels are decoded one by one, in strips of no more; 0: none are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     own = len(latents) // devices if len(latents) % devices == 0 else len(latents)
     pixels = latents.shape[1] * latents.shape[2] * module.factor**2
     middle, half = sum(input_range) / 2, (input_range[1] - input_range[0]) / 2
-    together = max(n for n in range(1, own + 1) if own % n == 0 and (n == 1 or n * pixels <= AT_ONCE))
+    rows = latents.shape[1]
+    strips = min(n for n in range(1, rows + 1) if rows % n == 0 and (n == rows or not tile or pixels <= n * tile**2))
+    at_once = AT_ONCE if strips == 1 else pixels
+    together = max(n for n in range(1, own + 1) if own % n == 0 and (n == 1 or n * pixels <= at_once))
 
     def images(latents: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
-            return (module.apply({"params": params}, module.from_latent(latents), method="decode") - middle) / half
+            made = module.apply({"params": params}, module.from_latent(latents), strips, method="decode")
+            return (made - middle) / half
 
     # Rows of one device lie together, so that each step takes `together` of every device's own.
     steps = jax.lax.map(images, rearrange(latents, "(b steps) ... -> steps b ...", steps=own // together))

@@ -1,7 +1,9 @@
 """Start-up of several hosts, and operations that one host does for all."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,6 +11,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from diffjax.errors import UserError
+
+LINE = 1024  # bytes of an error that the others are told
 
 # What a launcher sets for every process of a job with more than one process.
 _LAUNCHERS = {
@@ -83,6 +87,29 @@ def fetch_whole(array: jax.Array) -> np.ndarray:
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(jax.device_get(array))
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that all processes leave together, however long one of them takes; a UserError of one is one of all."""
+    error = None
+    try:
+        yield
+    except UserError as own:
+        error = own
+    if jax.process_count() > 1:
+        own_text = np.frombuffer(str(error or "").encode()[:LINE].ljust(LINE), np.uint8)
+        said = [bytes(text).decode(errors="ignore").strip() for text in multihost_utils.process_allgather(own_text)]
+        if error is None and any(said):
+            first = next(number for number, text in enumerate(said) if text)
+            raise UserError(f"process {first}: {said[first]}")
+    if error is not None:
+        raise error
+
+
+def leads(values: np.ndarray) -> np.ndarray:
+    """An array as the lead has it, on every process; all of them call it, with the same shape and dtype."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(values)) if jax.process_count() > 1 else values
 
 
 def say(line: str) -> None:

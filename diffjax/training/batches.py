@@ -17,7 +17,7 @@ from diffjax.data.source import Preparation
 def prepare(preparation: Preparation, stored: Stored, seed: int) -> Batch:
     """The batch of stored values."""
     key = rng.fold(rng.stream(seed, "data"), stored.number[0])
-    x = preparation.draw(stored.values, stored.mirrored, OnDevice(rng.per_example(key, stored.index)))
+    x = preparation.draw(stored.raw, stored.mirrored, OnDevice(rng.per_example(key, stored.index)))
     condition = stored.condition
     if preparation.separate:
         x, condition = preparation.separate(x, condition)

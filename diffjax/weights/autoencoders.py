@@ -1,20 +1,50 @@
 """Autoencoders of latents, from a folder that `convert` wrote or from where public weights lie."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from diffjax.errors import UserError
+from diffjax.ops.dtypes import DTYPES
+from diffjax.options import Leaf, at_least, one_of
 from diffjax.weights import checkpoints, store, tiny_vae, unwrap, vae
 from diffjax.weights.store import tree_sha256
 
 KINDS = ("VAE", "TinyVAE")
 
 
-def read(path: Path) -> tuple[Any, Any, str]:
+@dataclass(frozen=True)
+class Autoencoder:
+    """The autoencoder of latents."""
+
+    weights: Annotated[
+        str,
+        Leaf(
+            "weights that decode latents to pictures: a file, folder of `convert` or diffusers, name of `fetch`",
+            "place",
+        ),
+    ] = ""
+    dtype: Annotated[str, Leaf("in which it encodes and decodes", "compute", one_of(DTYPES))] = "float32"
+    tile: Annotated[
+        int,
+        Leaf(
+            "an image of more than tile x tile pixels is decoded in strips of so many, with the same result",
+            "compute",
+            at_least(0, "whole"),
+        ),
+    ] = 512
+
+
+def read(asked: Autoencoder) -> tuple[Any, Any, str]:
     """(module, parameters as numpy arrays, sha256 of their values) of an autoencoder.
 
-    UserError for a place that is none, and for the weights of something else.
+    UserError for weights in a place that is none, and for those of something else.
     """
+    module, params, sha256 = _read(Path(asked.weights))
+    return module.clone(dtype=asked.dtype), params, sha256
+
+
+def _read(path: Path) -> tuple[Any, Any, str]:
     if (path / "model.json").is_file():
         module, params, made = store.load(path)
         if made["name"] not in KINDS:

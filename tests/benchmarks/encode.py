@@ -26,6 +26,7 @@ from diffjax.data.source import RandomAccess, Source
 from diffjax.frozen import create
 from diffjax.methods.latents import Encoding
 from diffjax.weights import store
+from diffjax.weights.autoencoders import Autoencoder
 
 
 class Half:
@@ -52,7 +53,9 @@ def main() -> None:
     params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))["params"]
     store.save(folder / "vae", module, params, {})
     emoji = sources.load("emoji32", size=32, channels=3, num_classes=9, split="train")
-    asked = Encoding(emoji, str(folder / "vae"), 32 // module.factor, 4, Scaling(module.scale), 9, False, 4)
+    asked = Encoding(
+        emoji, Autoencoder(str(folder / "vae")), 32 // module.factor, 4, Scaling(module.scale), 9, False, 4
+    )
     half = dataclasses.replace(emoji, examples=Half(emoji.examples))
     count = len(emoji.examples) - len(half.examples)
     images = np.stack([emoji.examples[i]["image"] for i in range(arguments.batch)])

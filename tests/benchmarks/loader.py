@@ -65,8 +65,8 @@ class OnTheHost(Stream):
 
     def __getitem__(self, number: int) -> Any:
         stored = super().__getitem__(number)
-        x = self.source.draw(stored.values, stored.mirrored, HostDevice(len(stored.values)))
-        return stored._replace(values=x)
+        x = self.source.draw(stored.raw, stored.mirrored, HostDevice(len(stored.raw)))
+        return stored._replace(raw=x)
 
 
 def records_per_second(source: Source, stream: type[Stream], args: argparse.Namespace) -> tuple[float, float]:

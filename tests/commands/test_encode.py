@@ -13,6 +13,7 @@ from diffjax.frozen import create
 from diffjax.methods.latents import load_decoder
 from diffjax.sampling.samples import read_samples
 from diffjax.weights import store
+from diffjax.weights.autoencoders import Autoencoder
 from tests.data import configs
 from tests.data.seen import Batches
 from tests.frozen.test_vae import some_params
@@ -226,7 +227,7 @@ def test_latents_of_a_shifted_scale_and_of_pixels_from_0_to_1(tmp_path):
     assert (manifest["shift"], manifest["input_range"]) == (0.25, [0.0, 1.0])
     np.testing.assert_allclose(manifest["mean"], 0.5 * (np.asarray(mean).mean((0, 1, 2)) - 0.25), atol=1e-3)
     scaling = latents.Scaling(0.5, 0.25, (0.0, 1.0))
-    decoder = load_decoder(str(tmp_path / "vae"), str(tmp_path / "out"), 4, scaling)
+    decoder = load_decoder(Autoencoder(str(tmp_path / "vae")), str(tmp_path / "out"), 4, scaling)
     pictures = module.apply({"params": params}, mean[:4], method="decode") * 2 - 1
     np.testing.assert_allclose(decoder((mean[:4] - 0.25) * 0.5), pictures, atol=1e-5)
 
@@ -259,6 +260,22 @@ def test_images_beside_their_latents(vae, encoded, tmp_path, monkeypatch):
     order = draws.permutation(0, "order", 0, 1500)[:50]
     expected = [images[n][:, ::-1] if flipped else images[n] for n, flipped in zip(order, mirrored)]
     np.testing.assert_array_equal(first.aux["image"], expected)
+
+
+def test_bfloat16_latents_are_near_and_told_apart(vae, encoded, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(latents, "SHARD_SIZE", SHARD)
+    assert run(vae, tmp_path / "out", "autoencoder.dtype=bfloat16") == 0
+    (ours, _, manifest), (theirs, _, other) = stored(tmp_path / "out"), stored(encoded)
+    far = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    assert 1e-4 < far < 0.05
+    assert manifest["autoencoder"] == other["autoencoder"].replace("float32", "bfloat16") != other["autoencoder"]
+    assert manifest["weights_sha256"] == other["weights_sha256"]
+    (tmp_path / "out" / latents.MANIFEST).unlink()
+    asked = ("source", "autoencoder", "weights_sha256", "scale", "shift", "input_range", "image")
+    request = {name: manifest[name] for name in asked} | {"mirrored": True, "shard_size": SHARD}
+    (tmp_path / "out" / latents.REQUEST).write_text(json.dumps(request))
+    assert run(vae, tmp_path / "out") == 2
+    assert "holds shards of another request (autoencoder differ)" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line(tmp_path):

@@ -127,7 +127,7 @@ def test_what_a_run_is_scored_on_is_checked_before_its_images_are_drawn(tmp_path
 
     method = SimpleNamespace(makes="pictures", condition=None, decoder=None)
     experiment = SimpleNamespace(
-        method=method, conditions=lambda *_: np.zeros(3), seed=0, model=None, size=8, decoder_sha256=str
+        method=method, conditions=lambda *_: np.zeros(3), seed=0, model=None, size=8, decoder_protocol=dict
     )
     run = SimpleNamespace(experiment=experiment, params={}, origin={"sha256": "0"}, caveat="", describe=str)
     monkeypatch.setattr(evaluate, "open_run", lambda folder, overrides: run)

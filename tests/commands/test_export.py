@@ -10,6 +10,7 @@ from diffjax.commands.inspect import inspect
 from diffjax.frozen import create
 from diffjax.models.layers import sincos_positions
 from diffjax.weights import FAMILIES, MODELS, autoencoders, store
+from diffjax.weights.autoencoders import Autoencoder
 from tests.frozen.test_vae import SMALL, some_params
 from tests.programs import train_arguments
 
@@ -63,7 +64,7 @@ def test_an_autoencoder_comes_back_from_a_folder_without_arguments(tmp_path, fam
     store.save(tmp_path / "params", module, params := some_params(module), {})
     export = ["export", f"--params={tmp_path / 'params'}", f"--family={family}", f"--out={tmp_path / 'folder'}"]
     assert main(export) == 0
-    found, back, sha256 = autoencoders.read(tmp_path / "folder")
+    found, back, sha256 = autoencoders.read(Autoencoder(str(tmp_path / "folder")))
     assert found == module
     assert sha256 == store.tree_sha256(params) == store.tree_sha256(back)
     assert main(export) == 2

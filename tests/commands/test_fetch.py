@@ -20,6 +20,7 @@ from diffjax.files import only_writer
 from diffjax.frozen import create
 from diffjax.methods.latents import load_decoder
 from diffjax.weights import autoencoders, public, store, to_reference
+from diffjax.weights.autoencoders import Autoencoder
 from diffjax.weights.public import File, Row
 from tests.download_server import serving
 from tests.frozen.test_vae import SMALL, some_params
@@ -99,10 +100,10 @@ def test_local_files(site, vae, tmp_path, capsys, source):
     folder, module, params = vae
     assert main(["fetch", "vae", f"--from={source}"]) == 0
     assert "--autoencoder=vae --out=samples.npz" in capsys.readouterr().out
-    found, loaded, sha256 = autoencoders.read(public.find("vae"))
+    found, loaded, sha256 = autoencoders.read(Autoencoder("vae"))
     assert found == module
     assert sha256 == store.tree_sha256(params)
-    assert autoencoders.read(folder)[2] == sha256  # the source is where it was
+    assert autoencoders.read(Autoencoder(str(folder)))[2] == sha256  # the source is where it was
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
@@ -132,8 +133,8 @@ def test_the_name_is_an_autoencoder(site, vae, tmp_path):
     assert main(["fetch", "vae", "--from=mine"]) == 0
     leaves = ["--config.autoencoder.weights=vae", "--config.data.scale=0.5", "--config.data.channels=4"]
     config = load(f"{ROOT / 'configs/imagenet256.py'}:model=dit-s-2,runlocal", leaves)
-    assert config.values["autoencoder.weights"] == data_spec(config).autoencoder == "vae"
-    decode = load_decoder("vae", "no folder", vae[1].latent_channels, Scaling(0.5))
+    assert config.values["autoencoder.weights"] == data_spec(config).autoencoder.weights == "vae"
+    decode = load_decoder(Autoencoder("vae"), "no folder", vae[1].latent_channels, Scaling(0.5))
     assert decode(np.zeros((1, 4, 4, vae[1].latent_channels), np.float32)).shape[-1] == 3
 
 

@@ -15,9 +15,13 @@ from diffjax.data.latents import Scaling
 from diffjax.errors import UserError
 from diffjax.experiment import build
 from diffjax.frozen import create
+from diffjax.methods import latents as decoding
 from diffjax.methods.latents import load_decoder
+from diffjax.parallel.mesh import batch_sharding, make_mesh
+from diffjax.parallel.rules import on_mesh
 from diffjax.sampling.samples import read_samples
 from diffjax.weights import store, to_reference
+from diffjax.weights.autoencoders import Autoencoder
 from tests.data.test_latents import ORIGIN
 from tests.frozen.test_vae import some_params
 from tests.programs import tiny_config, train_arguments
@@ -140,17 +144,17 @@ def test_latents_of_other_statistics_than_the_autoencoders(world, tmp_path):
     latent = (z - np.float32(CHANNELS.shift)) * np.float32(CHANNELS.scale)
     module, params, _ = store.load(world / "vae")
     pictures = module.apply({"params": params}, z, method="decode") * 2 - 1
-    decoder = load_decoder(str(world / "vae"), str(tmp_path / "gone"), 4, CHANNELS)
+    decoder = load_decoder(Autoencoder(str(world / "vae")), str(tmp_path / "gone"), 4, CHANNELS)
     np.testing.assert_allclose(decoder(latent), pictures, atol=2e-5)
     data = dataclasses.asdict(CHANNELS)
     latents.write_latents(tmp_path / "data", [(np.zeros((1, 2, 4, 4, 4)), 0)], dataclasses.replace(ORIGIN, **data))
     np.testing.assert_allclose(
-        load_decoder(str(world / "vae"), str(tmp_path / "data"), 4, CHANNELS)(latent), pictures, atol=2e-5
+        load_decoder(Autoencoder(str(world / "vae")), str(tmp_path / "data"), 4, CHANNELS)(latent), pictures, atol=2e-5
     )
     for leaf, value in (("scale", 0.25), ("shift", 0.0), ("input_range", (-1.0, 1.0))):
         other = dataclasses.replace(CHANNELS, **{leaf: value})
         with pytest.raises(UserError, match=rf"data\.{leaf}=.*, but the latents in .* have {leaf}="):
-            load_decoder(str(world / "vae"), str(tmp_path / "data"), 4, other)
+            load_decoder(Autoencoder(str(world / "vae")), str(tmp_path / "data"), 4, other)
 
 
 def test_a_tiny_autoencoder_cannot_shift(tmp_path):
@@ -160,7 +164,7 @@ def test_a_tiny_autoencoder_cannot_shift(tmp_path):
         with pytest.raises(
             UserError, match="decodes latents as they are, and data.scale = .*; valid: one number, and 0"
         ):
-            load_decoder(str(tmp_path / "tiny"), str(tmp_path / "gone"), 4, scaling)
+            load_decoder(Autoencoder(str(tmp_path / "tiny")), str(tmp_path / "gone"), 4, scaling)
 
 
 def test_the_leaf_is_of_latents_alone(tmp_path, capsys):
@@ -171,16 +175,12 @@ def test_the_leaf_is_of_latents_alone(tmp_path, capsys):
 
 def test_devices_decode_their_own_part_a_few_at_a_time(world, monkeypatch):
     """In groups, with the same result, and nothing crosses between devices but the parameters."""
-    from diffjax.methods import latents as decoding
-    from diffjax.parallel.mesh import batch_sharding, make_mesh
-    from diffjax.parallel.rules import on_mesh
-
     module, params, _ = store.load(world / "vae")
     x = np.random.default_rng(1).normal(size=(32, 4, 4, 4)).astype(np.float32)
     expected = module.apply({"params": params}, x / 0.25, method="decode")
     monkeypatch.setattr(decoding, "AT_ONCE", 2 * 8 * 8)
     mesh = make_mesh({"data": 8})
-    decode = partial(decoding.decode, module, (-1.0, 1.0))
+    decode = partial(decoding.decode, module, (-1.0, 1.0), 512)
     compiled = (
         jax.jit(on_mesh(decode, mesh), out_shardings=batch_sharding(mesh))
         .lower(params, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)))
@@ -191,6 +191,45 @@ def test_devices_decode_their_own_part_a_few_at_a_time(world, monkeypatch):
     assert "while" in text
     found = compiled(params, jax.device_put(x, batch_sharding(mesh)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_devices_decode_large_images_in_strips(world):
+    """Each its own, one after the other, with the result of the whole ones."""
+    module, params, _ = store.load(world / "vae")
+    x = np.random.default_rng(1).normal(size=(16, 8, 4, 4)).astype(np.float32)
+    mesh = make_mesh({"data": 8})
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
+
+    def program(tile):
+        decode = on_mesh(partial(decoding.decode, module, (-1.0, 1.0), tile), mesh)
+        return jax.jit(decode, out_shardings=batch_sharding(mesh)).lower(params, shape).compile()
+
+    whole, strips = program(0), program(7)
+    text = strips.as_text()
+    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"))
+    assert strips.memory_analysis().temp_size_in_bytes < whole.memory_analysis().temp_size_in_bytes
+    x = jax.device_put(x, batch_sharding(mesh))
+    np.testing.assert_allclose(strips(params, x), whole(params, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("leaf, value", [("dtype", "bfloat16"), ("tile", 4)])
+def test_how_latents_are_decoded_is_recorded(world, decoded, tmp_path, leaf, value):
+    flags = f"--autoencoder={world / 'vae'}", f"--config.autoencoder.{leaf}={value}"
+    assert sample(world, tmp_path / "s.npz", *flags) == 0
+    images, _, made = read_samples(tmp_path / "s.npz")
+    assert made.pop(f"autoencoder_{leaf}") == value
+    assert made.keys() == decoded[2].keys()
+    assert np.abs(images.astype(int) - decoded[0]).max() <= (1 if leaf == "tile" else 8)
+
+
+def test_a_bfloat16_decoder_is_near_the_float32_one(world, tmp_path):
+    x = np.random.default_rng(1).normal(size=(4, 4, 4, 4)).astype(np.float32)
+    full, half = (
+        load_decoder(Autoencoder(str(world / "vae"), dtype), str(tmp_path / "gone"), 4, Scaling(0.25))(x)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert half.dtype == np.float32
+    assert 1e-4 < np.abs(half - full).max() / np.abs(full).max() < 0.05
 
 
 def test_scores_on_pixels_need_images(world):
@@ -204,4 +243,4 @@ def test_scores_on_pixels_need_images(world):
     experiment = build(config)
     with pytest.raises(Exception, match=r"these data are none; set evals.scores.every_steps = 0"):
         experiment.evaluators()
-    assert dataclasses.replace(experiment, config=config).decoder_sha256()
+    assert len(dataclasses.replace(experiment, config=config).decoder_protocol()["autoencoder_sha256"]) == 64

@@ -246,10 +246,10 @@ def test_a_sample_by_hand(stored):
     """Drawn for the number of the batch and the index of the example."""
     source = sources.load(**section(stored))
     given = Stream(source, 5, 7, True, 0, 1)[3]
-    assert (given.values.dtype, given.values.shape) == (np.float16, (5, 2, *SHAPE))
+    assert (given.raw.dtype, given.raw.shape) == (np.float16, (5, 2, *SHAPE))
     key = rng.fold(rng.stream(7, "data"), 3)
     eps = np.asarray(rng.normal(rng.per_example(key, np.arange(5)), SHAPE))
-    mean, std = np.moveaxis(given.values.astype(np.float32), 1, 0)
+    mean, std = np.moveaxis(given.raw.astype(np.float32), 1, 0)
     np.testing.assert_allclose(seen(source, given, seed=7).x, (mean + std * eps) * 0.25, rtol=1e-6)
 
 

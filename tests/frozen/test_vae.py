@@ -73,6 +73,31 @@ def test_bfloat16_computes_in_it_and_returns_float32(name):
 
 
 @BOTH
+@pytest.mark.parametrize("strips", [2, 4, 8])
+def test_a_decoder_in_strips_is_the_whole_one(name, strips):
+    """Also at the borders of strips and of the map, with statistics and attention over all of it."""
+    module = create(name, **SMALL[name])
+    params = {"params": some_params(module)}
+    z = np.random.default_rng(2).standard_normal((2, 8, 6, 4), np.float32)
+    whole = compiled(module, "decode")(params, z)
+    found = jax.jit(lambda params, z: module.apply(params, z, strips, method="decode"))(params, z)
+    np.testing.assert_allclose(found, whole, rtol=0, atol=2e-6 * float(jnp.abs(whole).max()))
+
+
+def test_strips_take_less_memory():
+    """Without attention, whose temporaries on a CPU the analysis of the whole program does not count."""
+    module = create("VAE", **SMALL["VAE"], attention=False)
+    params = {"params": shapes(module)}
+    z = jax.ShapeDtypeStruct((1, 64, 64, 4), jnp.float32)
+
+    def temporaries(strips):
+        decode = jax.jit(lambda params, z: module.apply(params, z, strips, method="decode"))
+        return decode.lower(params, z).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8) < 0.75 * temporaries(1)
+
+
+@BOTH
 def test_a_mesh_changes_nothing(name):
     module = create(name, **SMALL[name])
     params = {"params": some_params(module)}

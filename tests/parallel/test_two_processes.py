@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from diffjax.commands.inspect import inspect
-from tests.programs import start, train_arguments
+from diffjax.data import latents
+from diffjax.frozen import create
+from diffjax.weights import store
+from tests.commands import test_encode
+from tests.frozen.test_vae import some_params
+from tests.programs import kill, start, train_arguments, wait_for
 
 
 def free_port() -> int:
@@ -21,13 +26,17 @@ def losses(workdir):
     return [row["loss"] for row in rows if "evaluation" not in row]
 
 
-def finish(arguments, folder, name, processes=2):
-    """Run a command as one program, or as two that are joined; all of them have to end well."""
+def begin(each, folder, name, **given):
+    """Start a program for each list of arguments, joined where they are two; (programs, their logs)."""
     address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-    each = [address | {"JAX_PROCESS_ID": str(i)} for i in range(2)] if processes == 2 else [{}]
-    logs = [folder / f"{name}-{i}.log" for i in range(processes)]
-    started = [start(arguments, log, **variables) for log, variables in zip(logs, each)]
-    for process, log in zip(started, logs):
+    variables = [address | {"JAX_PROCESS_ID": str(i)} for i in range(2)] if len(each) == 2 else [{}]
+    logs = [folder / f"{name}-{i}.log" for i in range(len(each))]
+    return [start(arguments, log, **given, **own) for arguments, log, own in zip(each, logs, variables)], logs
+
+
+def finish(arguments, folder, name, processes=2, **given):
+    """Run a command as one program, or as two that are joined; all of them have to end well."""
+    for process, log in zip(*begin([arguments] * processes, folder, name, **given)):
         assert process.wait(timeout=300) == 0, log.read_text()
 
 
@@ -80,3 +89,66 @@ def test_two_processes_evaluate_and_sample_as_one(tmp_path):
     with np.load(tmp_path / "1.npz") as one, np.load(tmp_path / "2.npz") as two:
         assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
         np.testing.assert_array_equal(one["arr_1"], two["arr_1"])
+
+
+# `encode` in shards of 200 images.
+IN_SMALL_SHARDS = """
+import sys
+from diffjax.__main__ import main
+from diffjax.data import latents
+latents.SHARD_SIZE = 200
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def encoding(tmp_path):
+    """The arguments of `encode` to a folder: 1,500 digits, in eight shards."""
+    module = create("VAE", **test_encode.VAE)
+    store.save(tmp_path / "vae", module, some_params(module), {})
+    given = test_encode.given(f"autoencoder.weights={tmp_path / 'vae'}")
+    return lambda out: ["encode", *given, f"--out={out}", "--batch_size=8"]
+
+
+def files(out):
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"}
+
+
+@pytest.mark.slow
+def test_two_processes_encode_as_one(encoding, tmp_path):
+    """The same bytes, also where one was killed and the same command goes on."""
+    program = {"program": ("-c", IN_SMALL_SHARDS)}
+    for processes in (1, 2):
+        finish(encoding(tmp_path / str(processes)), tmp_path, f"encode-{processes}", processes, **program)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    assert len(files(tmp_path / "1")) == 9
+    assert "wrote 1500 latents" in (tmp_path / "encode-2-0.log").read_text()
+    assert "wrote" not in (tmp_path / "encode-2-1.log").read_text(), "only the first process speaks"
+
+    out = tmp_path / "killed"
+    both, logs = begin([encoding(out)] * 2, tmp_path, "killed", **program)
+    assert wait_for(lambda: list(out.glob("*.array_record")), both[1], logs[1])
+    for process in both:
+        kill(process)
+    kept = {name: data for name, data in files(out).items() if name.endswith(".array_record")}
+    assert 0 < len(kept) < 8
+    finish(encoding(out), tmp_path, "again", **program)
+    assert files(out) == files(tmp_path / "1")
+
+
+@pytest.mark.slow
+def test_a_folder_that_processes_do_not_share_is_said(encoding, tmp_path):
+    both = [encoding(tmp_path / name) for name in ("one", "other")]
+    for process, log in zip(*begin(both, tmp_path, "apart")):
+        assert process.wait(timeout=300) == 2, log.read_text()
+        assert "all processes have to see the same folder" in log.read_text()
+    assert not list(tmp_path.glob(f"*/{latents.MANIFEST}"))
+
+
+@pytest.mark.slow
+def test_what_stops_the_first_process_stops_both(encoding, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / latents.MANIFEST).write_text("{}")
+    for process, log in zip(*begin([encoding(tmp_path / "out")] * 2, tmp_path, "stopped")):
+        assert process.wait(timeout=300) == 2, log.read_text()
+        assert "already holds a latents.json" in log.read_text()
