@@ -48,7 +48,10 @@ from diffjax.sampling import conditions, generate, parts, samples
 from diffjax.weights import store
 
 INTERRUPTED = "what is drawn is kept, the same command resumes"
-NO_DECODER = "give their autoencoder to decode them (--autoencoder=PATH or NAME), or --raw to write them as they are"
+NO_DECODER = (
+    "give their autoencoder to decode them (--autoencoder=PATH, or the name of one that `python -m diffjax fetch "
+    "sd-vae-ft-ema` brings), or --raw to write them as they are"
+)
 REQUIRED = ("num", "out")
 OF_CHECKPOINT = ("family", "entry", "arguments")  # flags
 

@@ -1,5 +1,6 @@
 """Latents of images by an autoencoder, and pictures of latents."""
 
+import logging
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -51,14 +52,23 @@ def load_decoder(asked: Autoencoder, data_folder: str, channels: int, scaling: S
     Raises:
         UserError: the autoencoder is one of other latents.
     """
-    module, params, _ = autoencoders.read(asked)
+    module, params, sha256 = autoencoders.read(asked)
     named = f"autoencoder.weights = {asked.weights!r}"
     if module.latent_channels != channels:
         raise UserError(f"{named} is for latents of {module.latent_channels} channels, not {channels}")
     scaling.check(channels)
     check_scaling(module, scaling, named)
     if (Path(data_folder) / MANIFEST).is_file():
-        scaling.check_manifest(Path(data_folder), read_manifest(Path(data_folder)))
+        manifest = read_manifest(Path(data_folder))
+        scaling.check_manifest(Path(data_folder), manifest)
+        if manifest.get("weights_sha256", "") not in (
+            "",
+            sha256,
+        ):  # sd-vae-ft-ema and -mse, say, whose encoders are one
+            logging.getLogger("diffjax").info(
+                f"{named} has other weights than the autoencoder that made the latents in {data_folder}: its pictures "
+                "are right where both encode alike"
+            )
     if hasattr(module, "scale"):  # by its own statistics or by those of the data
         module = module.clone(scale=scaling.scale, shift=scaling.shift)
     return Partial(partial(decode, module, scaling.input_range, asked.tile), jax.tree.map(jnp.asarray, params))

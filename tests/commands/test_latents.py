@@ -20,7 +20,7 @@ from diffjax.methods.latents import load_decoder
 from diffjax.parallel.mesh import batch_sharding, make_mesh
 from diffjax.parallel.rules import on_mesh
 from diffjax.sampling.samples import read_samples
-from diffjax.weights import store, to_reference
+from diffjax.weights import autoencoders, store, to_reference
 from diffjax.weights.autoencoders import Autoencoder
 from tests.data.test_latents import ORIGIN
 from tests.frozen.test_vae import some_params
@@ -91,6 +91,21 @@ def test_weights_from_a_folder_of_diffusers_and_as_a_leaf(world, decoded, tmp_pa
         images, _, made = read_samples(tmp_path / f"{name}.npz")
         np.testing.assert_array_equal(images, decoded[0])
         assert made["autoencoder_sha256"] == decoded[2]["autoencoder_sha256"]
+
+
+def test_other_weights_than_those_of_the_latents_are_said(world, tmp_path, caplog):
+    """A decoder may be another one (ft-mse in place of ft-ema), but nobody should take a wrong one unknowingly."""
+    path = world / "data/latents.json"
+    manifest = json.loads(path.read_text())
+    asked = Autoencoder(str(world / "vae"))
+    for sha256, said in ((manifest["weights_sha256"], True), (autoencoders.read(asked)[2], False), ("", False)):
+        folder = tmp_path / f"of-{sha256[:4]}"
+        folder.mkdir()
+        (folder / "latents.json").write_text(json.dumps(manifest | {"weights_sha256": sha256}))
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            load_decoder(asked, str(folder), 4, Scaling(0.25))
+        assert ("has other weights than the autoencoder that made the latents" in caplog.text) == said
 
 
 def test_another_autoencoder_makes_another_file(world, decoded, tmp_path, capsys):

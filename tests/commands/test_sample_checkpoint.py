@@ -80,7 +80,7 @@ def test_another_entry_and_a_recipe(files, tmp_path):
     "flags, message",
     [
         (["--family=vae"], "vae has no argument num_heads"),
-        (["--family=sit"], "to decode them (--autoencoder=PATH or NAME), or --raw"),
+        (["--family=sit"], "`python -m diffjax fetch sd-vae-ft-ema` brings), or --raw"),
         (["--workdir=run"], "give one of --workdir, --params and --checkpoint"),
         (["--weights=params"], "choose within a run folder"),
         (["--arguments=num_heads"], "'num_heads' is not name=value"),
