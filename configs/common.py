@@ -1,6 +1,7 @@
 """What recipes share: see diffjax/config/recipes.py, which a recipe outside this folder finds under this name, too."""
 
 from diffjax.config.recipes import (
+    DIFFIT_GUIDANCE,
     SIZES,
     SMALL,
     UNET,
@@ -19,6 +20,7 @@ from diffjax.config.recipes import (
 )
 
 __all__ = [
+    "DIFFIT_GUIDANCE",
     "SIZES",
     "SMALL",
     "UNET",

@@ -22,7 +22,6 @@ The release writes 4.4 for 256 pixels and section 5.8 of the paper 4.6: the argu
 
 from configs import common
 
-GUIDANCE = {256: (4.4, "power_cosine"), 512: (1.49, "constant")}  # power 4, the default
 TRAINING = {256: ("DiffiT-XL/2", 256, 3e-4), 512: ("DiffiT-XL/2-512", 512, 1e-4)}
 
 
@@ -34,7 +33,7 @@ def get_config(arg: str | None = None):
     common.imagenet_latents(c, options.pixels)
     common.dit_recipe(c)
     c.batch_size, c.optim.lr = batch_size, lr
-    weight, schedule = GUIDANCE[options.pixels]
+    weight, schedule = common.DIFFIT_GUIDANCE[c.data.size]  # power 4, the default
     c.sampling.guidance.scale = float(options.guidance or weight)
     c.sampling.guidance.schedule = schedule if c.sampling.guidance.scale != 1 else "constant"
     if options.runlocal:

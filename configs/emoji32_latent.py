@@ -13,7 +13,7 @@ It has no perceptual loss and no discriminator, for which networks trained on ot
 from configs import common
 
 FOLDER = "runs/quickstart-latent"
-SCALE = 0.68  # 1 / the deviation of the latents, as `encode` prints it
+SCALE = 0.68  # 1 / the deviation of z: with 1 in its place `encode` prints about 1 / 0.68
 
 
 def get_config(arg: str | None = None):

@@ -1,6 +1,6 @@
 """Build an experiment from a config: data, model, method, optimizer, shardings, initial state, step.
 
-This is the only module that reads a config. Nothing large is ever held by one device: shapes come from
+This module and inputs.py alone read a config. Nothing large is ever held by one device: shapes come from
 `jax.eval_shape`, shardings from the shapes, and the state is made by a jitted function whose outputs are already
 sharded. The data, the frozen networks, the decoder and the sampler are opened when they are first asked for.
 """
@@ -22,15 +22,13 @@ from diffjax import contracts, models, rng
 from diffjax.config import Config
 from diffjax.config.load import nested, stored
 from diffjax.config.schema import is_read, leaves, section_values
-from diffjax.contracts import Apply, Batch, DataSpec, Method, Metrics, Sampler, Stored, Tree, bind
-from diffjax.data import pipeline, sources
-from diffjax.data.latents import scaling
+from diffjax.contracts import Apply, Batch, Method, Metrics, Sampler, Stored, Tree, bind
+from diffjax.data import pipeline
 from diffjax.data.source import Source
 from diffjax.errors import UserError
 from diffjax.evaluation.evaluators import EVALUATORS
+from diffjax.inputs import data_spec, load_source, preparation
 from diffjax.methods import METHODS, encoders
-from diffjax.methods.encoders import Preparation, Tokenization
-from diffjax.methods.latents import Encoding
 from diffjax.ops.macs import count_macs
 from diffjax.options import Options
 from diffjax.parallel.mesh import batch_sharding, check_batch, check_processes, make_mesh, replicated
@@ -454,76 +452,8 @@ def model_maker(name: str, options: Options) -> contracts.MakeModel:
     return make
 
 
-def data_spec(config: Config) -> DataSpec:
-    data = config.data
-    condition = contracts.condition(data.condition, data.num_classes, data.condition_size)
-    given = (data.name, data.size, data.channels, condition, data.flip, data.augment, data.options)
-    return DataSpec(*given, autoencoder=config.autoencoder)
-
-
-def load_source(data: Any, **options: Any) -> Source:
-    """The data set of a section `data` or `images`, with other values of the source's options."""
-    shared = ("size", "channels", "num_classes", "condition", "condition_size", "flip")
-    given = {name: getattr(data, name) for name in shared if hasattr(data, name)} | dict(data.options)
-    if unknown := [name for name in options if name not in given]:
-        raise UserError(f"data source {data.name} has no {unknown[0]} to choose; valid: {', '.join(data.options)}")
-    return sources.load(data.name, **{**given, **options})
-
-
-def preparation(config: Config) -> Preparation:
-    """The settings of the encoder that makes the tokens, and of its input images."""
-    tokens, images = config.settings, config.images
-    return Preparation(
-        encoder=str(config.data.options["encoder"]),
-        grid=config.data.size,
-        image_size=images.size,
-        image_crop=str(images.options.get("crop", "none")),
-        patch=tokens.patch,
-        layer=tokens.layer,
-        weights=tokens.weights,
-        decoder=tokens.decoder,
-    )
-
-
 def with_sampling(experiment: Experiment, sampling: Any) -> Experiment:
     """The experiment with other options of sampling; all else is shared."""
     values = {**experiment.config.values, **section_values("sampling.", sampling)}
     config = dataclasses.replace(experiment.config, sampling=sampling, values=values)
     return dataclasses.replace(experiment, config=config)
-
-
-def encoding(config: Config) -> Encoding:
-    """The `Encoding` of a config. UserError for a config of other data than latents, and without an autoencoder."""
-    if config.data.name != "latents":
-        raise UserError(f"encode: the config's data are {config.data.name}; give one whose data.name is latents")
-    if not config.autoencoder.weights:
-        raise UserError("encode: autoencoder.weights is empty; give its weights, --config.autoencoder.weights=PATH")
-    data = config.data
-    return Encoding(
-        images=load_source(config.images),
-        autoencoder=config.autoencoder,
-        size=data.size,
-        channels=data.channels,
-        scaling=scaling(data.options),
-        num_classes=data.num_classes,
-        mirrored=data.flip,
-        threads=max(data.threads, 1),
-    )
-
-
-def tokenization(config: Config) -> Tokenization:
-    """The `Tokenization` of a config. UserError for a config of another method."""
-    if not METHODS[config.method].images:
-        raise UserError(f"tokenize: the config is that of {config.model.name}, which has no tokens; give one of DiGIT")
-    rng.check_environment()
-    tokens = config.settings
-    return Tokenization(
-        images=load_source(config.images),
-        made=preparation(config),
-        counts={leaf: int(str(config.data.options[leaf])) for leaf in ("vocabulary", "decoder_vocabulary")},
-        mirrored=tokens.mirrored,
-        fit_images=tokens.fit_images,
-        iterations=tokens.iterations,
-        init=tokens.init,
-        seed=tokens.seed,
-    )

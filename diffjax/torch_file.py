@@ -53,9 +53,12 @@ SAFETENSORS = {
 
 # Packages whose settings and records lie beside the weights in a training checkpoint, and the names that these use.
 # What they name becomes an empty stand-in; their code is not imported.
-BESIDE = ("fairseq", "lightning", "lightning_fabric", "omegaconf", "pytorch_lightning", "torchmetrics")
-BESIDE_NAMES = {
-    *(("builtins", name) for name in ("bool", "dict", "float", "int", "list", "set", "str", "tuple")),
+IGNORED_PACKAGES = ("fairseq", "lightning", "lightning_fabric", "omegaconf", "pytorch_lightning", "torchmetrics")
+IGNORED_NAMES = {
+    *(
+        ("builtins", name)
+        for name in ("bool", "dict", "float", "int", "list", "long", "set", "str", "tuple", "unicode")
+    ),
     ("numpy._core.multiarray", "scalar"),
     ("numpy.core.multiarray", "scalar"),
     *(("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")),
@@ -64,6 +67,8 @@ BESIDE_NAMES = {
     ("numpy", "dtype"),
     ("typing", "Any"),
 }
+
+MODULES = {"__builtin__": "builtins", "pathlib._local": "pathlib"}  # names in other versions of Python and of pickles
 
 Storage = Callable[[str, str, int], np.ndarray]  # key, element type, element count -> the elements, [count]
 
@@ -116,8 +121,8 @@ def _array(path: Path, mapped: mmap.mmap, begin: int, entry: dict[str, Any]) -> 
 
 def release(array: Any) -> None:
     """Let go of the memory that a view of a mapped file has read; whoever reads it later reads the file again."""
-    while isinstance(array, np.ndarray):
-        array = array.base
+    while array is not None and not isinstance(array, memoryview | mmap.mmap):
+        array = getattr(array, "base", None)  # also of the object between a strided view and its array
     mapped = array.obj if isinstance(array, memoryview) else array
     if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
@@ -201,10 +206,10 @@ def _read_stream(path: Path, file: BinaryIO) -> Any:
     return _Unpickler(path, mapped, storage).load()
 
 
-class Beside:
+class Ignored:
     """An object of a training program, left empty: whatever is done to it while reading has no effect."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Beside":
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Ignored":
         return object.__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -237,8 +242,9 @@ class _Unpickler(pickle._Unpickler):
         self.path, self.storage, self.names = path, storage, _names(views)
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in BESIDE_NAMES or module.partition(".")[0] in BESIDE:
-            return type("Beside", (Beside,), {})
+        module = MODULES.get(module, module)
+        if (module, name) in IGNORED_NAMES or module.partition(".")[0] in IGNORED_PACKAGES:
+            return type("Ignored", (Ignored,), {})
         if (module, name) not in self.names:
             raise UserError(
                 f"{self.path}: refused to load {module}.{name}: only tensors and plain values are read; "

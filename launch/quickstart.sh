@@ -13,7 +13,7 @@ run="runs/quickstart-$model"
 if [ "$model" = latent ]; then
   recipe=configs/emoji32_latent.py trained="$run/dit" num=504 reference=emoji32
   "$PYTHON" -m diffjax train --config="$recipe:stage=autoencoder" --workdir="$run/vae"
-  "$PYTHON" -m diffjax export --workdir="$run/vae" --family=vae --out="$run/autoencoder" --overwrite
+  [ -d "$run/autoencoder" ] || "$PYTHON" -m diffjax export --workdir="$run/vae" --family=vae --out="$run/autoencoder"
   [ -f "$run/latents/latents.json" ] || "$PYTHON" -m diffjax encode --config="$recipe" --out="$run/latents"
 else
   recipe="configs/quickstart.py:model=$model" trained="$run" num=500 reference=digits

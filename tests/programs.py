@@ -15,7 +15,8 @@ from pathlib import Path
 from diffjax.commands.tokenize import tokenize
 from diffjax.config import Config, load
 from diffjax.contracts import Method
-from diffjax.experiment import data_spec, model_maker
+from diffjax.experiment import model_maker
+from diffjax.inputs import data_spec
 from diffjax.methods import METHODS
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,8 @@ import os
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from diffjax.errors import UserError
-from diffjax.torch_file import STORAGES, read
+from diffjax.torch_file import STORAGES, read, release
 from diffjax.weights import unwrap
 from tests.weights.torch_writer import Named, Storage, Tensor, dumps, pretended, tensor, write_stream, write_zip
 
@@ -86,11 +87,33 @@ def test_what_training_programs_leave_beside_the_weights(tmp_path, write):
         callback = Named("pytorch_lightning.callbacks", "Checkpoint", ())
         best = Named("numpy.core.multiarray", "scalar", (Named("typing", "Any", ()), b"12345678"))
         value = {"state_dict": {"model.weight": tensor(VALUES, "0")}, "hyper_parameters": settings}
-        value |= {"callbacks": [callback, {"best": best}], "epoch": 3}
+        value |= {
+            "callbacks": [callback, {"best": best}],
+            "epoch": 3,
+            "paths": [Path("a"), defaultdict(list), int, {1}],
+        }
         path = write(tmp_path / "last.ckpt", value)
     loaded = read(path)
     assert loaded["epoch"] == 3
     np.testing.assert_array_equal(unwrap(loaded)["weight"], VALUES)
+
+
+def resident(path) -> int:
+    """Bytes of a mapped file that are in memory."""
+    text = Path("/proc/self/smaps").read_text().split(str(path))
+    return sum(1024 * int(part.split("Rss:")[1].split()[0]) for part in text[1:])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the memory of a mapped file is not shown here")
+@pytest.mark.parametrize("write", [write_zip, lambda path, tree: save_file({"a": VALUES.repeat(2**16)}, path) or path])
+def test_pages_of_a_file_are_let_go(tmp_path, write):
+    path = write(tmp_path / "a.weights", {"a": tensor(VALUES.repeat(2**16), "0")})
+    loaded = read(path)["a"]
+    assert loaded.sum() > 0
+    assert resident(path) > 2**22
+    release(loaded)
+    assert resident(path) < 2**16
+    np.testing.assert_array_equal(loaded[:3], 0)
 
 
 def test_safetensors(tmp_path):

@@ -1,7 +1,7 @@
 """Turn images into latents: OUT/latents-*.array_record and OUT/latents.json, which says how.
 
 python -m diffjax encode --config=configs/imagenet256.py --out=data/imagenet256-latents \\
-  --config.images.name=folder --config.images.dir=imagenet/train --config.images.split="" --config.images.size=256 \\
+  --config.images.name=records --config.images.dir=data/imagenet256 --config.images.size=256 \\
   --config.images.num_classes=1000 --config.autoencoder.weights=sd-vae-ft-ema
 
 The config's section `images` says which images, `autoencoder.weights` by which autoencoder, `data` what the latents
@@ -30,8 +30,8 @@ from diffjax.commands import define_distributed, define_path
 from diffjax.config import load
 from diffjax.data import latents, records, shards
 from diffjax.errors import UserError
-from diffjax.experiment import encoding
 from diffjax.files import only_writer
+from diffjax.inputs import encoding
 from diffjax.methods.latents import Encoding, check_scaling
 from diffjax.parallel import hosts
 from diffjax.parallel.mesh import batch_sharding, make_mesh, replicated
@@ -67,6 +67,7 @@ def encode(asked: Encoding, out: Path, batch_size: int = 32, keep_images: bool =
     mesh = make_mesh({"data": -1}, jax.local_devices())
     batch_size = -(-batch_size // mesh.size) * mesh.size
     request = {
+        "encoder_sha256": autoencoders.encoder_sha256(params),
         "source": json.dumps(asked.images.fingerprint, sort_keys=True),
         "autoencoder": describe(module),
         "weights_sha256": sha256,
@@ -207,6 +208,7 @@ def finish(asked: Encoding, request: dict[str, Any], out: Path) -> None:
         source=request["source"],
         autoencoder=request["autoencoder"],
         weights_sha256=request["weights_sha256"],
+        encoder_sha256=request["encoder_sha256"],
         **dataclasses.asdict(asked.scaling),
         scale_applied=False,
         num_classes=asked.images.num_classes,

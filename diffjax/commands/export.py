@@ -23,7 +23,7 @@ from diffjax.weights import (
     MODELS,
     autoencoders,
     checkpoints,
-    has_fixed,
+    is_sized,
     reference_config,
     store,
     to_reference,
@@ -38,7 +38,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("step", None, "of --workdir: which checkpoint; the latest by default", flag_values=values)
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "of --workdir: average or last ones", flag_values=values)
     flags.DEFINE_string("family", None, f"whose layout: {', '.join(FAMILIES)}", flag_values=values)
-    side = "side of the inputs, where --params does not say it, for families with a table of positions (dit, sit)"
+    side = "side of the inputs, where --params does not say it, for families with a table of positions"
     flags.DEFINE_integer("size", None, side, lower_bound=1, flag_values=values)
     define_path("out", None, "file, .safetensors; of vae and tiny_vae also a folder", values)
     define_overwrite(values)
@@ -67,15 +67,18 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         module, params, made = store.load(values.params)
         kind, name, own = made["name"], f"{made['name']} of {values.params}", made.get("size")
     check_model(values.family, kind, name)
+    if values.size and own and values.size != own:
+        raise UserError(f"--size={values.size}, but {name} is for inputs of side {own}; leave out --size")
     size = values.size or own
-    if has_fixed(values.family) and not size:
+    if is_sized(values.family) and not size:
         raise UserError(
             f"export: files of {values.family} hold a table of positions, and {values.params} does not say for which "
             "inputs; give their side, --size=32 for latents of 256 pixels"
         )
     make_folder(file)
-    weights = to_reference(values.family, module, params, size)
+    weights = to_reference(values.family, module, params, size or 1)  # of the others none depends on it
     if in_folder:
+        file.unlink(missing_ok=True)  # never old weights beside a new config.json
         write_json(out / "config.json", reference_config(values.family, module))
     with atomic(file) as opened:
         save_file(weights, opened.name, {"format": "pt"})

@@ -25,8 +25,8 @@ from diffjax.data import draws, shards
 from diffjax.data import tokens as records
 from diffjax.data.source import Source, scaled
 from diffjax.errors import UserError
-from diffjax.experiment import tokenization
 from diffjax.files import atomic, only_writer, write_npy
+from diffjax.inputs import tokenization
 from diffjax.methods.encoders import Encoder, Tokenization, load_encoder, load_vqgan
 from diffjax.parallel import hosts
 from diffjax.parallel.mesh import batch_sharding, make_mesh, replicated

@@ -28,6 +28,9 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+# Scale and schedule of DiffiT's published samples, by the side of its latents.
+DIFFIT_GUIDANCE = {32: (4.4, "power_cosine"), 64: (1.49, "constant")}
+
 EARLIER = {"codes": "vocabulary"}  # arguments of recipes that had another name
 
 
@@ -110,7 +113,7 @@ def dit_recipe(c: ConfigDict) -> None:
 
 
 def public(family: str, name: str, made: Mapping[str, Any], size: int | None) -> ConfigDict:
-    """Settings to sample a public checkpoint of a diffusion backbone: 250 steps and guidance 1.5, as DiT was published.
+    """Settings to sample a public checkpoint of a diffusion backbone with guidance, as its family was published.
 
     Args:
         family: a key of `diffjax.weights.FAMILIES`.
@@ -133,7 +136,10 @@ def public(family: str, name: str, made: Mapping[str, Any], size: int | None) ->
         c.diffusion.gaussian.variance = "fixed_large"
     c.diffusion.label_drop = 0.1 if made["null_class"] else 0.0
     if made["null_class"]:
-        c.sampling.guidance.scale, c.sampling.guidance.channels = 1.5, 3
+        scale, schedule = (
+            DIFFIT_GUIDANCE.get(c.data.size, (1.5, "constant")) if family == "diffit" else (1.5, "constant")
+        )
+        c.sampling.guidance.scale, c.sampling.guidance.channels, c.sampling.guidance.schedule = scale, 3, schedule
     return c
 
 

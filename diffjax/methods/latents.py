@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,7 @@ def load_decoder(asked: Autoencoder, data_folder: str, channels: int, scaling: S
     Raises:
         UserError: the autoencoder is one of other latents.
     """
-    module, params, sha256 = autoencoders.read(asked)
+    module, params, _ = autoencoders.read(asked)
     named = f"autoencoder.weights = {asked.weights!r}"
     if module.latent_channels != channels:
         raise UserError(f"{named} is for latents of {module.latent_channels} channels, not {channels}")
@@ -61,17 +62,28 @@ def load_decoder(asked: Autoencoder, data_folder: str, channels: int, scaling: S
     if (Path(data_folder) / MANIFEST).is_file():
         manifest = read_manifest(Path(data_folder))
         scaling.check_manifest(Path(data_folder), manifest)
-        if manifest.get("weights_sha256", "") not in (
-            "",
-            sha256,
-        ):  # sd-vae-ft-ema and -mse, say, whose encoders are one
-            logging.getLogger("diffjax").info(
-                f"{named} has other weights than the autoencoder that made the latents in {data_folder}: its pictures "
-                "are right where both encode alike"
-            )
+        check_encoder(module, params, manifest, named, data_folder)
     if hasattr(module, "scale"):  # by its own statistics or by those of the data
         module = module.clone(scale=scaling.scale, shift=scaling.shift)
     return Partial(partial(decode, module, scaling.input_range, asked.tile), jax.tree.map(jnp.asarray, params))
+
+
+def check_encoder(module: Any, params: Any, manifest: Mapping[str, Any], named: str, folder: str) -> None:
+    """UserError for an autoencoder that encodes otherwise than the one that made latents; a line where it may be so.
+
+    sd-vae-ft-ema and -mse have one encoder and two decoders. A tiny autoencoder decodes the latents of the large one.
+    """
+    stored = manifest["encoder_sha256"]
+    if stored and stored == autoencoders.encoder_sha256(params):
+        return
+    if stored and manifest["autoencoder"].startswith(f"{type(module).__name__}("):
+        raise UserError(
+            f"{named} has another encoder than the autoencoder that made the latents in {folder}: it decodes others"
+        )
+    if stored or manifest.get("weights_sha256"):
+        logging.getLogger("diffjax").info(
+            f"nothing says that {named} decodes the latents in {folder}, which another file of weights made"
+        )
 
 
 def check_scaling(module: Any, scaling: Scaling, name: str) -> None:

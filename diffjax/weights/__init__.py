@@ -69,16 +69,15 @@ def to_reference(
 ) -> dict[str, np.ndarray]:
     """The reference's weights, its key names to float32 arrays in PyTorch layout, out of our parameters.
 
-    size: side of the input, for families whose files hold arrays that are not trained (`has_fixed`), most of which
-        depend on it; None leaves them out.
+    size: side of the input, for families whose files hold arrays that are not trained; None leaves these out.
     """
     found = _family(family)
-    return found.to_reference(module, params) | (found.fixed(module, size) if size and has_fixed(family) else {})
+    return found.to_reference(module, params) | (found.fixed(module, size) if size and hasattr(found, "fixed") else {})
 
 
-def has_fixed(family: str) -> bool:
-    """Whether checkpoints of a family hold arrays that are not trained, such as a table of positions."""
-    return hasattr(_family(family), "fixed")
+def is_sized(family: str) -> bool:
+    """Whether files of a family hold arrays that depend on the side of the input, such as a table of positions."""
+    return bool(getattr(_family(family), "SIZED", False))
 
 
 def reference_config(family: str, module: nn.Module) -> dict[str, Any]:

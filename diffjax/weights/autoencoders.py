@@ -11,6 +11,7 @@ from diffjax.weights import checkpoints, store, tiny_vae, unwrap, vae
 from diffjax.weights.store import tree_sha256
 
 KINDS = ("VAE", "TinyVAE")
+ENCODER = ("encoder", "quant_conv")  # parts of the parameters
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ def read(asked: Autoencoder) -> tuple[Any, Any, str]:
     """
     module, params, sha256 = _read(Path(asked.weights))
     return module.clone(dtype=asked.dtype), params, sha256
+
+
+def encoder_sha256(params: Any) -> str:
+    """sha256 of the half of an autoencoder's parameters that encodes; several decoders may be trained for one."""
+    return tree_sha256({name: tree for name, tree in params.items() if name in ENCODER})
 
 
 def _read(path: Path) -> tuple[Any, Any, str]:

@@ -48,7 +48,6 @@ FINAL_NORM: mapping.Table = (
     ("decoder.layer_norm.bias", "final_norm/bias", "d -> d"),
 )
 
-# of other models, and the mark of a file format
 # Other networks in the file, and fairseq's mark of the layout of its decoders.
 PASSED_OVER = ("pretrained_encoder.", "centroids", "centroid_norm", "vqgan.", "decoder.version")
 VERSION = np.array([3.0], np.float32)

@@ -43,6 +43,7 @@ TABLE: mapping.Table = (
     ("final_layer.linear.weight", "final/linear/kernel", "(p1 p2 o) d -> d (p1 p2 o)"),
     ("final_layer.linear.bias", "final/linear/bias", "(p1 p2 o) -> (p1 p2 o)"),
 )
+SIZED = True  # files hold a table of positions
 CONSTANTS = {"two": 2, "three": 3, "six": 6, "w": 256}
 
 # the reference's constructor arguments
@@ -83,7 +84,9 @@ def to_reference(module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.n
 
 def fixed(module: Any, size: int) -> dict[str, np.ndarray]:
     """The reference's table of positions [1, tokens, width] for inputs of `size`."""
-    side = size // module.patch
+    side, rest = divmod(size, module.patch)
+    if rest:
+        raise UserError(f"dit: inputs of side {size}; valid: multiples of the patch, {module.patch}")
     return {"pos_embed": sincos_positions(side, side, module.width)[None]}
 
 

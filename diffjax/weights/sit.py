@@ -13,6 +13,8 @@ import numpy as np
 
 from diffjax.weights import dit, outputs
 
+SIZED = dit.SIZED
+
 
 def from_reference(state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Module, dict[str, Any]]:
     """The module and its parameters; `config` as for DiT, see `diffjax.weights.from_reference`."""

@@ -168,7 +168,8 @@ def test_shards_of_another_request_are_not_mixed(vae, encoded, tmp_path, capsys)
     request = {"source": "", "weights_sha256": "", "mirrored": True, "scale": 0.5, "shard_size": latents.SHARD_SIZE}
     (tmp_path / "out" / latents.REQUEST).write_text(json.dumps(request))
     assert run(vae, tmp_path / "out") == 2
-    assert "holds shards of another request (autoencoder, source, weights_sha256 differ)" in capsys.readouterr().err
+    differing = "autoencoder, encoder_sha256, source, weights_sha256"
+    assert f"holds shards of another request ({differing} differ)" in capsys.readouterr().err
     (tmp_path / "out" / latents.REQUEST).unlink()
     assert run(vae, tmp_path / "out") == 2
     assert "holds latents-00000.array_record and does not say of what; remove" in capsys.readouterr().err
@@ -271,7 +272,7 @@ def test_bfloat16_latents_are_near_and_told_apart(vae, encoded, tmp_path, monkey
     assert manifest["autoencoder"] == other["autoencoder"].replace("float32", "bfloat16") != other["autoencoder"]
     assert manifest["weights_sha256"] == other["weights_sha256"]
     (tmp_path / "out" / latents.MANIFEST).unlink()
-    asked = ("source", "autoencoder", "weights_sha256", "scale", "shift", "input_range", "image")
+    asked = ("source", "autoencoder", "weights_sha256", "encoder_sha256", "scale", "shift", "input_range", "image")
     request = {name: manifest[name] for name in asked} | {"mirrored": True, "shard_size": SHARD}
     (tmp_path / "out" / latents.REQUEST).write_text(json.dumps(request))
     assert run(vae, tmp_path / "out") == 2

@@ -15,9 +15,9 @@ from diffjax import download
 from diffjax.__main__ import main
 from diffjax.config import load
 from diffjax.data.latents import Scaling
-from diffjax.experiment import data_spec
 from diffjax.files import only_writer
 from diffjax.frozen import create
+from diffjax.inputs import data_spec
 from diffjax.methods.latents import load_decoder
 from diffjax.weights import autoencoders, public, store, to_reference
 from diffjax.weights.autoencoders import Autoencoder

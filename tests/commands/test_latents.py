@@ -93,19 +93,25 @@ def test_weights_from_a_folder_of_diffusers_and_as_a_leaf(world, decoded, tmp_pa
         assert made["autoencoder_sha256"] == decoded[2]["autoencoder_sha256"]
 
 
-def test_other_weights_than_those_of_the_latents_are_said(world, tmp_path, caplog):
+def test_an_autoencoder_that_encodes_otherwise_is_refused(world, tmp_path, caplog):
     """A decoder may be another one (ft-mse in place of ft-ema), but nobody should take a wrong one unknowingly."""
-    path = world / "data/latents.json"
-    manifest = json.loads(path.read_text())
+    manifest = json.loads((world / "data/latents.json").read_text()) | {"autoencoder": "VAE(channels=3)"}
     asked = Autoencoder(str(world / "vae"))
-    for sha256, said in ((manifest["weights_sha256"], True), (autoencoders.read(asked)[2], False), ("", False)):
-        folder = tmp_path / f"of-{sha256[:4]}"
-        folder.mkdir()
-        (folder / "latents.json").write_text(json.dumps(manifest | {"weights_sha256": sha256}))
+    own = autoencoders.encoder_sha256(autoencoders.read(asked)[1])
+
+    def decoder(name, **entries):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "latents.json").write_text(json.dumps(manifest | entries))
         caplog.clear()
         with caplog.at_level("INFO"):
-            load_decoder(asked, str(folder), 4, Scaling(0.25))
-        assert ("has other weights than the autoencoder that made the latents" in caplog.text) == said
+            load_decoder(asked, str(tmp_path / name), 4, Scaling(0.25))
+        return caplog.text
+
+    assert decoder("own", encoder_sha256=own, weights_sha256="1" * 64) == ""
+    assert "nothing says that autoencoder.weights" in decoder("tiny", encoder_sha256="2" * 64, autoencoder="TinyVAE()")
+    assert "nothing says that autoencoder.weights" in decoder("earlier")
+    with pytest.raises(UserError, match="has another encoder than the autoencoder that made the latents in"):
+        decoder("other", encoder_sha256="2" * 64)
 
 
 def test_another_autoencoder_makes_another_file(world, decoded, tmp_path, capsys):

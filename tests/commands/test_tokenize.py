@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffjax import experiment
+from diffjax import inputs
 from diffjax.commands import tokenize as tokenize_command
 from diffjax.data import sources
 from diffjax.data import tokens as records
@@ -125,7 +125,7 @@ def test_unlabelled_images(tmp_path, monkeypatch):
     def load(*_) -> Source:
         return Source("some", sources.ArrayExamples(images, np.zeros(40, int)), 8, 1, 0, {"name": "some"})
 
-    monkeypatch.setattr(experiment, "load_source", load)
+    monkeypatch.setattr(inputs, "load_source", load)
     out = tokenize(tmp_path / "tokens", "data.num_classes=0")
     assert records.read_manifest(out)["num_classes"] == 0
 
