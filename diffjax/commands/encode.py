@@ -12,7 +12,6 @@ Started on several hosts, or with JAX_COORDINATOR_ADDRESS, the processes divide 
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from diffjax.commands import define_distributed, define_path
 from diffjax.config import load
-from diffjax.data import latents, records, shards
+from diffjax.data import image_records, latents, records, shards
 from diffjax.errors import UserError
 from diffjax.files import only_writer
 from diffjax.inputs import encoding
@@ -212,7 +211,7 @@ def finish(asked: Encoding, request: dict[str, Any], out: Path) -> None:
         **dataclasses.asdict(asked.scaling),
         scale_applied=False,
         num_classes=asked.images.num_classes,
-        label_table_sha256=hashlib.sha256("\n".join(asked.images.classes).encode()).hexdigest(),
+        label_table_sha256=image_records.table_sha256(asked.images.classes),
     )
     shape = (asked.size, asked.size, asked.channels)
     manifest = latents.finish(out, count, 1 + asked.mirrored, shape, origin, request["image"])

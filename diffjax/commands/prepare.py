@@ -78,6 +78,8 @@ def convert_features(values: flags.FlagValues) -> None:
 
 def request(values: flags.FlagValues, dataset: Dataset) -> Request:
     """What is asked for. UserError for what the data set fixes, lacks, or leaves open and was not said."""
+    if not dataset.counts and values.split != values["split"].default:
+        raise UserError(f"prepare: {values.name} has no splits; choose the sub-folder with --from")
     if dataset.counts and values.split not in dataset.counts:
         raise UserError(f"prepare: {values.name} has no split {values.split!r}; valid: {', '.join(dataset.counts)}")
 

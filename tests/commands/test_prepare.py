@@ -87,6 +87,9 @@ def test_names_and_flags(tmp_path, capsys):
     assert "imagenet64 is made with --decode=stored" in error(capsys, "imagenet64", *paths, "--decode=shown")
     assert "--rule is missing; images leaves it open" in error(capsys, "images", *paths, "--size=32")
     assert "value should be one of <adm|edm-crop|" in error(capsys, "images", *paths, "--size=32", "--rule=best")
+    assert "images has no splits; choose the sub-folder with --from" in error(
+        capsys, "images", *paths, *FLAGS, "--split=test"
+    )
     assert "no such file or folder" in error(capsys, "images", f"--from={tmp_path / 'no'}", paths[1], *FLAGS)
     assert not (tmp_path / "out").exists()
 

@@ -13,8 +13,9 @@ SPLITS = {"train": "0", "validation": "1", "test": "2"}  # split -> its number i
 
 def read(path: Path, split: str) -> Originals:
     """The images of a split of the published partition, in the order of their names. There are no classes."""
-    partition = find(path, PARTITION, "the partition into splits")
-    container = open_container(find(path, IMAGES, "the images"))
+    named = path.is_file() or path.name in IMAGES  # the images themselves, beside which the partition may lie
+    partition = find(path, PARTITION, "the partition into splits", beside=named)
+    container = open_container(path if named else find(path, IMAGES, "the images"))
     places = {name.rpartition("/")[2]: name for name in container.sizes}
     with reading(partition):
         rows = [line.split() for line in partition.read_text().splitlines() if line.strip()]
@@ -24,5 +25,5 @@ def read(path: Path, split: str) -> Originals:
     if missing := [name for name in files if name not in places]:
         raise UserError(f"{path}: {missing[0]} of {partition.name} is missing, and {len(missing) - 1:,} more")
     originals = of_container(container, [places[name] for name in files])
-    originals.files.append(describe(partition))
+    originals.files.extend(describe([partition]))
     return originals

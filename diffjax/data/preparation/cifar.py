@@ -86,7 +86,7 @@ def read(versions: tuple[Version, ...], path: Path, split: str) -> Originals:
         raise UserError(f"{path}: labels from {labels.min()} to {labels.max()}, and {len(classes)} names of classes")
     names = [f"{split}_{i:05d}" for i in range(len(labels))]
     return Originals(
-        names, labels.astype(np.int32), images.__getitem__, [describe(path)], index_sha256(names, labels), classes
+        names, labels.astype(np.int32), images.__getitem__, describe([path]), index_sha256(names, labels), classes
     )
 
 
@@ -114,7 +114,8 @@ def _python(version: Version, data: bytes, path: Path) -> tuple[np.ndarray, np.n
     """The same of a pickle."""
     batch = _unpickle(data, path)
     pixels, labels = batch.get("data"), batch.get(version.labels)
-    if not isinstance(pixels, np.ndarray) or pixels.shape != (len(labels or ()), PLANES):
+    known = isinstance(labels, list) and all(type(label) is int and 0 <= label < 256 for label in labels)
+    if not (known and isinstance(pixels, np.ndarray) and pixels.shape == (len(labels or ()), PLANES)):
         raise UserError(f"{path}: a batch without data [n, {PLANES}] and {version.labels} [n]")
     return _images(pixels), np.array(labels, np.int64)
 
@@ -126,7 +127,9 @@ def _images(planes: np.ndarray) -> np.ndarray:
 def _classes(version: Version, data: bytes, path: Path) -> tuple[str, ...]:
     if version.label_bytes:
         return tuple(data.decode().split())
-    names = _unpickle(data, path).get(NAMES[version.labels], [])
+    names = _unpickle(data, path).get(NAMES[version.labels])
+    if not isinstance(names, list):
+        raise UserError(f"{path}: {version.names} without a list {NAMES[version.labels]}")
     return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
 
 

@@ -77,22 +77,30 @@ class Folder:
 
 
 class Zip:
-    """A zip, of any compression that Python reads."""
+    """A zip of stored or deflated entries: of other compressions Python limits no output."""
 
     def __init__(self, path: Path):
         self.archives = [path]
         with reading(path):
             self._zip = zipfile.ZipFile(path)
-        found = [(info.filename, info.file_size) for info in self._zip.infolist() if not info.is_dir()]
+        files = [info for info in self._zip.infolist() if not info.is_dir()]
+        if others := [info for info in files if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]:
+            name, kind = others[0].filename, others[0].compress_type
+            raise UserError(f"{path}: {name} is of compression {kind}; valid: stored or deflated")
+        found = [(info.filename, info.file_size) for info in files]
         check_sizes(path, found)
         self._all = dict(found)
         self.sizes = in_order(found)
 
     def read(self, name: str) -> bytes:
-        if self._all[name] > LARGEST:
-            raise UserError(f"{self.archives[0]}: {name} claims {self._all[name]:,} bytes; valid: at most {LARGEST:,}")
-        with reading(self.archives[0], name):
-            return self._zip.read(name)
+        size = self._all[name]
+        if size > LARGEST:
+            raise UserError(f"{self.archives[0]}: {name} claims {size:,} bytes; valid: at most {LARGEST:,}")
+        with reading(self.archives[0], name), self._zip.open(name) as file:
+            data = file.read(size + 1)  # without a number, all is inflated before it is cut to its size
+            if len(data) != size:
+                raise EOFError(f"{size} bytes claimed, and {len(data)} there")
+            return data
 
     def __contains__(self, name: str) -> bool:
         return name in self._all
@@ -108,7 +116,7 @@ class Tar:
         self.archives = [path]
         with reading(path):
             self._file = path.open("rb")
-            found = list(_members(self._file))
+            found = list(_members(path, self._file))
         check_sizes(path, [(name, size) for name, _, size in found])
         self._places = {name: (offset, size) for name, offset, size in found}
         self.sizes = in_order((name, size) for name, _, size in found)
@@ -128,26 +136,32 @@ class Tar:
         self._file.close()
 
 
-def _members(file: IO[bytes], start: int = 0, folder: str = "") -> Iterator[tuple[str, int, int]]:
-    """Name, place in the outermost file and size of each file of a tar.
+def _members(path: Path, file: IO[bytes], start: int = 0, folder: str = "") -> Iterator[tuple[str, int, int]]:
+    """Name, place in the outermost file and size of each file of a tar; hard links are files, too.
 
     tarfile takes a damaged header, and the end of a cut file, for the end of the archive, which is a block of zeros.
     """
+    places: dict[str, tuple[int, int]] = {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while member := tar.next():
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep a million of them
             if member.size < 0 or member.issparse():
                 raise tarfile.ReadError(f"{member.name} is sparse, or of a negative size")
-            if not member.isreg():
+            name, target = member.name.removeprefix("./"), member.linkname.removeprefix("./")
+            if member.issym():
+                raise UserError(f"{path}: {folder}{name} is a symbolic link; valid: files, as tar --dereference packs")
+            if member.islnk() and target not in places:
+                raise tarfile.ReadError(f"{name} links to {target}, which is no file before it")
+            if not member.isreg() and not member.islnk():
                 continue
-            if member.name.endswith(".tar") and not folder and (inner := tar.extractfile(member)):
-                inside = Path(member.name).stem
+            if member.isreg() and name.endswith(".tar") and not folder and (inner := tar.extractfile(member)):
                 try:
-                    yield from _members(inner, start + member.offset_data, f"{inside}/")
+                    yield from _members(path, inner, start + member.offset_data, f"{Path(name).stem}/")
                 except tarfile.TarError as error:
-                    raise tarfile.ReadError(f"{member.name}: {error}") from error
+                    raise tarfile.ReadError(f"{name}: {error}") from error
             else:
-                yield folder + member.name.removeprefix("./"), start + member.offset_data, member.size
+                places[name] = places[target] if member.islnk() else (start + member.offset_data, member.size)
+                yield folder + name, *places[name]
         file.seek(tar.offset)
         if file.read(BLOCK) != bytes(BLOCK):
             raise tarfile.ReadError("no block of zeros at its end")

@@ -13,7 +13,7 @@ import numpy as np
 
 from diffjax.data.image_records import table_sha256
 from diffjax.data.preparation import parquet
-from diffjax.data.preparation.containers import Container, open_container, reading
+from diffjax.data.preparation.containers import open_container, reading
 from diffjax.data.preparation.originals import Originals, describe, find, of_container
 from diffjax.errors import UserError
 
@@ -34,21 +34,22 @@ def read(path: Path, split: str) -> Originals:
     classes = synsets()
     if shards := parquet.find_shards(path, split):
         return parquet.read(shards, classes)
-    container = _container(path, split)
+    place = _place(path, split)
+    container = open_container(place)
     ranks = {synset: rank for rank, synset in enumerate(classes)}
     names = list(container.sizes)
     if not names:
         raise UserError(f"{path} holds no images of ImageNet's {split}; valid: {LAYOUT}")
     devkit: Path | None = None
     if split == "validation" and not any("/" in name for name in names):
-        devkit = find(path, DEVKIT, "the devkit, which has the labels of validation images")
+        devkit = find(path, DEVKIT, "the devkit, which has the labels of validation images", beside=place == path)
         labels = _labels_of_validation(names, path, devkit, ranks)
     else:
         labels = np.array([_rank(name, ranks, path) for name in names], np.int32)
     order = sorted(range(len(names)), key=lambda i: (labels[i], names[i].rpartition("/")[2]))
     originals = of_container(container, [names[i] for i in order], labels[order], classes)
     if devkit and devkit.is_file():
-        originals.files.append(describe(devkit))
+        originals.files.extend(describe([devkit]))
     return originals
 
 
@@ -66,13 +67,13 @@ def synsets() -> tuple[str, ...]:
     return ids
 
 
-def _container(path: Path, split: str) -> Container:
+def _place(path: Path, split: str) -> Path:
     """The tar of the split in a folder, else its tree; or what a user named."""
     if path.is_dir():
         for name in (TARS[split], *FOLDERS[split]):
             if (path / name).exists():
-                return open_container(path / name)
-    return open_container(path)
+                return path / name
+    return path
 
 
 def _rank(name: str, ranks: dict[str, int], path: Path) -> int:

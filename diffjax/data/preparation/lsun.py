@@ -38,7 +38,7 @@ def read(category: str, path: Path, split: str) -> Originals:
     names = [key.decode("latin1") for key in keys]
     digest = hashlib.sha256(b"\n".join(keys)).hexdigest()
     return Originals(
-        names, np.zeros(len(keys), np.int32), load, [describe(folder / "data.mdb")], digest, close=environment.close
+        names, np.zeros(len(keys), np.int32), load, describe([folder / "data.mdb"]), digest, close=environment.close
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from diffjax.data.preparation.containers import Container
 from diffjax.errors import UserError
 
-HASHED = 2**33  # bytes; larger files are known by their size, and by names and sizes of the images in them
+HASHED = 2**33  # bytes of the files of a source; more are known by size, and by names and sizes of their images
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class Originals:
 
 
 def index_sha256(names: Sequence[str], labels: np.ndarray, sizes: Sequence[int] | None = None) -> str:
-    """The sha256 of a line per image: its name, the bytes of its file where they are known, its label."""
+    """The sha256 of a line per image: its name, its size, its label.
+
+    Sizes are the bytes of the images, or, of rows of parquet, those of all images of the row group.
+    """
     digest = hashlib.sha256()
     for i, name in enumerate(names):
         size = "" if sizes is None else sizes[i]
@@ -69,30 +72,35 @@ def of_container(
         names,
         labels,
         lambda i: container.read(names[i]),
-        [describe(path) for path in container.archives],
+        describe(container.archives),
         index_sha256(names, labels, [container.sizes[name] for name in names]),
         tuple(classes),
         close=container.close,
     )
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Name, size and hashes of an archive; None for hashes where it is too large to be read for them."""
-    size = path.stat().st_size
-    found: dict[str, Any] = {"name": path.name, "bytes": size}
-    if size > HASHED:
-        return found | {"sha256": None, "md5": None}
+def describe(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Name, size and hashes of each archive; None for hashes where all are too large to be read for them."""
+    sizes = [path.stat().st_size for path in paths]
+    small = sum(sizes) <= HASHED
+    return [
+        {"name": path.name, "bytes": size} | (_hashes(path) if small else {"sha256": None, "md5": None})
+        for path, size in zip(paths, sizes)
+    ]
+
+
+def _hashes(path: Path) -> dict[str, Any]:
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while piece := file.read(2**20):
             sha256.update(piece)
             md5.update(piece)
-    return found | {"sha256": sha256.hexdigest(), "md5": md5.hexdigest()}
+    return {"sha256": sha256.hexdigest(), "md5": md5.hexdigest()}
 
 
-def find(path: Path, names: Sequence[str], what: str) -> Path:
-    """The first of `names` that lies in a folder or beside it, or beside a file. UserError where none does."""
-    for folder in (path, path.parent):
+def find(path: Path, names: Sequence[str], what: str, beside: bool = False) -> Path:
+    """The first of `names` that lies in a folder; `beside`: or beside this archive or folder. UserError where none."""
+    for folder in (path, path.parent) if beside else (path,):
         for name in names:
             if (folder / name).exists():
                 return folder / name

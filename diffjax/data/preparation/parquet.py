@@ -52,8 +52,8 @@ def read(shards: Sequence[Path], classes: Sequence[str]) -> Originals:
         rows.names,
         labels,
         rows.load,
-        [describe(path) for path in shards],
-        index_sha256(rows.names, labels),
+        describe(shards),
+        index_sha256(rows.names, labels, rows.sizes),
         tuple(classes),
         note,
     )
@@ -67,6 +67,7 @@ class Rows:
 
         self.names: list[str] = []
         self.labels: list[int] = []
+        self.sizes: list[int] = []  # bytes of the images of the row group, which need not be read
         self._starts: list[int] = []  # number of the first row of each row group
         self._groups: list[tuple[Any, Path, int]] = []
         self._kept: OrderedDict[int, list[bytes]] = OrderedDict()
@@ -82,6 +83,7 @@ class Rows:
                     paths = [image["path"] for image in table["image"].to_pylist()]
                     first = len(self.names)
                     self.names += [each or f"row {first + i} of {path.name}" for i, each in enumerate(paths)]
+                    self.sizes += [_bytes_of_images(file.metadata.row_group(group))] * len(paths)
                     self.labels += [-1 if label is None else label for label in table["label"].to_pylist()]
 
     def load(self, number: int) -> bytes:
@@ -102,6 +104,11 @@ class Rows:
             return [
                 image["bytes"] for image in file.read_row_group(number, columns=["image.bytes"])["image"].to_pylist()
             ]
+
+
+def _bytes_of_images(group: Any) -> int:
+    columns = (group.column(i) for i in range(group.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "image.bytes")
 
 
 def _check_columns(file: Any, path: Path) -> None:

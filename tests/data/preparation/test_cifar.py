@@ -113,6 +113,26 @@ BAD = {
         python10() | {"cifar-10-batches-py/data_batch_3": text_pickle(PLANES[:3], labels=[1])},
         "a batch without data [n, 3072] and labels [n]",
     ),
+    "labels that are no list": (
+        "cifar-10-python.tar.gz",
+        python10() | {"cifar-10-batches-py/data_batch_3": text_pickle(PLANES[:1], labels=3)},
+        "a batch without data [n, 3072] and labels [n]",
+    ),
+    "a label that is none": (
+        "cifar-10-python.tar.gz",
+        python10() | {"cifar-10-batches-py/data_batch_3": text_pickle(PLANES[:1], labels=[None])},
+        "a batch without data [n, 3072] and labels [n]",
+    ),
+    "a label that is huge": (
+        "cifar-10-python.tar.gz",
+        python10() | {"cifar-10-batches-py/data_batch_3": text_pickle(PLANES[:1], labels=[2**70])},
+        "a batch without data [n, 3072] and labels [n]",
+    ),
+    "names that are none": (
+        "cifar-10-python.tar.gz",
+        python10() | {"cifar-10-batches-py/batches.meta": pickle.dumps({b"label_names": None}, protocol=2)},
+        "batches.meta without a list label_names",
+    ),
     "a missing batch": (
         "cifar-10-binary.tar.gz",
         without(binary10(), "batch_4.bin"),
@@ -149,3 +169,10 @@ def test_cut_and_missing_archives(tmp_path, capsys):
     assert "does not hold an archive of CIFAR: cifar-100-binary.tar.gz or cifar-100-python.tar.gz" in line
     line = refusal(capsys, "cifar100", path, tmp_path / "out", "--partial")
     assert "valid: a folder of cifar-100-binary.tar.gz or cifar-100-python.tar.gz, or that file" in line
+
+
+def test_an_archive_beside_a_folder_is_not_taken(tmp_path, capsys):
+    place(tmp_path, "cifar-10-binary.tar.gz", binary10())
+    (tmp_path / "in").mkdir()
+    line = refusal(capsys, "cifar10", tmp_path / "in", tmp_path / "out", "--partial")
+    assert f"{tmp_path / 'in'} does not hold an archive of CIFAR" in line

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -76,6 +77,10 @@ BAD = {
         lambda: claim(zip_of({"a.png": bytes(10_000)}, zipfile.ZIP_DEFLATED), 100),
         "cannot be read: Bad CRC",
     ),
+    "claims more": (
+        lambda: claim(zip_of({"a.png": b"1234"}, zipfile.ZIP_DEFLATED), 100),
+        "a.png cannot be read: 100 bytes claimed, and 4 there",
+    ),
     "a flipped bit": (lambda: flipped(ONE, 60), "a.png cannot be read: Bad CRC-32"),
     "cut": (lambda: ONE[:-40], "cannot be read: File is not a zip file"),
     "one name twice": (twice, "holds a.png twice"),
@@ -96,6 +101,25 @@ def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
     path = write_tree(tmp_path, {"a.zip": zip_of({"a.png": bytes(10**6)}, zipfile.ZIP_DEFLATED)}) / "a.zip"
     assert path.stat().st_size < 2000
     with pytest.raises(UserError, match="claims 1,000,000 bytes; valid: at most 1,000 for an image"):
+        open_container(path)
+
+
+def test_a_bomb_that_claims_little_is_not_unpacked(tmp_path):
+    data = claim(zip_of({"a.png": bytes(2**25)}, zipfile.ZIP_DEFLATED), 1000)
+    found = open_container(write_tree(tmp_path, {"a.zip": data}) / "a.zip")
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="a.png cannot be read"):
+            found.read("a.png")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_compressions_are_refused(tmp_path, kind):
+    path = write_tree(tmp_path, {"a.zip": zip_of({"a.png": b"x"}, kind)}) / "a.zip"
+    with pytest.raises(UserError, match=f"a.png is of compression {kind}; valid: stored or deflated"):
         open_container(path)
 
 
@@ -136,3 +160,38 @@ def test_bad_tars(tmp_path, kind):
     path = write_tree(tmp_path, {"a.tar": bytes(header) + bytes(4096)}) / "a.tar"
     with pytest.raises(UserError, match=r"a\.tar cannot be read: "):
         open_container(path)
+
+
+def linked(kind: bytes, target: str, name: str = "b/2.png") -> bytes:
+    """A tar of ./a/1.png and of a link."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        image = tarfile.TarInfo("./a/1.png")
+        image.size = 4
+        tar.addfile(image, io.BytesIO(b"1234"))
+        link = tarfile.TarInfo(name)
+        link.type, link.linkname = kind, target
+        tar.addfile(link)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("target", ["./a/1.png", "a/1.png"])
+@pytest.mark.parametrize("folder", ["", "set"])
+def test_hard_links_in_a_tar_are_files(tmp_path, target, folder):
+    data = linked(tarfile.LNKTYPE, target)
+    found = open_container(write_tree(tmp_path, {"a.tar": tar_of({"set.tar": data}) if folder else data}) / "a.tar")
+    names = [f"{folder}/{name}".lstrip("/") for name in ("a/1.png", "b/2.png")]
+    assert {name: found.read(name) for name in found.sizes} == dict.fromkeys(names, b"1234")
+
+
+LINKS = {
+    "symbolic": (tarfile.SYMTYPE, "../a/1.png", r"a\.tar: b/2.png is a symbolic link; valid: .*--dereference"),
+    "to nothing": (tarfile.LNKTYPE, "c.png", "b/2.png links to c.png, which is no file before it"),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_that_cannot_be_followed(tmp_path, name):
+    kind, target, words = LINKS[name]
+    with pytest.raises(UserError, match=words):
+        open_container(write_tree(tmp_path, {"a.tar": linked(kind, target)}) / "a.tar")

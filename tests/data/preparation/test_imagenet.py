@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from diffjax.data.preparation import imagenet
+from diffjax.data.preparation import imagenet, originals
 from diffjax.data.preparation.imagenet import synsets
 from diffjax.data.transforms import adm_center_crop, edm_center_crop
 from diffjax.data.transforms import stored as decoded
@@ -127,6 +127,21 @@ def test_validation_labels_are_ranks_and_not_numbers_of_the_devkit(tmp_path, lay
         np.testing.assert_array_equal(image, adm_center_crop(decoded(io.BytesIO(VALIDATION[name])), 64))
 
 
+@pytest.mark.parametrize("place", ["val", "ILSVRC2012_img_val.tar"])
+def test_the_devkit_beside_what_was_named(tmp_path, place):
+    files = VALIDATION_LAYOUTS["flat folder, extracted devkit" if place == "val" else "tar, devkit"]
+    origin = write_tree(tmp_path / "in", files) / place
+    labels = stored(prepare("imagenet64", origin, tmp_path / "out", "--partial", "--split=validation"))[1]
+    assert labels == sorted(IDS.index(SYNSET_OF[number]) for number in TRUTH)
+
+
+def test_the_devkit_beside_a_folder_of_a_tar_is_not_taken(tmp_path, capsys):
+    write_tree(tmp_path, devkit())
+    origin = write_tree(tmp_path / "in", {"ILSVRC2012_img_val.tar": tar_of(VALIDATION)})
+    line = refusal(capsys, "imagenet64", origin, tmp_path / "out", "--partial", "--split=validation")
+    assert "in does not hold the devkit" in line
+
+
 def shard(rows: list[tuple[bytes, str | None, int]], row_group_size: int = 2) -> bytes:
     import pyarrow as pa
     from pyarrow import parquet
@@ -150,6 +165,24 @@ def test_parquet_shards(tmp_path):
     for image, (data, _, _) in zip(images, ROWS):
         np.testing.assert_array_equal(image, adm_center_crop(decoded(io.BytesIO(data)), 64))
     assert [file["name"] for file in manifest["source"]["files"]] == [name[5:] for name in PARQUET]
+
+
+def test_many_parquet_shards_are_known_by_their_sizes(tmp_path, monkeypatch):
+    """Each is below the limit, together they are above it; images of other sizes are still others."""
+
+    def source(name: str, files: dict[str, bytes]) -> dict:
+        origin = write_tree(tmp_path / name, files)
+        return stored(prepare("imagenet64", origin, tmp_path / f"{name}-out", "--partial"))[2]["source"]
+
+    monkeypatch.setattr(originals, "HASHED", max(map(len, PARQUET.values())))
+    found = source("in", PARQUET)
+    assert [(file["bytes"], file["sha256"], file["md5"]) for file in found["files"]] == [
+        (len(data), None, None) for data in PARQUET.values()
+    ]
+    first = next(iter(PARQUET))
+    rows = [(data + b"\0", name, label) for data, name, label in ROWS[:5]]
+    assert source("same", PARQUET) == found
+    assert source("other", PARQUET | {first: shard(rows)})["index_sha256"] != found["index_sha256"]
 
 
 def test_parquet_labels_that_nothing_confirms_are_said(tmp_path, capsys):

@@ -44,6 +44,15 @@ def test_celeba(tmp_path, monkeypatch, layout, split, numbers):
     assert manifest["source"]["files"][-1]["name"] == "list_eval_partition.txt"
 
 
+@pytest.mark.parametrize("place", ["faces.zip", "img_align_celeba"])
+def test_the_images_of_celeba_that_were_named_are_taken(tmp_path, monkeypatch, place):
+    """And the partition beside them; another archive there is not read."""
+    publish(monkeypatch, "celeba64", counts={"test": 1})
+    files = {"img_align_celeba.zip": b"another", "list_eval_partition.txt": PARTITION, "faces.zip": zip_of(FACES)}
+    origin = write_tree(tmp_path / "in", files | {f"img_align_celeba/{name}": data for name, data in FACES.items()})
+    assert stored(prepare("celeba64", origin / place, tmp_path / "out", "--split=test"))[2]["count"] == 1
+
+
 def test_celeba_that_is_not_whole(tmp_path, capsys):
     def line(**changes: bytes) -> str:
         files = CELEBA["zip"] | {name.replace("_txt", ".txt").replace("_zip", ".zip"): d for name, d in changes.items()}
@@ -154,10 +163,10 @@ def own(files: dict[str, bytes], tmp_path: Path, *flags: str) -> tuple[np.ndarra
 
 
 def test_class_folders(tmp_path):
-    images, labels, manifest = own(OWN, tmp_path, "--split=mine")
+    images, labels, manifest = own(OWN, tmp_path)
     assert labels == [0, 1, 1]
     assert (manifest["classes"], manifest["images_per_class"]) == (["cat", "dog"], [1, 2])
-    assert (manifest["split"], manifest["rule"], manifest["decode"]) == ("mine", "adm", "shown")
+    assert (manifest["split"], manifest["rule"], manifest["decode"]) == ("train", "adm", "shown")
     for image, number in zip(images, (1, 2, 0)):
         np.testing.assert_array_equal(image, RULES["adm"](picture(number, 20, 16), 8))
 

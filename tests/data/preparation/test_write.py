@@ -169,14 +169,15 @@ def test_the_manifest_says_what_was_done(origin, tmp_path):
 def test_large_archives_are_known_by_their_images(tmp_path, monkeypatch):
     path = tmp_path / "a.tar"
     path.write_bytes(b"some")
-    assert originals.describe(path) == {
+    monkeypatch.setattr(originals, "HASHED", 7)
+    hashed = {
         "name": "a.tar",
         "bytes": 4,
         "sha256": "a6b46dd0d1ae5e86cbc8f37e75ceeb6760230c1ca4ffbcb0c97b96dd7d9c464b",
         "md5": "03d59e663c1af9ac33a9949d1193505a",
     }
-    monkeypatch.setattr(originals, "HASHED", 3)
-    assert originals.describe(path) == {"name": "a.tar", "bytes": 4, "sha256": None, "md5": None}
+    assert originals.describe([path]) == [hashed]
+    assert originals.describe([path, path]) == 2 * [hashed | {"sha256": None, "md5": None}]  # 8 bytes together
     digests = {
         originals.index_sha256(names, np.array(labels), sizes)
         for names, labels, sizes in (
@@ -194,7 +195,7 @@ def test_large_archives_are_known_by_their_images(tmp_path, monkeypatch):
 def test_files_that_are_not_the_published_ones_are_named(origin, tmp_path, monkeypatch, capsys, change):
     archive = tmp_path / "in.zip"
     archive.write_bytes(zip_of({path.name: path.read_bytes() for path in origin.rglob("*.png")}))
-    found = originals.describe(archive)
+    [found] = originals.describe([archive])
     file = datasets.File("in.zip", found["bytes"] + (change == "bytes"), found["sha256"], found["md5"])
     if change == "sha256":
         file = file._replace(sha256="0" * 64)
