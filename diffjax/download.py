@@ -80,7 +80,7 @@ def verified(out: Path, expected: Expected) -> Record | None:
     if not out.is_file():
         return None
     try:
-        record = Record(**json.loads(_beside(out, RECORD).read_text()))
+        record = Record(**json.loads(_sibling(out, RECORD).read_text()))
     except (OSError, ValueError, TypeError):
         raise UserError(f"{out} was not fetched by this command; remove it, or choose another place") from None
     try:
@@ -100,7 +100,7 @@ def download(address: str, out: Path, expected: Expected) -> Record:
     """
     if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).netloc:
         raise UserError(f"{address}: valid: an http:// or https:// address, or a path")
-    part = _beside(out, ".part")
+    part = _sibling(out, ".part")
     failures, most = 0, -1
     while True:
         try:
@@ -151,7 +151,7 @@ def _record(out: Path, source: str, size: int, sha256: str) -> Record:
     """Write the record of a file, before the file has its name: a file with its name has a record."""
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = Record(source, size, sha256, date)
-    write_json(_beside(out, RECORD), record._asdict())
+    write_json(_sibling(out, RECORD), record._asdict())
     return record
 
 
@@ -170,24 +170,26 @@ def _check_space(out: Path, size: int) -> None:
         raise UserError(f"{out.parent} has {free:,} bytes free, and {size:,} are to come; choose another place")
 
 
-def _beside(out: Path, ending: str) -> Path:
+def _sibling(out: Path, ending: str) -> Path:
     return out.with_name(out.name + ending)
 
 
 def _forget(out: Path) -> None:
     for ending in (".part", ".part.json"):
-        _beside(out, ending).unlink(missing_ok=True)
+        _sibling(out, ending).unlink(missing_ok=True)
 
 
 def _receive(address: str, out: Path, expected: Expected) -> None:
     """One connection: all of the file, or what is missing of it, into the part. _Lost where it ends early."""
-    part, state = _beside(out, ".part"), _read_state(out, address)
+    part, state = _sibling(out, ".part"), _read_state(out, address)
     earlier = part.stat().st_size if part.is_file() else 0
     start = earlier if state else 0
     if start and start == state["size"]:
         return  # all of it arrived, and the program was stopped then
     asked = {"Range": f"bytes={start}-", "If-Range": str(state["version"])} if start else {}
     with _answer(address, asked) as answer:
+        if (coding := answer.headers.get("Content-Encoding", "identity").strip().lower()) != "identity":
+            raise UserError(f"{address}: the server sends the file in the encoding {coding}; give it by --from=FILE")
         whole, version = _size(answer, start, expected), _version(answer.headers)
         changed = bool(state) and version != state["version"]
         if answer.status == 206 and changed:  # a server that does not know If-Range
@@ -203,7 +205,7 @@ def _receive(address: str, out: Path, expected: Expected) -> None:
             raise UserError(f"{address} has {whole:,} bytes, expected {expected.size:,}")
         _check_space(out, whole - start)
         if not start:
-            write_json(_beside(out, ".part.json"), {"address": address, "version": version, "size": whole})
+            write_json(_sibling(out, ".part.json"), {"address": address, "version": version, "size": whole})
         arrived = _write(answer, part, start, whole)
     if whole and arrived != whole:
         raise _Lost(f"the connection was lost after {arrived:,} of {whole:,} bytes")
@@ -240,7 +242,7 @@ def _connected() -> Iterator[None]:
 def _read_state(out: Path, address: str) -> dict[str, str | int]:
     """Of which version the part of `out` is: {"address", "version", "size"}; {} where it cannot be continued."""
     try:
-        state = json.loads(_beside(out, ".part.json").read_text())
+        state = json.loads(_sibling(out, ".part.json").read_text())
         return state if state["address"] == address and state["version"] else {}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
@@ -275,11 +277,19 @@ def _refuse_page(address: str, answer: http.client.HTTPResponse) -> None:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirections, but for those that would give up encryption."""
+    """Follows redirections to http and https, but for those that would give up encryption."""
+
+    def http_error_302(self, req, fp, code, msg, headers):  # type: ignore[no-untyped-def]
+        place = headers.get("Location", "")
+        if urlsplit(place).scheme not in ("http", "https", ""):
+            fp.close()
+            raise UserError(f"{req.full_url} leads to {place}; only http and https are followed")
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
-        before, after = urlsplit(req.full_url), urlsplit(newurl)
-        if after.scheme not in ("http", "https") or (before.scheme, after.scheme) == ("https", "http"):
+        if (urlsplit(req.full_url).scheme, urlsplit(newurl).scheme) == ("https", "http"):
             fp.close()
             raise UserError(f"{req.full_url} leads to {newurl}, which is not followed: it is not encrypted")
         return super().redirect_request(req, fp, code, msg, headers, newurl)

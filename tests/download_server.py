@@ -22,6 +22,7 @@ class Site:
         honest: whether If-Range is obeyed.
         length: whether the size is said.
         kind: the Content-Type.
+        coding: the Content-Encoding; "" for none.
         asked: (path, Range, bytes sent) of each request.
     """
 
@@ -36,6 +37,7 @@ class Site:
     honest: bool = True
     length: bool = True
     kind: str = "application/octet-stream"
+    coding: str = ""
     asked: list[tuple[str, str, int]] = field(default_factory=list)
     address: str = ""
     closing: threading.Event = field(default_factory=threading.Event)
@@ -79,6 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
     def file(self, content: bytes, asked: str) -> None:
         site, size = self.site, len(content)
         headers = {"Content-Type": site.kind}
+        headers |= {"Content-Encoding": site.coding} if site.coding else {}
         headers |= {"ETag": site.etag} if site.etag else {}
         headers |= {"Last-Modified": site.modified} if site.modified else {}
         same = self.headers.get("If-Range") in (site.etag, site.modified) or not site.honest

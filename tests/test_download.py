@@ -171,11 +171,10 @@ def test_redirections_are_followed(site, fetch, tmp_path):
     assert (tmp_path / "a.bin").read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("target", ["http://b/file", "ftp://b/file"])
-def test_encryption_is_not_given_up(target):
+def test_encryption_is_not_given_up():
     request = urllib.request.Request("https://a/file")
-    with pytest.raises(UserError, match=f"https://a/file leads to {target}, which is not followed"):
-        download._Redirects().redirect_request(request, io.BytesIO(), 302, "Found", {}, target)
+    with pytest.raises(UserError, match="https://a/file leads to http://b/file, which is not followed: it is not enc"):
+        download._Redirects().redirect_request(request, io.BytesIO(), 302, "Found", {}, "http://b/file")
     follows = download._Redirects().redirect_request(
         urllib.request.Request("http://a/file"), None, 302, "Found", {}, "https://b/file"
     )
@@ -196,6 +195,10 @@ def test_encryption_is_not_given_up(target):
         ({"kind": "text/html; charset=utf-8"}, "is a web page, not a file; open it in a browser"),
         ({"files": {"/a.bin": b"<!DOCTYPE html><p>log in"}}, "is a web page, not a file; open it in a browser"),
         ({"redirects": {"/a.bin": "/a.bin"}}, "the server answered 302"),
+        ({"redirects": {"/a.bin": "file:///etc/passwd"}}, "to file:///etc/passwd; only http and https are followed"),
+        ({"redirects": {"/a.bin": "ftp://127.0.0.1:1/a"}}, "to ftp://127.0.0.1:1/a; only http and https are followed"),
+        ({"redirects": {"/a.bin": "data:,a"}}, "leads to data:,a; only http and https are followed"),
+        ({"coding": "gzip"}, "the server sends the file in the encoding gzip; give it by --from=FILE"),
     ],
 )
 def test_refusals_are_words(site, fetch, tmp_path, site_is, words):
@@ -206,6 +209,12 @@ def test_refusals_are_words(site, fetch, tmp_path, site_is, words):
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert names(tmp_path) == []
+
+
+def test_no_encoding_is_an_encoding(site, fetch, tmp_path):
+    site.coding = "identity"
+    fetch()
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
 
 
 def test_a_busy_server_is_asked_again(site, fetch, tmp_path):

@@ -1,6 +1,6 @@
 """Make a folder of latents of the feature folders that others published, in the layouts of the table below.
 
-An interrupted conversion goes on with the same call; the manifest is written last.
+An interrupted conversion goes on with the same call and the same files; the manifest is written last.
 """
 
 from collections.abc import Callable, Sequence
@@ -90,6 +90,7 @@ def convert(layout: str, source: Path, out: Path, num_classes: int) -> dict[str,
         scale_applied=known.scale_applied,
         num_classes=num_classes,
         label_table_sha256="",
+        fingerprint=found.fingerprint,
     )
     check_spread(source, found, origin, known.std)
     return write_latents(out, found if num_classes else Unlabelled(found), origin)

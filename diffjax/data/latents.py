@@ -25,7 +25,13 @@ SHARD_SIZE = 8192  # records; 135 MB of 32x32x4 moments
 COMMAND = "python -m diffjax encode --config=RECIPE --out="
 INPUT_RANGE = (-1.0, 1.0)
 # Entries of manifests and requests that earlier versions did not write, and what they meant.
-LATER: dict[str, Any] = {"shift": 0.0, "input_range": list(INPUT_RANGE), "image": None, "encoder_sha256": ""}
+LATER: dict[str, Any] = {
+    "shift": 0.0,
+    "input_range": list(INPUT_RANGE),
+    "image": None,
+    "encoder_sha256": "",
+    "fingerprint": "",
+}
 
 Numbers = float | tuple[float, ...]  # one for all channels, or one for each
 Scale = Annotated[
@@ -98,6 +104,7 @@ class Origin(Scaling):
     num_classes: int  # 0: unlabelled
     label_table_sha256: str  # of the class names, joined by "\n", in label order; "" when not known
     encoder_sha256: str = ""  # of the half of the weights that encodes; "" when not known
+    fingerprint: str = ""  # of the files that were converted; "" when images were encoded
 
     def scaled(self, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation [..., c] of what models train on, of those of the stored numbers."""
@@ -200,7 +207,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the latents in `folder`. `UserError` with the command that makes them when there are none."""
     number = int | float
     fields = {"views": int, "shape": [int], "scale": (number, [number]), "scale_applied": bool, "num_classes": int}
-    later = {"shift": (number, [number]), "input_range": [number], "image": (type(None), [int]), "encoder_sha256": str}
+    later = {"shift": (number, [number]), "input_range": [number], "image": (type(None), [int])}
+    later |= {"encoder_sha256": str, "fingerprint": str}
     manifest = shards.read_manifest(folder / MANIFEST, "latents", COMMAND, fields | later, LATER)
     if manifest["views"] not in (1, 2) or len(manifest["shape"]) != 3:
         found = f"views {manifest['views']}, shape {manifest['shape']}"

@@ -4,10 +4,11 @@ Every reader takes the folder or file of a release and returns its `Features`: (
 image. Moments are float32 [views, 2, h, w, c] as in records.py. What differs from the layout is a UserError.
 """
 
+import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,14 @@ class Features(Sequence[Example]):
 
     Attributes:
         read: index -> (moments, label), label 0 where there are none.
+        fingerprint: tells these files from others, and from what they were before a change.
         labelled: whether there are labels.
         statistics: mean and standard deviation [c] of the stored numbers by which the release normalises them.
     """
 
     length: int
     read: Callable[[int], Example]
+    fingerprint: str
     labelled: bool = True
     statistics: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -54,7 +57,7 @@ def fast_dit(source: Path) -> Features:
     features, labels = (
         _numbered(_part(source, end), "{i}.npy", r"(\d+)\.npy", int) for end in ("_features", "_labels")
     )
-    return _frozen(features, labels)
+    return _frozen(source, features, labels)
 
 
 def udit(source: Path) -> Features:
@@ -67,10 +70,10 @@ def udit(source: Path) -> Features:
     features, labels = (_numbered(part, "{step}_..{rank}.npy", r"(\d+)_.*?(\d)\.npy", number) for part in parts)
     if len(features) == len(labels) == PADDED:
         features, labels = features[:-1], labels[:-1]
-    return _frozen(features, labels)
+    return _frozen(source, features, labels)
 
 
-def _frozen(features: list[Path], labels: list[Path]) -> Features:
+def _frozen(source: Path, features: list[Path], labels: list[Path]) -> Features:
     if len(features) != len(labels):
         raise UserError(
             f"{len(features)} features in {features[0].parent} and {len(labels)} labels in {labels[0].parent}; valid: "
@@ -82,7 +85,7 @@ def _frozen(features: list[Path], labels: list[Path]) -> Features:
         label = read_array(*_file(labels[index]), (1,), "<i8")
         return _frozen_moments(latent), int(label[0])
 
-    return Features(len(features), read)
+    return Features(len(features), read, _fingerprint(_stamps(source, features + labels)))
 
 
 def u_vit(source: Path) -> Features:
@@ -115,7 +118,7 @@ def u_vit(source: Path) -> Features:
             )
         return np.stack([original, mirror]), label
 
-    return Features(count, read)
+    return Features(count, read, _fingerprint(_stamps(source, files)))
 
 
 def edm2(source: Path) -> Features:
@@ -143,7 +146,7 @@ def edm2(source: Path) -> Features:
             raise UserError(f"{source}: {file}: valid: as many channels of means as of standard deviations, from 0 on")
         return _channels_last(*np.split(moments, 2))[None], 0 if labels is None else labels[file]
 
-    return Features(count, read, labels is not None)
+    return Features(count, read, members.fingerprint, labels is not None)
 
 
 @dataclass(frozen=True)
@@ -152,30 +155,40 @@ class _Members:
 
     sizes: Mapping[str, int]
     read: Callable[[str, int], bytes]
+    fingerprint: str
 
 
 def _members(source: Path) -> _Members:
     if source.is_dir():
         files = {str(path.relative_to(source)): path for path in source.rglob("*") if path.is_file()}
         sizes = {name: path.stat().st_size for name, path in files.items()}
-        return _Members(sizes, lambda name, most: _bytes(files[name], most))
+        stamps = _fingerprint(_stamps(source, files.values()))
+        return _Members(sizes, lambda name, most: _bytes(files[name], most), stamps)
     if not source.is_file():
         raise UserError(f"{source}: no such file or folder")
     try:
         archive = zipfile.ZipFile(source)
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise UserError(f"{source}: damaged or no zip ({error}); valid: a zip of EDM2, or its folder") from error
-    sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
+    infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
 
     def read(name: str, most: int) -> bytes:
-        if sizes[name] > most:
-            raise UserError(f"{source}: {name} has {sizes[name]} bytes; valid: up to {most}")
+        info = infos[name]
+        if info.file_size > most:
+            raise UserError(f"{source}: {name} has {info.file_size} bytes; valid: up to {most}")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(f"{source}: {name} is compressed by method {info.compress_type}; valid: stored or deflated")
         try:
-            return archive.read(name)
+            with archive.open(info) as file:
+                data = file.read(info.file_size + 1)  # without a number it inflates whatever there is
         except Exception as error:  # a damaged or crafted zip can break the reader in any way
             raise UserError(f"{source}: {name} is damaged ({error})") from error
+        if len(data) != info.file_size:
+            raise UserError(f"{source}: {name} is damaged ({len(data)} bytes where the zip says {info.file_size})")
+        return data
 
-    return _Members(sizes, read)
+    sizes = {name: info.file_size for name, info in infos.items()}
+    return _Members(sizes, read, _fingerprint((name, info.file_size, info.CRC) for name, info in infos.items()))
 
 
 def _labels(source: Path, members: _Members) -> dict[str, int] | None:
@@ -212,7 +225,9 @@ def va_vae(source: Path) -> Features:
         views = [_frozen_moments(shard.get_slice(name)[row : row + 1]) for name in ("latents", "latents_flip")]
         return np.concatenate(views), int(shard.get_slice("labels")[row : row + 1].item())
 
-    return Features(int(firsts[-1]), read, statistics=_statistics(source / "latents_stats.pt", shapes[0][1]))
+    table = source / "latents_stats.pt"
+    statistics = _statistics(table, shapes[0][1])
+    return Features(int(firsts[-1]), read, _fingerprint(_stamps(source, [*files, table])), statistics=statistics)
 
 
 def _open_shard(file: Path) -> Any:
@@ -248,6 +263,21 @@ def _statistics(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{path}: mean and std of shapes {shapes}; valid: (1, {channels}, 1, 1), std above 0")
     mean, std = (np.asarray(array, np.float64).reshape(channels) for array in arrays)
     return mean, std
+
+
+def _fingerprint(stamps: Iterable[tuple[str, int, int]]) -> str:
+    """The sha256 of names, sizes and times (of members of a zip checksums), in the order of the names."""
+    digest = hashlib.sha256()
+    for name, size, stamp in sorted(stamps):
+        digest.update(f"{name}\0{size}\0{stamp}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _stamps(source: Path, files: Iterable[Path]) -> Iterator[tuple[str, int, int]]:
+    """Name in the folder `source`, bytes and time of change in ns of every file."""
+    for path in files:
+        status = path.stat()
+        yield str(path.relative_to(source)), status.st_size, status.st_mtime_ns
 
 
 def _channels_last(mean: np.ndarray, std: np.ndarray) -> np.ndarray:

@@ -67,6 +67,8 @@ def _header(data: bytes, name: str) -> tuple[np.dtype, tuple[int, ...], bool, in
         shape, fortran, dtype = HEADERS[np.lib.format.read_magic(file)](file)
     except (ValueError, KeyError, EOFError, SyntaxError) as error:
         raise UserError(f"{name}: damaged or no npy file ({' '.join(str(error).split())[:100]})") from error
+    if any(size < 0 for size in shape):
+        raise UserError(f"{name}: {dtype} of shape {shape}; valid: sizes from 0 on; damaged")
     return dtype, shape, fortran, file.tell()
 
 

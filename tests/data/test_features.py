@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from diffjax.__main__ import main
-from diffjax.data import features, latents, layouts, sources
+from diffjax.data import features, latents, layouts, records, sources
 from diffjax.data.features import EDM2_MEAN, EDM2_STD, convert
 from diffjax.data.latents import read_manifest
 from diffjax.errors import UserError
@@ -224,16 +226,59 @@ def test_latents_of_lightningdit_are_normalised_by_the_statistics_beside_them(tm
     np.testing.assert_allclose(x.mean((0, 1, 2)), [0] * C, atol=0.25)
 
 
+def interrupted(monkeypatch, layout, source, out):
+    """A conversion that ends in its second shard of 5."""
+    encode, left = records.encode, iter(range(7))
+
+    def stopped(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "encode", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            convert(layout, source, out, num_classes=5)
+    assert (out / "latents-00000.array_record").exists()
+    assert not (out / "latents.json").exists()
+
+
+@pytest.mark.parametrize("layout", ["fast-dit", "udit", "u-vit", "edm2", "va-vae"])
+def test_an_interrupted_conversion_goes_on_with_no_other_files(tmp_path, monkeypatch, layout):
+    """Of the same name and count elsewhere, and of others put in their place."""
+    monkeypatch.setattr(latents, "SHARD_SIZE", 5)
+    a, b, out = tmp_path / "a/in", tmp_path / "b/in", tmp_path / "out"
+    for source in (a, b):
+        source.parent.mkdir()
+        MAKERS[layout](source, 11)
+        for path in (source, *source.rglob("*")):
+            os.utime(path, ns=(10**18, 10**18))
+    changed(b)
+    interrupted(monkeypatch, layout, a, out)
+    with pytest.raises(UserError, match=r"out holds shards of another request \(fingerprint differ\)") as error:
+        convert(layout, b, out, num_classes=5)
+    assert "\n" not in str(error.value)
+    moved = tmp_path / "moved/in"
+    moved.parent.mkdir()
+    a.rename(moved)
+    manifest = convert(layout, moved, out, num_classes=5)
+    assert manifest["count"] == 11
+    assert len(read_manifest(out)["fingerprint"]) == 64
+
+
+def changed(source):
+    """One number of one file is another; of a folder the time says so, of a zip the checksum."""
+    if source.is_dir():
+        os.utime(max(path for path in source.rglob("*") if path.is_file()), ns=(10**18, 10**18 + 1))
+    else:
+        named(4, npy(np.concatenate([STD, STD])))(source)
+
+
 def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "SHARD_SIZE", 5)
     frozen(tmp_path / "in")
     whole = convert("fast-dit", tmp_path / "in", tmp_path / "whole", num_classes=5)
-    label = tmp_path / "in/imagenet256_labels/7.npy"
-    np.save(label, np.array([9]))
-    with pytest.raises(UserError, match="label 9 is outside the 5 classes"):
-        convert("fast-dit", tmp_path / "in", tmp_path / "out", num_classes=5)
-    assert not (tmp_path / "out/latents.json").exists()
-    np.save(label, np.array([2]))
+    interrupted(monkeypatch, "fast-dit", tmp_path / "in", tmp_path / "out")
     first = tmp_path / "out/latents-00000.array_record"
     written = first.stat().st_mtime_ns
     assert convert("fast-dit", tmp_path / "in", tmp_path / "out", num_classes=5) == whole
@@ -293,6 +338,7 @@ WRONG_FILES = {
     ),
     "no-npy": ("fast-dit", replaced(FAST, b"junk"), "damaged or no npy file"),
     "absurd-header": ("fast-dit", replaced(FAST, header((1, 10**9, 10**9, 10**9))), "0 bytes where float32"),
+    "negative": ("fast-dit", replaced(FAST, header((1, -C, -H, W)) + bytes(4 * C * H * W)), "valid: sizes from 0 on"),
     "pickle": ("fast-dit", replaced(FAST, npy(np.array([{}], object), allow_pickle=True)), "object of shape"),
     "not-finite": ("fast-dit", replaced(FAST, npy(np.full((1, C, H, W), np.nan, "f4"))), "standard deviation nan"),
     "large": ("fast-dit", replaced(FAST, bytes(2**24 + 1)), r"has 16777217 bytes; valid: up to"),
@@ -370,12 +416,20 @@ def named(number, data):
     return other_zip(**{f"00000__img-mean-std-{number:08d}_npy": data})
 
 
-def crafted_size(root):
-    """The directory of the zip says that a member has 3.9 GB."""
-    data = bytearray(root.read_bytes())
-    place = data.rindex(b"PK\x01\x02", 0, data.rindex(b"img-mean-std-00000004"))
-    data[place + 24 : place + 28] = struct.pack("<I", 2**32 - 2**28)
-    root.write_bytes(data)
+def claimed(size, number=4):
+    """The directory of the zip says that a member has so many bytes."""
+
+    def change(root):
+        data = bytearray(root.read_bytes())
+        place = data.rindex(b"PK\x01\x02", 0, data.rindex(f"img-mean-std-{number:08d}".encode()))
+        data[place + 24 : place + 28] = struct.pack("<I", size)
+        root.write_bytes(data)
+
+    return change
+
+
+def compressed(method):
+    return lambda root: write_members(root, {"dataset.json": b'{"labels": null}'}, compression=method)
 
 
 def bomb(root):
@@ -399,7 +453,10 @@ WRONG_ZIPS = {
     "cut": (lambda root: root.write_bytes(root.read_bytes()[:-40]), "damaged or no zip"),
     "junk": (lambda root: root.write_bytes(b"junk"), "damaged or no zip"),
     "damaged": (lambda root: root.write_bytes(root.read_bytes().replace(b"\x93NUMPY", b"\x93NUMPI", 1)), "is damaged"),
-    "absurd": (crafted_size, "has 4026531840 bytes; valid: up to 16777216"),
+    "claims-more": (claimed(1000), r"4.npy is damaged \(896 bytes where the zip says 1000\)"),
+    "claims-less": (claimed(800), "4.npy is damaged"),
+    "bzip2": (compressed(zipfile.ZIP_BZIP2), "is compressed by method 12; valid: stored or deflated"),
+    "absurd": (claimed(2**32 - 2**28), "has 4026531840 bytes; valid: up to 16777216"),
     "gone": (lambda root: root.unlink(), "no such file or folder"),
 }
 
@@ -413,6 +470,18 @@ def test_a_bomb_is_not_unpacked(tmp_path):
     bomb(tmp_path / "in")
     with pytest.raises(UserError, match="has 67108864 bytes; valid: up to 16777216"):
         convert("edm2", tmp_path / "in", tmp_path / "out", num_classes=0)
+
+
+def test_a_bomb_that_lies_about_its_size_is_not_unpacked(tmp_path):
+    bomb(tmp_path / "in")
+    claimed(896, number=0)(tmp_path / "in")
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="00000000.npy is damaged"):
+            convert("edm2", tmp_path / "in", tmp_path / "out", num_classes=0)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

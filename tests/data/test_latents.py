@@ -176,6 +176,7 @@ def test_shards_lie_beside_their_manifest(stored, name):
         ({"shift": [0.0, 0.0]}, "of 1, 2, 2 numbers"),
         ({"input_range": [0.0]}, "of 1, 1, 1 numbers"),
         ({"image": "none"}, 'image is "none"'),
+        ({"fingerprint": 1}, "fingerprint is 1"),
         ({"views": 3}, "views 3, shape"),
         ({"shape": [6, 6]}, r"shape \[6, 6\]; valid: 1 or 2, and \[h, w, c\]"),
         ({"num_classes": True}, "num_classes is true"),
@@ -255,7 +256,9 @@ def test_a_sample_by_hand(stored):
 
 def test_manifests_of_earlier_versions_are_read(stored):
     manifest = read_manifest(stored)
-    earlier = {name: value for name, value in manifest.items() if name not in ("shift", "input_range", "image")}
+    earlier = {
+        name: value for name, value in manifest.items() if name not in ("shift", "input_range", "image", "fingerprint")
+    }
     (stored / "latents.json").write_text(json.dumps(earlier))
     assert read_manifest(stored) == manifest
     assert len(sources.load(**section(stored)).examples) == COUNT
