@@ -261,7 +261,7 @@ class Experiment:
     def batches(self, source: Source, num: int) -> Iterator[tuple[Batch, int]]:
         """The first `num` examples of a source: global batches, and how many examples count of each.
 
-        Those with `index` below that count; the others fill up the batch. Of several processes' rows the order differs.
+        Those with `index` below that count; the others fill up the batch. The order of several processes' rows differs.
         """
         own = np.arange(jax.process_index(), self.batch_size, jax.process_count())
         for first in range(0, num, self.batch_size):

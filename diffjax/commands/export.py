@@ -4,7 +4,7 @@ python -m diffjax export --workdir=runs/a --family=dit --out=dit.safetensors
 python -m diffjax export --params=params/dit-xl --family=dit --out=dit.safetensors
 python -m diffjax export --workdir=runs/vae --family=vae --out=params/vae
 
-Of a run it takes the averaged parameters; --weights=params the last ones. An autoencoder also goes into a folder of
+It takes the averaged parameters of a run; --weights=params the last ones. An autoencoder also goes into a folder of
 diffusers, whose config.json has its sizes and scale. `convert` reads both back.
 """
 

@@ -24,6 +24,7 @@ REQUEST = "encode.json"  # what is being made, while it is
 SHARD_SIZE = 8192  # records; 135 MB of 32x32x4 moments
 COMMAND = "python -m diffjax encode --config=RECIPE --out="
 INPUT_RANGE = (-1.0, 1.0)
+DRAWS = "threefry"  # of posteriors, for (seed, number of the batch, index); earlier versions drew them on the host
 # Entries of manifests and requests that earlier versions did not write, and what they meant.
 LATER: dict[str, Any] = {
     "shift": 0.0,
@@ -207,7 +208,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the latents in `folder`. `UserError` with the command that makes them when there are none."""
     number = int | float
     fields = {"views": int, "shape": [int], "scale": (number, [number]), "scale_applied": bool, "num_classes": int}
-    later = {"shift": (number, [number]), "input_range": [number], "image": (type(None), [int])}
+    later: dict[str, Any] = {"shift": (number, [number]), "input_range": [number], "image": (type(None), [int])}
     later |= {"encoder_sha256": str, "fingerprint": str}
     manifest = shards.read_manifest(folder / MANIFEST, "latents", COMMAND, fields | later, LATER)
     if manifest["views"] not in (1, 2) or len(manifest["shape"]) != 3:

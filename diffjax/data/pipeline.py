@@ -3,8 +3,8 @@
 Position p = 0, 1, 2, ... of the endless global stream shows example order_e[p mod n] of epoch e = p // n, where order_e
 is a random permutation of the n examples drawn for (seed, e); its flip is drawn for (seed, p). Batch k is the positions
 k b .. (k + 1) b - 1, and host i of h takes every h-th of them from the i-th on. Batches are read as data are stored;
-what is computed of them is computed on the devices (training/batches.py). So
-the stream depends neither on hosts nor on workers nor threads, and resuming at batch k is asking for batch k.
+what is computed of them is computed on the devices (training/batches.py). So the stream depends neither on hosts nor on
+workers nor threads, and resuming at batch k is asking for batch k.
 
 The order is computed for whole batches rather than by one Grain node per example, which costs tens of microseconds
 per example; Grain does the reading ahead, in threads and in worker processes.
@@ -12,6 +12,7 @@ per example; Grain does the reading ahead, in threads and in worker processes.
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -67,6 +68,8 @@ class Batches:
             raise UserError(f"data.workers={workers} and data.threads={threads} must not be negative")
         self._stream = Stream(source, batch_size, seed, flip, process_index, process_count)
         fingerprint = {"seed": seed, "batch_size": batch_size, "flip": flip, "source": source.fingerprint}
+        if source.draws:
+            fingerprint["draws"] = source.draws
         self._fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back: tuples are lists
         self._workers, self._threads = workers, threads
         self._started, self._next_batch = False, start
@@ -91,7 +94,13 @@ class Batches:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue where `get_state` was called. `UserError` naming what differs when it was another stream's."""
-        if differing := _differing(state["fingerprint"], self._fingerprint, self._stream.source):
+        stored = dict(state["fingerprint"])
+        if "draws" in self._fingerprint and "draws" not in stored:
+            logging.getLogger("diffjax").info(
+                "this run began with a version that drew the samples of latents otherwise: it goes on with new draws"
+            )
+            stored["draws"] = self._fingerprint["draws"]
+        if differing := _differing(stored, self._fingerprint, self._stream.source):
             advice = "restore what the run had, or start a new --workdir with --config.init.from set to this one"
             raise UserError(f"{differing}; {advice}")
         self.close()

@@ -84,6 +84,7 @@ class Source:
         classes: the names of the classes by label, where they have any.
         note: what of the files was left out, in words; "" for nothing.
         place: where the data lie; "" for embedded ones.
+        draws: how random values of the examples are drawn; "" where none are.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Source:
     classes: tuple[str, ...] = ()
     note: str = ""
     place: str = ""
+    draws: str = ""
 
     def describe(self) -> str:
         """A description of the data found: "1,500 images of digits, 10 classes: 0, 1, 2, ..., 9"."""

@@ -19,7 +19,17 @@ from diffjax.data import draws, embedded, image_records, shards
 from diffjax.data.arrays import ArrayExamples, check_conditions, read_arrays
 from diffjax.data.image_records import ImageRecords
 from diffjax.data.images import SUFFIXES, FolderExamples, PreparedExamples, class_names, list_images, unread_classes
-from diffjax.data.latents import INPUT_RANGE, InputRange, LatentExamples, Sample, Scale, Scaling, Shift, read_manifest
+from diffjax.data.latents import (
+    DRAWS,
+    INPUT_RANGE,
+    InputRange,
+    LatentExamples,
+    Sample,
+    Scale,
+    Scaling,
+    Shift,
+    read_manifest,
+)
 from diffjax.data.source import Source, as_stored, mirror, pixels
 from diffjax.data.tokens import TokenExamples, kinds, of_view, source_and_target, target
 from diffjax.data.tokens import read_manifest as read_token_manifest
@@ -340,7 +350,9 @@ def latents(
     identity |= {"shift": manifest["shift"]} if manifest["shift"] else {}
     draw = Sample(1.0) if manifest["scale_applied"] else Sample(scale, shift)
     aux = {"image": mirror} if images else {}
-    return Source("latents", examples, height, channels, num_classes, identity, draw, True, aux=aux, place=str(root))
+    return Source(
+        "latents", examples, height, channels, num_classes, identity, draw, True, aux=aux, place=str(root), draws=DRAWS
+    )
 
 
 def tokens(

@@ -46,7 +46,7 @@ def in_strips(
     def add(strip: jax.Array, made: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(made, of_strip(rows * strip), up * rows * strip, axis=1)
 
-    # All of it is overwritten. Zeros, which wait for nothing, a compiler would make for all layers ahead.
+    # All of it is overwritten. Zeros would not wait for anything, and a compiler would make those of all layers ahead.
     shape = jax.eval_shape(of_strip, jax.ShapeDtypeStruct((), jnp.int32))
     first = maps[0][:, :1, :1, :1].astype(shape.dtype)
     empty = jnp.broadcast_to(first, (shape.shape[0], up * height, *shape.shape[2:]))

@@ -62,7 +62,7 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """x + W softmax(q k^T / sqrt(c)) v over all positions of a map, one head; [b, h, w, c] -> the same.
 
-    Of a strip of queries the scores with all keys exist at a time.
+    The scores of one strip of queries with all keys exist at a time.
     """
 
     groups: int

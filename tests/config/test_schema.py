@@ -115,7 +115,7 @@ DIGITS = sources.digits()
 def read_leaves(config: Config, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The leaves that are read when a run is built, its data opened, trained, evaluated and sampled."""
     seen: set[str] = set()
-    monkeypatch.setattr(experiment.sources, "load", fake_source)
+    monkeypatch.setattr(inputs.sources, "load", fake_source)
     monkeypatch.setattr(experiment.encoders, "check_made_as_stated", lambda folder, made: None)
     watched = spied(config, "", seen)
     seen.clear()
