@@ -176,7 +176,7 @@ def test_bad_arguments_are_one_clear_error(kwargs, words):
 def test_unknown_names_and_missing_sizes_are_errors():
     with pytest.raises(UserError, match=r"'DiT-Q/2' is unknown; did you mean DiT-S/2 or "):
         models.create("DiT-Q/2")
-    with pytest.raises(UserError, match="valid: DiT, DiS, U-DiT, DiffiT, DiffiT-UNet, DiGIT, DiT-S/2"):
+    with pytest.raises(UserError, match="valid: DiT, DiS, U-DiT, DiffiT, DiffiT-UNet, DiGIT, VAE, DiT-S/2"):
         models.create("StyleGAN")
     with pytest.raises(UserError, match="depth"):
         models.create("DiT", patch=2)
