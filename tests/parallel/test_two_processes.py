@@ -151,4 +151,4 @@ def test_what_stops_the_first_process_stops_both(encoding, tmp_path):
     (tmp_path / "out" / latents.MANIFEST).write_text("{}")
     for process, log in zip(*begin([encoding(tmp_path / "out")] * 2, tmp_path, "stopped")):
         assert process.wait(timeout=300) == 2, log.read_text()
-        assert "already holds a latents.json" in log.read_text()
+        assert "already holds latents.json" in log.read_text()

@@ -52,7 +52,7 @@ def test_a_checkpoint_that_was_good_stays(tmp_path, monkeypatch):
 
     def spoil(self):
         batch = draw(self)
-        return batch._replace(x=batch.x * np.float32(np.inf)) if self.get_state()["next_batch"] > 5 else batch
+        return batch._replace(raw=batch.raw * np.float32(np.inf)) if self.get_state()["next_batch"] > 5 else batch
 
     monkeypatch.setattr(loop.pipeline.Batches, "__next__", spoil)
     options = ("total_steps=20", "checkpoint.every_steps=2", "optim.warmup_steps=0")
