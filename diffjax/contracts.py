@@ -261,6 +261,19 @@ class Method:
     takes_source: bool = False
 
 
+class AutoencoderOptions(Protocol):
+    """Section `autoencoder`, see `weights.autoencoders.Autoencoder`."""
+
+    @property
+    def weights(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def tile(self) -> int: ...
+
+
 class DataSpec(NamedTuple):
     """Properties of the training data that a method uses, without opening them; see `data` in config/schema.py."""
 
@@ -271,7 +284,7 @@ class DataSpec(NamedTuple):
     flip: bool
     augment: float
     options: Options  # of the source
-    autoencoder: Any  # of latents: an instance of weights.autoencoders.Autoencoder
+    autoencoder: AutoencoderOptions  # of latents
 
 
 @dataclass(frozen=True)

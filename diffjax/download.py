@@ -2,7 +2,7 @@
 
 A file gets its name when all of it has arrived and is what was expected; beside it NAME.fetched.json says where it came
 from, its size and its sha256. Until then its bytes are in NAME.part, and NAME.part.json says of which version of the
-server's file, so that the same request goes on where an earlier one stopped.
+server's file, so that the same request resumes where an earlier one stopped.
 """
 
 import contextlib

@@ -104,7 +104,6 @@ def resident(path) -> int:
     return sum(1024 * int(part.split("Rss:")[1].split()[0]) for part in text[1:])
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the memory of a mapped file is not shown here")
 @pytest.mark.parametrize("write", [write_zip, lambda path, tree: save_file({"a": VALUES.repeat(2**16)}, path) or path])
 def test_pages_of_a_file_are_let_go(tmp_path, write):
     path = write(tmp_path / "a.weights", {"a": tensor(VALUES.repeat(2**16), "0")})

@@ -49,7 +49,7 @@ def of_start(
     """The config with the backbone of the parameters that it starts from, and given leaves on top; else as it is.
 
     Args:
-        old: of the run that goes on, which may outlive what it started from.
+        old: of the run that is resumed, which may outlive what it started from.
         model_of: the name and options of the backbone in a folder; ("", {}) where it does not say.
     """
     if not config.init.from_:

@@ -1,6 +1,6 @@
 """Make a folder of latents of the feature folders that others published, in the layouts of the table below.
 
-An interrupted conversion goes on with the same call and the same files; the manifest is written last.
+The same call resumes an interrupted conversion of the same files; the manifest is written last.
 """
 
 from collections.abc import Callable, Sequence

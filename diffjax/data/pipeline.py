@@ -97,7 +97,7 @@ class Batches:
         stored = dict(state["fingerprint"])
         if "draws" in self._fingerprint and "draws" not in stored:
             logging.getLogger("diffjax").info(
-                "this run began with a version that drew the samples of latents otherwise: it goes on with new draws"
+                "this run began with a version that drew the samples of latents otherwise: it continues with new draws"
             )
             stored["draws"] = self._fingerprint["draws"]
         if differing := _differing(stored, self._fingerprint, self._stream.source):

@@ -14,12 +14,12 @@ import numpy as np
 from einops import rearrange
 from jax.tree_util import Partial
 
+from diffjax.contracts import AutoencoderOptions
 from diffjax.data.latents import MANIFEST, Scaling, read_manifest
 from diffjax.data.source import Source
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import BATCH_AXES
 from diffjax.weights import autoencoders
-from diffjax.weights.autoencoders import Autoencoder
 
 AT_ONCE = 2**19  # pixels that a device decodes at a time: two images of 512 pixels
 
@@ -35,7 +35,7 @@ class Encoding:
     """
 
     images: Source
-    autoencoder: Autoencoder
+    autoencoder: AutoencoderOptions
     size: int
     channels: int
     scaling: Scaling
@@ -44,7 +44,7 @@ class Encoding:
     threads: int
 
 
-def load_decoder(asked: Autoencoder, data_folder: str, channels: int, scaling: Scaling) -> Partial:
+def load_decoder(asked: AutoencoderOptions, data_folder: str, channels: int, scaling: Scaling) -> Partial:
     """Latents float32 [b, h, w, channels], as models train on them -> images float32 [b, f h, f w, c] in [-1, 1].
 
     Args:

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from diffjax.errors import UserError
 
-LINE = 1024  # bytes of an error that the others are told
+LINE = 1024  # bytes of an error that are sent to the other processes
 
 # What a launcher sets for every process of a job with more than one process.
 _LAUNCHERS = {

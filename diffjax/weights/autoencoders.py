@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from diffjax.contracts import AutoencoderOptions
 from diffjax.errors import UserError
 from diffjax.ops.dtypes import DTYPES
 from diffjax.options import Leaf, at_least, one_of
@@ -36,7 +37,7 @@ class Autoencoder:
     ] = 512
 
 
-def read(asked: Autoencoder) -> tuple[Any, Any, str]:
+def read(asked: AutoencoderOptions) -> tuple[Any, Any, str]:
     """(module, parameters as numpy arrays, sha256 of their values) of an autoencoder.
 
     UserError for weights in a place that is none, and for those of something else.

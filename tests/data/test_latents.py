@@ -305,7 +305,7 @@ def test_records_without_images_are_those_of_the_first_version():
     assert record == b"DJXL" + bytes([1, 0, 1, 0, 2, 1, 0, 0, 0, 0x3E, 0, 0x3E])
 
 
-def test_a_run_that_drew_its_samples_otherwise_goes_on_and_says_so(stored, caplog):
+def test_a_run_that_drew_its_samples_otherwise_continues_and_says_so(stored, caplog):
     """Earlier versions drew them on the host, and said nothing of how."""
     source = sources.load(**section(stored))
     batches, pixels = (Batches(each, batch_size=4, seed=0, flip=False) for each in (source, sources.digits()))
@@ -313,7 +313,7 @@ def test_a_run_that_drew_its_samples_otherwise_goes_on_and_says_so(stored, caplo
     assert fingerprint.pop("draws") == "threefry"
     with caplog.at_level("INFO"):
         batches.set_state({"next_batch": 2, "fingerprint": fingerprint})
-    assert "it goes on with new draws" in caplog.text
+    assert "it continues with new draws" in caplog.text
     assert "draws" not in pixels.get_state()["fingerprint"]
     batches.close()
     pixels.close()
