@@ -66,7 +66,6 @@ def encode(asked: Encoding, out: Path, batch_size: int = 32, keep_images: bool =
     mesh = make_mesh({"data": -1}, jax.local_devices())
     batch_size = -(-batch_size // mesh.size) * mesh.size
     request = {
-        "encoder_sha256": autoencoders.encoder_sha256(params),
         "source": json.dumps(asked.images.fingerprint, sort_keys=True),
         "autoencoder": describe(module),
         "weights_sha256": sha256,
@@ -88,7 +87,7 @@ def encode(asked: Encoding, out: Path, batch_size: int = 32, keep_images: bool =
             write(asked, module, params, jobs, batch_size, mesh, keep_images)
         with hosts.together():
             if hosts.is_lead():
-                finish(asked, request, out)
+                finish(asked, request, autoencoders.encoder_sha256(params), out)
 
 
 def own_shards(out: Path, count: int) -> list[tuple[Path, range]]:
@@ -198,7 +197,7 @@ def moments_of(module: Any, params: Any, images: jax.Array, asked: Encoding) -> 
         return jnp.stack([of_view(view) for view in views], axis=1).astype(jnp.float16)
 
 
-def finish(asked: Encoding, request: dict[str, Any], out: Path) -> None:
+def finish(asked: Encoding, request: dict[str, Any], encoder_sha256: str, out: Path) -> None:
     """Write the manifest. UserError where a shard is missing that another process wrote."""
     count = len(asked.images.examples)
     if missing := shards.missing(out, latents.NAME, count, latents.SHARD_SIZE):
@@ -207,7 +206,7 @@ def finish(asked: Encoding, request: dict[str, Any], out: Path) -> None:
         source=request["source"],
         autoencoder=request["autoencoder"],
         weights_sha256=request["weights_sha256"],
-        encoder_sha256=request["encoder_sha256"],
+        encoder_sha256=encoder_sha256,
         **dataclasses.asdict(asked.scaling),
         scale_applied=False,
         num_classes=asked.images.num_classes,

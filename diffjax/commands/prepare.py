@@ -53,6 +53,8 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     if values.name.startswith(FEATURES):
         convert_features(values)
         return
+    if values["num_classes"].present:
+        raise UserError("prepare: --num_classes is of features; classes of images are those that they have")
     dataset = find(values.name)
     asked = request(values, dataset)
     check_unfinished(values.out, MANIFEST)

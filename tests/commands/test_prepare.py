@@ -77,6 +77,7 @@ def test_names_and_flags(tmp_path, capsys):
     assert "--from and --out are missing" in error(capsys, "cifar10")
     assert "'cifar100' is not a flag" in error(capsys, "cifar10", "cifar100", *paths)
     assert "'cifar100' is not a flag" in error(capsys, "--name=cifar10", "cifar100", *paths)
+    assert "--num_classes is of features" in error(capsys, "cifar10", *paths, "--num_classes=5")
     assert "cifar10 has no split 'validation'; valid: train, test" in error(
         capsys, "cifar10", *paths, "--split=validation"
     )
