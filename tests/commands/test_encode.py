@@ -123,6 +123,7 @@ def test_batches_change_nothing_but_rounding(vae, encoded, tmp_path, monkeypatch
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_model_trains_on_them_and_makes_pictures(vae, encoded, tmp_path):
     leaves = given(f"data.dir={encoded}", f"autoencoder.weights={vae}", "total_steps=2", "ema.decay=0.5")
     assert main(["train", *leaves, f"--workdir={tmp_path / 'run'}"]) == 0

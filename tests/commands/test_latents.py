@@ -124,6 +124,7 @@ def test_another_autoencoder_makes_another_file(world, decoded, tmp_path, capsys
     assert (read_samples(tmp_path / "t.npz")[0] != decoded[0]).any()
 
 
+@pytest.mark.slow
 def test_pictures_in_training(world, tmp_path):
     leaves = (f"autoencoder.weights={world / 'vae'}", "evals.samples.every_steps=1", "evals.samples.num=4")
     assert main([*run_arguments(world, "total_steps=1", *leaves), f"--workdir={tmp_path / 'run'}"]) == 0

@@ -1,5 +1,7 @@
 """The loss of autoencoders by hand, training that lowers it, and what such a model does not do."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,10 +41,12 @@ def batch(count=8):
 def test_the_loss_by_hand(experiment):
     params, key = experiment.init().params, rng.stream(0, "test")
     apply, given = bind(experiment.model), batch()
-    values, fraction = experiment.method.terms(apply, params, {}, given, key, train=True)
-    mean, log_variance = map(np.asarray, apply(params, given.x, method="encode"))
+    terms = jax.jit(functools.partial(experiment.method.terms, apply, train=True))
+    values, fraction = terms(params, {}, given, key)
+    mean, log_variance = map(np.asarray, jax.jit(functools.partial(apply, method="encode"))(params, given.x))
     eps = rng.normal(rng.per_example(rng.fold_name(key, "noise"), given.index), mean.shape[1:])
-    out = np.asarray(apply(params, mean + np.exp(log_variance / 2) * eps, method="decode"))
+    decode = jax.jit(functools.partial(apply, method="decode"))
+    out = np.asarray(decode(params, mean + np.exp(log_variance / 2) * eps))
     error = np.mean((out - given.x) ** 2, axis=(1, 2, 3))
     divergence = 0.5 * np.sum(mean**2 + np.exp(log_variance) - 1 - log_variance, axis=(1, 2, 3))
     np.testing.assert_allclose(values["error"], error, rtol=1e-5)
