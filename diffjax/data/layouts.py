@@ -257,11 +257,12 @@ def _shard_shape(file: Path, opened: Any) -> list[int]:
 def _statistics(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation [channels] of latents_stats.pt."""
     found = torch_file.read(path)
-    arrays = [found.get(name) if isinstance(found, dict) else None for name in ("mean", "std")]
-    shapes = [np.shape(array) for array in arrays]
-    if shapes != [(1, channels, 1, 1)] * 2 or not np.all(np.asarray(arrays[1]) > 0) or not np.isfinite(arrays).all():
+    held = [found.get(name) if isinstance(found, dict) else None for name in ("mean", "std")]
+    arrays = [each for each in held if isinstance(each, np.ndarray) and each.shape == (1, channels, 1, 1)]
+    if len(arrays) < 2 or not np.all(arrays[1] > 0) or not np.isfinite(arrays).all():
+        shapes = [each.shape if isinstance(each, np.ndarray) else type(each).__name__ for each in held]
         raise UserError(f"{path}: mean and std of shapes {shapes}; valid: (1, {channels}, 1, 1), std above 0")
-    mean, std = (np.asarray(array, np.float64).reshape(channels) for array in arrays)
+    mean, std = (each.astype(np.float64).reshape(channels) for each in arrays)
     return mean, std
 
 
