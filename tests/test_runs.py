@@ -8,13 +8,14 @@ from diffjax.errors import UserError
 from diffjax.experiment import build
 from diffjax.runs import open_run
 from diffjax.weights import store
+from tests import slow
 from tests.programs import BACKBONES, tiny_config
 
 OTHER = {"dit": "model.depth=3", "dis": "model.depth=3", "udit": "model.width=8", "diffit": "model.widths=16,16"}
 OTHER |= {"diffit-latent": "model.depth=3", "digit": "model.depth=3"}
 
 
-@pytest.mark.parametrize("model", BACKBONES)
+@pytest.mark.parametrize("model", slow.but(["dit"], BACKBONES))
 def test_converted_parameters_bring_their_backbone(tmp_path, model):
     """The recipe says the process and the sampler; sizes of a backbone that it names are not read."""
     trained = build(tiny_config(OTHER[model], model=model), training=False)

@@ -12,6 +12,7 @@ from diffjax import models
 from diffjax.__main__ import main
 from diffjax.diffusion import samplers
 from diffjax.methods import diffusion
+from tests import slow
 from tests.programs import train_arguments
 
 RUN = ("evals.samples.every_steps=2", "evals.samples.num=4", "evals.loss.every_steps=2", "evals.loss.num=16")
@@ -51,7 +52,7 @@ def built(monkeypatch) -> collections.Counter:
     return counts
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", slow.but(["sample"], COMMANDS))
 def test_process_model_and_sampler_are_built_once(command, run, built, tmp_path):
     if command == "train":
         arguments = train_arguments(tmp_path / "run", *RUN)

@@ -420,6 +420,7 @@ def test_a_run_goes_on_without_its_recipe(world, capsys):
     assert "another config: optim.lr: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_layout_may_change_and_accepted_leaves_too(world, tmp_path, capsys):
     os.makedirs(tmp_path / "run")
     assert main(train_arguments(tmp_path / "run", "total_steps=2")) == 0
@@ -428,6 +429,7 @@ def test_layout_may_change_and_accepted_leaves_too(world, tmp_path, capsys):
     assert "continuing with data.threads: 1 -> 0; total_steps: 2 -> 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_folder_whose_run_made_no_step_is_like_a_new_one(world, tmp_path, capsys):
     """Another config is not refused there, nor does the run continue with it."""
     (tmp_path / "run").mkdir()

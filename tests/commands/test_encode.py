@@ -216,6 +216,7 @@ def test_an_autoencoder_of_another_shift_is_refused(tmp_path, capsys):
     assert "shifts latents by 0.5, and data.shift = 0.0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_latents_of_a_shifted_scale_and_of_pixels_from_0_to_1(tmp_path):
     """Stored is the posterior of the other pixels; the statistics are those of what models see; pictures come back."""
     module = create("VAE", **VAE, shift=0.25)

@@ -21,6 +21,8 @@ from diffjax.sampling.samples import read_samples
 from tests.commands.digit import VOCABULARY, mistake, run_arguments, tokenize, train
 from tests.programs import complete_steps, train_arguments
 
+pytestmark = pytest.mark.slow
+
 BLOCKS, BASELINES = ("block_0", "block_1"), ("images", "images_of_codes", "counts_of_codes")
 
 
@@ -183,7 +185,6 @@ def test_tokens_are_not_swept(world, tmp_path, capsys):
     assert "is a run of a token model" in mistake(capsys, [*sweep, f"--out={tmp_path / 'sweep.json'}"])
 
 
-@pytest.mark.slow
 def test_a_run_whose_tokens_have_moved_goes_on(world, tmp_path, capsys):
     run, moved = shutil.copytree(world / "run", tmp_path / "run"), shutil.copytree(world / "tokens", tmp_path / "moved")
     assert main([*run_arguments(run, moved, "data.flip=true", "total_steps=5"), "--accept=total_steps"]) == 0

@@ -190,6 +190,7 @@ def test_converted_parameters(run, full, tmp_path):
         assert (protocol["model"]["width"], protocol["model"]["depth"]) == (48, 2)
 
 
+@pytest.mark.slow
 def test_a_guide_from_a_run_or_from_parameters(run, full, tmp_path):
     """Away from itself leads nowhere; away from another network elsewhere; both kinds of folder give the same."""
     flags = (f"--workdir={run}", "--num=8", "--batch_size=8", "--config.sampling.guidance.scale=3")

@@ -14,6 +14,8 @@ from diffjax.sampling.samples import read_samples, write_protocol
 from diffjax.weights import store
 from tests.programs import QUIET, ROOT
 
+pytestmark = pytest.mark.slow
+
 STAGE2 = f"--config={ROOT}/configs/digit_stage2.py:runlocal"
 # The recipe's leaves of its own images back at their defaults, which no other source reads.
 EMOJI = {"images.name": "emoji32", "images.size": 32, "images.num_classes": 9, "images.dir": "", "images.dataset": ""}
@@ -60,7 +62,6 @@ def test_both_kinds_of_tokens_are_in_the_records(stage2):
     assert (manifest["views"], manifest["count"], manifest["num_classes"]) == (2, 1700, 9)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("decoding", ["ar", "nar"])
 def test_the_second_stage_makes_pictures_of_tokens(stage2, tmp_path, capsys, decoding):
     run, config = tmp_path / "run", STAGE2.replace(":", f":decoding={decoding},")
@@ -98,7 +99,6 @@ def test_the_second_stage_makes_pictures_of_tokens(stage2, tmp_path, capsys, dec
         assert reason in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_tokens_of_a_first_stage_are_the_source_of_the_second(stage2, tmp_path):
     """Of one folder of tokens: stage 1 on the first kind, whose samples, --raw, are what stage 2 draws pictures of."""
     quiet = [f"--config.{leaf}" for leaf in QUIET]

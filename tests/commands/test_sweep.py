@@ -17,6 +17,8 @@ from diffjax.sampling import generate
 from diffjax.sampling.samples import read_samples
 from tests.programs import tiny_config, train_arguments
 
+pytestmark = pytest.mark.slow
+
 GRID = ("--sampler=ddim,edm", "--steps=2,4", "--guidance=2", "--num=12", "--batch_size=8", "--reference=digits")
 
 

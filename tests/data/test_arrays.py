@@ -57,7 +57,10 @@ def numbers(batch: Batch) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("workers, hosts", [(0, 1), (1, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize(
+    "workers, hosts",
+    [(0, 1), (0, 2), *(pytest.param(1, hosts, marks=pytest.mark.slow) for hosts in (1, 2))],
+)
 def test_batches_hold_conditions_and_auxiliary_arrays_of_their_examples(tmp_path, kind, workers, hosts):
     conditions, leaves, condition = KINDS[kind]
     source = sources.load(**section(written(tmp_path, conditions=conditions), **leaves))

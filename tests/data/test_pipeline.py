@@ -18,6 +18,7 @@ from diffjax.data import sources
 from diffjax.data.pipeline import Stream
 from diffjax.data.source import Source
 from diffjax.errors import UserError
+from tests import slow
 from tests.data import configs
 from tests.data.seen import Batches, seen
 
@@ -132,7 +133,7 @@ def test_resume_at_any_batch(straight, stop):
     assert_equal(take(Batches(small_source(), batch_size=8, seed=3, flip=True, start=stop), 20 - stop), straight[stop:])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", slow.but([2], [1, 2]))
 def test_workers_do_not_change_the_stream_and_states_are_interchangeable(straight, workers):
     batches = Batches(small_source(), batch_size=8, seed=3, flip=True, workers=workers, threads=1)
     begun = [next(batches) for _ in range(7)]
@@ -211,6 +212,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(textwrap.dedent(PARENT))

@@ -13,7 +13,7 @@ from diffjax.diffusion import paths, samplers
 from diffjax.diffusion.edm import edm
 from diffjax.diffusion.gaussian import GaussianDiffusion, gaussian_diffusion
 from diffjax.errors import UserError
-from tests import trajectories
+from tests import slow, trajectories
 from tests.diffusion import single_steps
 
 MEAN, STD = 0.7, 0.4
@@ -187,7 +187,9 @@ def test_every_sampler_reaches_mean_and_covariance(name):
 FEW = {"ddpm": (7, 10), "ddim": (5, 10), "ddim-eta": (6, 9)}
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "dopri5"])
+@pytest.mark.parametrize(
+    "name", slow.but(["ddim-eta", "dpmpp_2m", "heun-edm"], [name for name in SCHEDULES if name != "dopri5"])
+)
 def test_one_compilation_whatever_the_steps_the_weight_and_the_seed(name):
     """And nothing passes between host and device within a trajectory."""
     run = jax.jit(partial(drawn, name))

@@ -55,13 +55,21 @@ class Case:
 
 
 def cases(family: str, having: str | None = None) -> list:
-    """pytest parameters, one per stored case of `family` (whose arrays have a key starting with `having`)."""
+    """pytest parameters, one per stored case of `family` (whose arrays have a key starting with `having`).
+
+    A case of a published size, whose weights are drawn from a recipe, is slow where there are smaller ones.
+    """
     found = [Case(path) for path in sorted((ORACLES / family).glob("*.json"))]
     if having is not None:
         found = [case for case in found if any(key.startswith(having) for key in case.arrays)]
     if not found:
         return [pytest.param(None, id=f"{family}-no-cases-in-{ORACLES}")]
-    return [pytest.param(case, id=f"{family}-{case.path.stem}") for case in found]
+    large = [case for case in found if "shapes" in case.info]  # as `recipe_weights` wants them
+    slow = large if len(large) < len(found) else []
+    return [
+        pytest.param(case, id=f"{family}-{case.path.stem}", marks=[pytest.mark.slow] if case in slow else [])
+        for case in found
+    ]
 
 
 def recipe_weights(info: dict[str, Any]) -> dict[str, np.ndarray]:

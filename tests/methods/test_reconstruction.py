@@ -55,6 +55,7 @@ def test_the_loss_by_hand(experiment):
     assert not fraction.any()
 
 
+@pytest.mark.slow
 def test_evaluation_is_of_the_mean_and_the_other_error(experiment):
     params, given = experiment.init().params, batch()
     apply = bind(experiment.model)
@@ -65,6 +66,7 @@ def test_evaluation_is_of_the_mean_and_the_other_error(experiment):
     np.testing.assert_array_equal(method.reconstruct(apply, params, given.x), out)
 
 
+@pytest.mark.slow
 def test_steps_lower_the_loss(experiment):
     state, key = experiment.init(), experiment.key
     images = jax.device_put(batch(), batch_sharding(experiment.mesh))
@@ -75,6 +77,7 @@ def test_steps_lower_the_loss(experiment):
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 def test_pictures_of_held_out_images(experiment):
     source = experiment.other_source(split="test")
     params = experiment.init().params

@@ -11,6 +11,7 @@ from diffjax.data.tokens import CODEBOOK, Codebook, Origin, codebook_sha256, wri
 from diffjax.errors import UserError
 from diffjax.ops.vocabulary import END, NO_TOKEN, SPECIALS
 from diffjax.tokens import losses
+from tests import slow
 from tests.programs import method_of, tiny_config
 
 VOCABULARY, DECODER_VOCABULARY, GRID, CLASSES = 12, 20, 3, 5
@@ -49,7 +50,7 @@ def drawn_params(c):
     return jax.tree.map(lambda leaf: 2 * leaf, params)
 
 
-@pytest.fixture(scope="module", params=STAGES)
+@pytest.fixture(scope="module", params=slow.but(["features", "rounds"], STAGES))
 def stage(request):
     c = config(request.param)
     return request.param, c, drawn_params(c)
@@ -203,6 +204,7 @@ def test_a_draw_depends_on_what_it_is_given(stage):
     assert (draw(c, params, labels, keys[::-1]) != tokens).any()
 
 
+@pytest.mark.slow
 def test_options_reach_the_draw():
     c = config("features")
     params, (labels, keys) = drawn_params(c), given_to_draw("features")
@@ -216,6 +218,7 @@ def test_options_reach_the_draw():
     assert (one != four).any()
 
 
+@pytest.mark.slow
 def test_guidance_of_zero_is_the_null_class():
     c = config("features")
     params, (labels, keys) = drawn_params(c), given_to_draw("features")

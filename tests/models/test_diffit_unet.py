@@ -270,6 +270,6 @@ def test_bad_inputs_are_one_clear_error():
         jax.eval_shape(model.init, jax.random.key(0), x, t, None)
     with pytest.raises(UserError, match="augment_labels = 0: it takes none"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), x, t, None, augment=jnp.zeros((3, 9))))
-    params = some_params(tiny())
+    params = jax.eval_shape(tiny().init, jax.random.key(0), *inputs())
     with pytest.raises(UserError, match="a bias for windows of 4 x 4 tokens, not of 2 x 2"):
-        jax.eval_shape(tiny().apply, {"params": params}, *inputs(4))
+        jax.eval_shape(tiny().apply, params, *inputs(4))

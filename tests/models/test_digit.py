@@ -14,6 +14,7 @@ from diffjax.ops.macs import count_macs
 from diffjax.ops.vocabulary import NO_TOKEN, PAD, SPECIALS
 from diffjax.parallel.mesh import batch_sharding, make_mesh
 from diffjax.parallel.rules import shardings
+from tests import slow
 
 NAMES = [name for name, row in models.MODELS.items() if row.family == "DiGIT"]
 TINY = {"vocabulary": 11, "depth": 2, "width": 32, "heads": 4, "mlp_ratio": 2.5, "length": 9}
@@ -138,7 +139,7 @@ def test_a_masked_model_sees_everything_but_what_is_hidden():
         model.init_cache(1, 4)
 
 
-@pytest.mark.parametrize("kwargs", [{}, CLASSES, SOURCE], ids=str)
+@pytest.mark.parametrize("kwargs", slow.but([SOURCE], [{}, CLASSES, SOURCE]), ids=str)
 def test_decoding_with_the_cache_gives_the_logits_of_the_whole(kwargs):
     model = tiny(**kwargs)
     tokens, y, source = inputs(model)
@@ -253,7 +254,7 @@ def test_remat_changes_no_gradient():
     assert not unused.any()
 
 
-@pytest.mark.parametrize("kwargs", [CLASSES, SOURCE], ids=str)
+@pytest.mark.parametrize("kwargs", slow.but([SOURCE], [CLASSES, SOURCE]), ids=str)
 def test_a_mesh_changes_nothing_and_splits_the_cache(kwargs):
     model = tiny(**kwargs)
     tokens, y, source = (x if x is None else jnp.resize(x, (8, *x.shape[1:])) for x in inputs(model))

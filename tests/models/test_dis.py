@@ -14,6 +14,7 @@ from diffjax.errors import UserError
 from diffjax.models.dis import SIZES, DiS, DiSBlock, add, depthwise_conv
 from diffjax.models.layers import sinusoidal_time
 from diffjax.ops.macs import count_macs
+from tests import slow
 from tests.models.test_dit import inputs, some_params
 
 T = jax.ShapeDtypeStruct((1,), jnp.float32)
@@ -276,7 +277,7 @@ def test_rematerialisation_changes_no_value(remat):
     jax.tree.map(close, value_and_gradients(remat), value_and_gradients("dots"))
 
 
-@pytest.mark.parametrize("see", [None, 0])
+@pytest.mark.parametrize("see", slow.but([None], [None, 0]))
 def test_dots_keeps_what_spares_a_second_forward_scan(see):
     """At depth 3 there are blocks of all kinds: one that stands alone, and stacked ones on either side."""
 
@@ -293,6 +294,7 @@ def test_dots_keeps_what_spares_a_second_forward_scan(see):
     assert loops("none") == loops("dots") < loops("full")
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_bfloat16_and_returns_float32():
     params, (x, t, y) = some_params(tiny()), inputs()
     full = apply(tiny(), params, x, t, y)

@@ -13,6 +13,7 @@ from diffjax.errors import UserError
 from diffjax.models import udit
 from diffjax.parallel.mesh import batch_sharding, make_mesh
 from diffjax.parallel.rules import shardings
+from tests import slow
 from tests.models import test_diffit, test_diffit_unet, test_digit, test_dis, test_dit, test_udit
 
 MODELS = {
@@ -153,7 +154,7 @@ def test_gradients_reach_the_blocks_up_to_the_one_seen(family, see):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients[last]))
 
 
-@pytest.mark.parametrize("family", ["DiT", "DiffiT"])
+@pytest.mark.parametrize("family", slow.but(["DiT"], ["DiT", "DiffiT"]))
 def test_gradients_of_the_output_do_not_depend_on_see(family):
     def loss(p, see):
         out = call(family, see=see)(p)
@@ -182,7 +183,7 @@ def scan_outputs(function, *arguments):
     return counter
 
 
-@pytest.mark.parametrize("family", SCANNED)
+@pytest.mark.parametrize("family", slow.but(["DiT"], SCANNED))
 def test_no_scan_returns_an_array_per_block_for_what_is_seen(family):
     """With remat = "full", forwards and with gradients: one more buffer, and the index's comparison in each step."""
     params = some_params(family)
@@ -219,7 +220,7 @@ def test_gradient_memory_does_not_grow_with_depth():
     assert size[None] > 24 * buffer  # which a stack of all outputs would have added
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", slow.but(["DiT"], MODELS))
 def test_parameters_do_not_depend_on_see(family):
     model = MODELS[family]
     shapes = [
@@ -267,7 +268,7 @@ def test_inside_of_another_module():
     assert set(variables["params"]) == {"model", "probe"}
 
 
-@pytest.mark.parametrize("family", ["DiT", "DiGIT"])
+@pytest.mark.parametrize("family", slow.but(["DiT"], ["DiT", "DiGIT"]))
 def test_on_a_mesh(family):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     model = test_dit.tiny(depth=3, heads=4) if family == "DiT" else MODELS[family]

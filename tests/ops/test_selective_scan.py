@@ -17,6 +17,7 @@ from diffjax.ops.recurrence import balanced
 from diffjax.ops.selective_scan import _default, selective_scan
 from diffjax.parallel.mesh import make_mesh
 from diffjax.parallel.rules import mesh_axes
+from tests import slow
 from tests.ops.scans import IMPLEMENTATIONS, KERNELS, draw, exact, scan
 
 module = importlib.import_module("diffjax.ops.selective_scan")  # whose name the function has in its package
@@ -48,13 +49,13 @@ def assert_exact(implementation, arguments, tolerance=1e-5, **options):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("tokens", [1, 7, 258, pytest.param(1026, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", slow.but([1, 7], [1, 7, 258, 1026]))
 def test_lengths_and_directions(implementation, tokens, reverse):
     assert_exact(implementation, draw((1, tokens, 5, 3)), reverse=reverse)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (3, 4, 5))])
+@pytest.mark.parametrize("seed", slow.but([0], range(6)))
 def test_random_shapes_dtypes_and_options(implementation, seed):
     choose = random.Random(seed)
     shape = (choose.randint(1, 3), choose.randint(1, 70), choose.randint(1, 20), choose.choice([1, 2, 4, 16]))

@@ -11,6 +11,8 @@ from diffjax.ops.pallas import selective_scan_gpu as kernels
 from diffjax.ops.recurrence import Inputs
 from tests.ops.scans import draw, exact
 
+pytestmark = pytest.mark.slow  # the golden tests hold the values and gradients of this kernel as well
+
 
 def inputs_of(arguments):
     return Inputs(

@@ -18,6 +18,7 @@ from diffjax.commands.inspect import inspect
 from diffjax.config import read
 from diffjax.experiment import build
 from diffjax.training.checkpoint import Checkpoints
+from tests import slow
 from tests.programs import ROOT, complete_steps, train_arguments
 
 RUN = ("checkpoint.every_steps=2", "log.every_steps=4")
@@ -92,12 +93,7 @@ def flip_bit(path):
     path.write_bytes(content)
 
 
-ONE_OF_A_KIND = ("truncated-state-arrays", "flipped-ema-index", "no-data", "empty")
-
-
-@pytest.mark.parametrize(
-    "damage", [pytest.param(name, marks=() if name in ONE_OF_A_KIND else pytest.mark.slow) for name in DAMAGES]
-)
+@pytest.mark.parametrize("damage", slow.but(["truncated-state-arrays", "no-data"], DAMAGES))
 def test_damage_is_named_with_the_way_on(run, damaged, capsys, damage):
     DAMAGES[damage](damaged / "checkpoints/6")
     before = listing(damaged)

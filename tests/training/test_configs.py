@@ -135,7 +135,7 @@ def test_recipes_describe_a_model_and_a_method(recipe, argument):
 @pytest.mark.parametrize(
     "recipe",
     [
-        "quickstart.py:runlocal",
+        pytest.param("quickstart.py:runlocal", marks=pytest.mark.slow),
         *(pytest.param(f"{name}.py:runlocal", marks=pytest.mark.slow) for name in RECIPES_OF_EMBEDDED_IMAGES),
         *(pytest.param(f"quickstart.py:model={name},runlocal", marks=pytest.mark.slow) for name in UNPREPARED[1:]),
     ],

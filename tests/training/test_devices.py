@@ -9,6 +9,7 @@ import pytest
 from diffjax.experiment import build
 from diffjax.sampling import generate
 from diffjax.training.checkpoint import Checkpoints
+from tests import slow
 from tests.programs import BACKBONES, tiny_config
 
 STEPS = 20
@@ -62,13 +63,7 @@ def run(experiment, state, first, last):
     return np.array(losses), state
 
 
-def slow_but_dit_on_all_axes(*values):
-    """A pytest parameter that starts with the name of a backbone."""
-    fast = values in (("dit",), ("dit", "2x2x2"))
-    return pytest.param(*values, id="-".join(values), marks=[] if fast else [pytest.mark.slow])
-
-
-@pytest.fixture(scope="module", params=[slow_but_dit_on_all_axes(model) for model in BACKBONES])
+@pytest.fixture(scope="module", params=slow.but(["dit"], BACKBONES))
 def one(request):
     """Experiment, losses and final state of a backbone on one device, and the backbone."""
     return one_device(request.param)
@@ -83,9 +78,8 @@ def one_device(model):
     return experiment, losses, state, model
 
 
-@pytest.mark.parametrize(
-    "model, layout", [slow_but_dit_on_all_axes(model, layout) for model in BACKBONES for layout in SHARDED[model][1]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model, layout", [(model, layout) for model in BACKBONES for layout in SHARDED[model][1]])
 def test_losses_and_initial_values_equal_those_of_one_device(model, layout, tmp_path):
     one = one_device(model)
     experiment = experiment_of(layout, model)
@@ -115,6 +109,7 @@ def test_losses_and_initial_values_equal_those_of_one_device(model, layout, tmp_
     np.testing.assert_allclose(resumed, second, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_one_device_saved_goes_on_on_eight(one, tmp_path):
     experiment, losses, _, model = one
     state = experiment.init()

@@ -128,6 +128,7 @@ def test_what_fits_is_kept_bit_for_bit(kind, trained, converted, capsys):
     assert "  new: " not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_label_table_and_image_size(converted, trained, tmp_path, capsys):
     leaves = halved_digits(tmp_path)
     with pytest.raises(UserError, match=r"label_embed/embedding \[11, 48\] for \[6, 48\]; .* init.new = labels"):
@@ -185,6 +186,7 @@ def zeros(experiment, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_has_the_backbone_that_it_starts_from_and_goes_on_without(smaller, tmp_path, capsys):
     arguments = train_arguments(tmp_path / "run", f"init.from={smaller}", "total_steps=1", "model.remat=full")
     arguments[1] = f"--config={RECIPE}"

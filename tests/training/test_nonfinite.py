@@ -14,6 +14,7 @@ from diffjax.experiment import Experiment
 from diffjax.training import loop
 from diffjax.training.checkpoint import Checkpoints
 from diffjax.training.metrics import NonFiniteError
+from tests import slow
 from tests.programs import ROOT, complete_steps, train_arguments
 
 DIVERGING = ("optim.lr=1e12", "optim.warmup_steps=0", "total_steps=20", "log.every_steps=1")
@@ -25,7 +26,7 @@ def assert_finite(workdir, step):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(with_state.restore_arrays(item, step)))
 
 
-@pytest.mark.parametrize("every", [1, 100])
+@pytest.mark.parametrize("every", slow.but([100], [1, 100]))
 def test_divergence_names_its_step_and_is_not_saved(tmp_path, every):
     with pytest.raises(NonFiniteError, match=r"\w+ is (nan|inf|-inf) at step \d+; ") as caught:
         main(train_arguments(tmp_path, *DIVERGING, f"checkpoint.every_steps={every}"))

@@ -21,6 +21,7 @@ from diffjax.training.optimizer import (
     scale_by_factored_moments,
     schedule,
 )
+from tests import slow
 from tests.parallel.test_rules import abstract_params
 from tests.programs import tiny_config
 from tests.training.test_devices import LAYOUTS, OWN_SHAPES, SHAPES
@@ -187,7 +188,7 @@ def test_matrices_are_told_from_biases_scales_and_tables(name):
     assert all(leaf.path.endswith(("/kernel", "/in_proj")) for leaf in leaves if is_matrix(leaf))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow.but(["adamw"], OPTIMIZERS))
 def test_only_matrices_decay(name):
     model, params = abstract_params("DiT-S/8", width=24, heads=2, depth=2)
     leaves = parameters(params, model.logical_axes)

@@ -96,6 +96,7 @@ def ends_as_the_straight_run_after_a_cut(folder, monkeypatch, capsys, again, com
     assert len(set(final_hashes(folder / "again").values())) == 3
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_first_step_goes_on(tmp_path, monkeypatch, capsys):
     assert main(train_arguments(tmp_path / "straight", *RUN)) == 0
     again = train_arguments(tmp_path / "again", *RUN)
@@ -134,6 +135,7 @@ with only_writer(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_in_a_folder_is_refused(tmp_path, capsys):
     """Of a run, and of samples under way: in one line, before anything is written there."""
     run, samples = tmp_path / "run", tmp_path / "s.npz"

@@ -20,6 +20,8 @@ from diffjax.weights.store import load, tree_sha256
 from tests.programs import TINY, complete_steps, kill, start, train_arguments, wait_for
 from tests.training.test_resume import Cut, at_batch, cut
 
+pytestmark = pytest.mark.slow
+
 POWER_EMAS = ("ema.sigma_rel=0.05,0.1", "ema.snapshot_every_steps=3")
 RUN = ("total_steps=11", "checkpoint.every_steps=4", "checkpoint.keep=9", "log.every_steps=4", *POWER_EMAS)
 SNAPSHOTS = [3, 6, 9, 11]
@@ -46,7 +48,6 @@ def snapshot_hashes(workdir):
     return {step: tree_sha256(snapshots.restore_arrays("tracks", step)) for step in snapshots.steps()}
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_has_the_power_emas_snapshots_and_averages_of_one_left_alone(
     straight, tmp_path, monkeypatch, capsys
 ):
@@ -182,7 +183,6 @@ def snapshots_under_way(workdir):
     return list(workdir.glob("snapshots/*.orbax-checkpoint-tmp*"))
 
 
-@pytest.mark.slow
 def test_killed_while_a_snapshot_is_written(tmp_path):
     """Every kill meets a snapshot under way; none of them leaves one that cannot be read, or that differs."""
     options = ("model.width=96", "total_steps=160", "checkpoint.every_steps=5", "log.every_steps=40", *POWER_EMAS)

@@ -27,6 +27,7 @@ def test_saved_and_loaded(tmp_path):
     assert model["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_a_model_stored_under_earlier_names_of_its_options(tmp_path):
     module = create("DiGIT", vocabulary=6, source_vocabulary=5, depth=1, width=8, heads=2, length=4)
     tokens = jnp.zeros((1, 2), jnp.int32)

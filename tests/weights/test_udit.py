@@ -8,6 +8,7 @@ import pytest
 from diffjax.errors import UserError
 from diffjax.models import create
 from diffjax.weights import from_reference, to_reference
+from tests import slow
 
 KWARGS = {"width": 16, "heads": 2, "depth": (1, 2, 3, 2, 1), "channels": 3, "num_classes": 5}
 DROPPED = "decoder_level_2.1.attn2.downsampler.layer.weight"
@@ -112,8 +113,8 @@ def after_eval(weights, times=1):
     return weights
 
 
-@pytest.mark.parametrize("times", [1, 2, 3])
-@pytest.mark.parametrize("scale", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("times", slow.but([2], [1, 2, 3]))
+@pytest.mark.parametrize("scale", slow.but([0.05], [0.0, 0.05, 0.3]))
 def test_weights_that_went_through_eval_are_refused(times, scale):
     weights = to_reference("udit", *module_and_params(scale))
     from_reference("udit", weights)
