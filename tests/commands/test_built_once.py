@@ -12,8 +12,9 @@ from diffjax import models
 from diffjax.__main__ import main
 from diffjax.diffusion import samplers
 from diffjax.methods import diffusion
-from tests import slow
 from tests.programs import train_arguments
+
+pytestmark = pytest.mark.slow
 
 RUN = ("evals.samples.every_steps=2", "evals.samples.num=4", "evals.loss.every_steps=2", "evals.loss.num=16")
 RUN += ("ema.sigma_rel=0.05,0.1", "ema.snapshot_every_steps=1", "total_steps=2")
@@ -52,7 +53,7 @@ def built(monkeypatch) -> collections.Counter:
     return counts
 
 
-@pytest.mark.parametrize("command", slow.but(["sample"], COMMANDS))
+@pytest.mark.parametrize("command", COMMANDS)
 def test_process_model_and_sampler_are_built_once(command, run, built, tmp_path):
     if command == "train":
         arguments = train_arguments(tmp_path / "run", *RUN)

@@ -116,6 +116,7 @@ def test_an_interrupted_encoding_goes_on(vae, encoded, tmp_path, monkeypatch):
         assert (tmp_path / "out" / name).read_bytes() == (encoded / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_batches_change_nothing_but_rounding(vae, encoded, tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "SHARD_SIZE", SHARD)
     assert run(vae, tmp_path / "out", batch_size=56) == 0
@@ -266,6 +267,7 @@ def test_images_beside_their_latents(vae, encoded, tmp_path, monkeypatch):
     np.testing.assert_array_equal(first.aux["image"], expected)
 
 
+@pytest.mark.slow
 def test_bfloat16_latents_are_near_and_told_apart(vae, encoded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(latents, "SHARD_SIZE", SHARD)
     assert run(vae, tmp_path / "out", "autoencoder.dtype=bfloat16") == 0

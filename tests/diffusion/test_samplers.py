@@ -78,6 +78,7 @@ def test_deterministic_ddim_is_the_map_between_the_gaussians():
     assert errors[2] < 0.02
 
 
+@pytest.mark.slow
 def test_random_ddim_reaches_the_data_distribution():
     """Its variance β~ leaves out that of x0 given x_k, an error that falls with the step: 5% at 250 steps."""
     x, noise = samplers.initial_noise(keys(8192, 1), SHAPE), samplers.step_noise(keys(8192, 1), SHAPE)
@@ -171,7 +172,9 @@ def drawn(name: str, schedule: samplers.SamplerSchedule | samplers.AdaptiveSched
     return samplers.sample(schedule, correlated(SCHEDULES[name][0]), x, noise)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    "name", slow.but(["ddim", "dpmpp_2m", "euler", "heun-edm", "euler_maruyama", "dopri5"], SCHEDULES)
+)
 def test_every_sampler_reaches_mean_and_covariance(name):
     """Within four standard errors of 4096 samples, plus 2% for the finite steps."""
     count = 4096

@@ -62,6 +62,7 @@ def test_published_shapes(name):
     assert (image.shape, image.dtype) == ((2, 256, 256, 3), jnp.float32)
 
 
+@pytest.mark.slow
 @BOTH
 def test_bfloat16_computes_in_it_and_returns_float32(name):
     module, half = (create(name, **SMALL[name], dtype=dtype) for dtype in ("float32", "bfloat16"))
@@ -98,6 +99,7 @@ def test_strips_take_less_memory():
     assert temporaries(8) < 0.75 * temporaries(1)
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_mesh_changes_nothing(name):
     module = create(name, **SMALL[name])

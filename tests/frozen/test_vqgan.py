@@ -102,6 +102,7 @@ def test_bfloat16_is_near():
     assert 0 < jnp.abs(near - exact).max() < 0.05
 
 
+@pytest.mark.slow
 def test_the_same_on_eight_devices():
     module, mesh = tiny(), make_mesh({"data": -1})
     params, x = some_params(module), images(batch=8)

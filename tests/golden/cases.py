@@ -54,20 +54,23 @@ class Case:
         return inside or (load_file(stored) if stored.exists() else recipe_weights(self.info))
 
 
-def cases(family: str, having: str | None = None) -> list:
+def cases(family: str, having: str | None = None, slow: Sequence[str] = ()) -> list:
     """pytest parameters, one per stored case of `family` (whose arrays have a key starting with `having`).
 
-    A case of a published size, whose weights are drawn from a recipe, is slow where there are smaller ones.
+    Slow are the cases named so, and those of a published size, whose weights are drawn from a recipe, where there are
+    smaller ones.
     """
     found = [Case(path) for path in sorted((ORACLES / family).glob("*.json"))]
     if having is not None:
         found = [case for case in found if any(key.startswith(having) for key in case.arrays)]
     if not found:
         return [pytest.param(None, id=f"{family}-no-cases-in-{ORACLES}")]
-    large = [case for case in found if "shapes" in case.info]  # as `recipe_weights` wants them
-    slow = large if len(large) < len(found) else []
+    large = [case.path.stem for case in found if "shapes" in case.info]  # as `recipe_weights` wants them
+    left_out = {*slow, *(large if len(large) < len(found) else [])}
     return [
-        pytest.param(case, id=f"{family}-{case.path.stem}", marks=[pytest.mark.slow] if case in slow else [])
+        pytest.param(
+            case, id=f"{family}-{case.path.stem}", marks=[pytest.mark.slow] if case.path.stem in left_out else []
+        )
         for case in found
     ]
 

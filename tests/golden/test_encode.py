@@ -45,7 +45,7 @@ def folders(case, tmp_path):
     return vae, images, pixels
 
 
-@pytest.mark.parametrize("case", cases("vae"))
+@pytest.mark.parametrize("case", cases("vae", slow=["kl_c16x24x32_l2"]))
 def test_latents_and_pictures_through_the_commands(case, folders, tmp_path):
     vae, images, pixels = folders
     module, params = from_reference(family(case), case.state_dict, **case.info["config"])

@@ -254,6 +254,7 @@ def test_remat_changes_no_gradient():
     assert not unused.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", slow.but([SOURCE], [CLASSES, SOURCE]), ids=str)
 def test_a_mesh_changes_nothing_and_splits_the_cache(kwargs):
     model = tiny(**kwargs)

@@ -124,6 +124,7 @@ def test_what_one_device_saved_goes_on_on_eight(one, tmp_path):
     np.testing.assert_allclose(resumed, losses[10:], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_image_i_depends_neither_on_the_batch_nor_on_the_devices(one):
     experiment, _, state, model = one
     labels = generate.interleaved_labels(12, 10)

@@ -101,6 +101,7 @@ def test_a_loss_by_parts_of_the_time():
     assert by_bin(loss, np.zeros(5), 4) == {}
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_does_not_depend_on_devices(straight):
     stored = evaluations(straight)["loss_00000004"]["values"]
     for mesh in (make_mesh({"data": 1}, jax.devices()[:1]), make_mesh({"data": 8})):
@@ -133,6 +134,7 @@ def test_seconds_of_a_checkpoint(straight):
     assert training[3]["seconds"] <= last
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_kill_left_out_is_made_up_for(straight, copied):
     killed_at_3(copied)
     (copied / "evals/loss_00000002.json").unlink()

@@ -83,6 +83,7 @@ def test_exit_code(tmp_path):
     assert "at step" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_not_finite_costs_no_step(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Experiment, "images", lambda *_: iter([np.full((2, 8, 8, 1), np.nan)]))
     pictures = ("--config.evals.samples.every_steps=2", "--config.evals.samples.num=2")
