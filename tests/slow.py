@@ -6,6 +6,11 @@ import pytest
 
 
 def but(fast: Iterable, values: Iterable) -> list:
-    """pytest parameters of `values`; all but the `fast` ones are slow."""
+    """pytest parameters of `values`, a tuple being the values of one test; all but the `fast` ones are slow."""
     fast = list(fast)
-    return [pytest.param(value, marks=() if value in fast else pytest.mark.slow) for value in values]
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)), marks=() if value in fast else pytest.mark.slow
+        )
+        for value in values
+    ]

@@ -114,6 +114,7 @@ def test_a_result_is_not_replaced_by_the_description_of_samples(run, tmp_path, c
     assert (tmp_path / "scores.json").read_text() == '{"values": {}}'
 
 
+@pytest.mark.slow
 def test_seed_step_and_weights_change_the_images(run, full, tmp_path):
     for flag in ("--seed=1", "--step=2", "--weights=params"):
         flags = (f"--workdir={run}", "--num=8", "--overwrite", flag)

@@ -14,6 +14,7 @@ from tests.ops.scans import IMPLEMENTATIONS, KERNELS, scan
 
 pytestmark = pytest.mark.golden
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+BUT_ONE = ("full_L1", "full_L7", "full_L64", "full_L257", "full_L1025", "nogate_L64", "plain_L64")  # of the cases
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:
@@ -27,12 +28,18 @@ def run(case: Case, implementation: str):
     return jax.jit(lambda x: scan(implementation, **x, delta_softplus=softplus, return_last_state=True))
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *KERNELS])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", cases("selective_scan"))
 def test_values(case, implementation):
     out, last = run(case, implementation)(inputs(case))
     for value, stored in ((out, case.arrays["out"]), (last, case.arrays["last_state"])):
         np.testing.assert_allclose(value, stored, rtol=0, atol=atol(case, 2e-6 + 2e-7 * np.abs(stored).max()))
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("case", cases("selective_scan", slow=BUT_ONE))
+def test_values_of_the_kernels(case, implementation):
+    test_values(case, implementation)
 
 
 @pytest.mark.parametrize(

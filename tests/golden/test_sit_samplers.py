@@ -67,6 +67,7 @@ def test_backwards(case):
     np.testing.assert_allclose(states[::2], case.arrays["ode_reverse_toy_heun2"], **TIGHT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases("sit"))
 def test_adaptive_steps(case):
     """The stored end; at the times between, where the reference interpolates, the exact solution."""

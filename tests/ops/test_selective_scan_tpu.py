@@ -10,7 +10,7 @@ from diffjax.ops.pallas import selective_scan_tpu as kernels
 from diffjax.ops.recurrence import Inputs
 from tests.ops.scans import draw, exact
 
-pytestmark = pytest.mark.slow  # the golden tests hold the values and gradients of this kernel as well
+pytestmark = pytest.mark.slow  # a golden case holds the values of this kernel among the fast tests
 
 EVERYTHING = ("D", "z", "delta_bias")
 

@@ -8,6 +8,7 @@ import pytest
 from diffjax.errors import UserError
 from diffjax.parallel.mesh import make_mesh
 from diffjax.tokens import codebooks, faiss_random, kmeans
+from tests import slow
 
 
 def mixture(n: int, d: int, clusters: int, seed: int = 0) -> np.ndarray:
@@ -80,7 +81,7 @@ def collectives(compiled) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("init", kmeans.INITS)
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("sizes", slow.but([{"data": 8}], [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]))
 def test_the_fit_is_the_same_on_any_mesh(init, sizes):
     """20,011 points, no multiple of anything: the last blocks are filled up, and one device gets less than others."""
     x = mixture(20_011, 12, 30)

@@ -112,6 +112,7 @@ def test_the_held_out_loss_does_not_depend_on_devices(straight):
             assert value == pytest.approx(stored[name], rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_rows_beyond_the_step_that_a_run_goes_on_from_are_dropped(straight, copied, monkeypatch):
     killed_at_3(copied)
     meta = loop.Checkpoints.meta

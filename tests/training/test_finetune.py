@@ -94,6 +94,7 @@ def test_the_start_of_a_path_is_said_where_a_part_has_no_name(converted, tmp_pat
         started(converted, *leaves)
 
 
+@pytest.mark.slow
 def test_output_channels_of_a_variance_are_left_out_where_the_process_has_none(converted, caplog):
     """As of SiT's public weights: DiT's, with twice the channels that a flow process uses."""
     flow = ("diffusion.process=flow_linear", "diffusion.flow_linear.prediction=velocity", "sampling.clip=false")

@@ -21,7 +21,6 @@ from diffjax.training.optimizer import (
     scale_by_factored_moments,
     schedule,
 )
-from tests import slow
 from tests.parallel.test_rules import abstract_params
 from tests.programs import tiny_config
 from tests.training.test_devices import LAYOUTS, OWN_SHAPES, SHAPES
@@ -188,7 +187,8 @@ def test_matrices_are_told_from_biases_scales_and_tables(name):
     assert all(leaf.path.endswith(("/kernel", "/in_proj")) for leaf in leaves if is_matrix(leaf))
 
 
-@pytest.mark.parametrize("name", slow.but(["adamw"], OPTIMIZERS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_only_matrices_decay(name):
     model, params = abstract_params("DiT-S/8", width=24, heads=2, depth=2)
     leaves = parameters(params, model.logical_axes)
