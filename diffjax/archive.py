@@ -24,11 +24,21 @@ from diffjax.parallel.rules import key_path
 
 _DAMAGE = (ValueError, KeyError, FileNotFoundError, NotADirectoryError, EOFError)  # of files that are not as written
 AT_ONCE = 10**8  # bytes that are written at a time, where no array has more
-# Bytes of an array that a device writes at least. Orbax gives every device that holds a copy its slice, however small,
-# and compiles a program for every slice of every shape: 4 s of a first save of tiny arrays on eight devices.
+# Devices that hold copies of an array share in writing it where the slice of each has at least this many bytes. Orbax
+# has no such limit, and compiles a program for every slice of every shape: longer than writing small arrays takes.
 SLICE = 2**20
-_WRITER = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE)
-ocp.type_handlers.register_type_handler(jax.Array, _WRITER, override=True)
+
+
+def _share_large_arrays_alone() -> None:
+    """Replace Orbax's writer of arrays, which warns of it."""
+    writer = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    ocp.type_handlers.register_type_handler(jax.Array, writer, override=True)
+    logging.set_verbosity(verbosity)
+
+
+_share_large_arrays_alone()
 
 
 class Damaged(UserError):

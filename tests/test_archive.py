@@ -2,14 +2,21 @@
 
 import errno
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.serialization import replica_slices
 
 from diffjax import archive
 from diffjax.errors import UserError
+from diffjax.parallel.mesh import make_mesh
+
+ROOT = Path(__file__).parent.parent
 
 TREE = {"a": {"b": np.arange(3, dtype=np.float32)}, "c": np.ones((2, 2), np.float32)}
 ABSTRACT = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), TREE)
@@ -107,3 +114,28 @@ def test_what_cannot_be_read_is_damaged_only_where_the_file_is(error, kind):
         read()
     assert type(raised.value) is kind
     assert ("a cannot be read: " in str(raised.value)) == issubclass(kind, UserError)
+
+
+def test_devices_share_in_writing_large_arrays_alone(tmp_path, monkeypatch):
+    """Eight devices hold a copy each: slices of exactly the limit, a small array, one of no eight parts."""
+    mesh = make_mesh({"data": 8})
+    sizes = {"shared": (8 * archive.SLICE // 4,), "small": (8, 16), "odd": (archive.SLICE + 1, 3)}
+    tree = {name: np.arange(np.prod(size), dtype=np.float32).reshape(size) for name, size in sizes.items()}
+    slices = []
+    pick = replica_slices.get_replica_slices
+
+    def seen(array, *arguments, **options):
+        found = pick(array, *arguments, **options)
+        slices.append((array.shape, len(found.replica_slices)))
+        return found
+
+    monkeypatch.setattr(replica_slices, "get_replica_slices", seen)
+    archive.save_arrays(tmp_path / "params", jax.device_put(tree, NamedSharding(mesh, PartitionSpec())))
+    assert dict(slices) == {sizes["shared"]: 8, sizes["small"]: 1, sizes["odd"]: 1}
+    jax.tree.map(np.testing.assert_array_equal, archive.load_arrays(tmp_path / "params"), tree)
+
+
+def test_importing_it_prints_nothing():
+    code = [sys.executable, "-c", "import diffjax.archive"]
+    run = subprocess.run(code, check=True, capture_output=True, text=True, cwd=ROOT)
+    assert (run.stdout, run.stderr) == ("", "")

@@ -9,7 +9,6 @@ from diffjax.ops.selective_scan import _default
 from tests.programs import TINY
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", ["dit", pytest.param("dis", marks=pytest.mark.slow)])  # it logs its kind of scan
 def test_bench_reports_both_times(capsys, model):
     _default.cache_clear()  # what is logged once is logged now

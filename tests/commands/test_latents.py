@@ -26,8 +26,6 @@ from tests.data.test_latents import ORIGIN
 from tests.frozen.test_vae import some_params
 from tests.programs import tiny_config, train_arguments
 
-pytestmark = pytest.mark.slow
-
 LEAVES = (
     "data.name=latents",
     "data.split=",
@@ -74,6 +72,7 @@ def decoded(world):
     return read_samples(world / "s.npz")
 
 
+@pytest.mark.slow
 def test_pictures_are_decoded_latents(world, decoded):
     images, labels, made = decoded
     assert (images.shape, images.dtype) == ((6, 8, 8, 3), np.uint8)
@@ -87,6 +86,7 @@ def test_pictures_are_decoded_latents(world, decoded):
     assert (world / "s.png").stat().st_size > 100
 
 
+@pytest.mark.slow
 def test_weights_from_a_folder_of_diffusers_and_as_a_leaf(world, decoded, tmp_path):
     for name, flag in (("a", "--autoencoder="), ("b", "--config.autoencoder.weights=")):
         assert sample(world, tmp_path / f"{name}.npz", f"{flag}{world / 'diffusers'}") == 0
@@ -95,6 +95,7 @@ def test_weights_from_a_folder_of_diffusers_and_as_a_leaf(world, decoded, tmp_pa
         assert made["autoencoder_sha256"] == decoded[2]["autoencoder_sha256"]
 
 
+@pytest.mark.slow
 def test_an_autoencoder_that_encodes_otherwise_is_refused(world, tmp_path, caplog):
     """A decoder may be another one (ft-mse in place of ft-ema), but nobody should take a wrong one unknowingly."""
     manifest = json.loads((world / "data/latents.json").read_text()) | {"autoencoder": "VAE(channels=3)"}
@@ -116,6 +117,7 @@ def test_an_autoencoder_that_encodes_otherwise_is_refused(world, tmp_path, caplo
         decoder("other", encoder_sha256="2" * 64)
 
 
+@pytest.mark.slow
 def test_another_autoencoder_makes_another_file(world, decoded, tmp_path, capsys):
     module = create("TinyVAE", width=8, encoder_blocks=(1, 1), decoder_blocks=(1, 1))
     save_file(to_reference("tiny_vae", module, some_params(module)), tmp_path / "taesd.safetensors")
@@ -126,12 +128,14 @@ def test_another_autoencoder_makes_another_file(world, decoded, tmp_path, capsys
     assert (read_samples(tmp_path / "t.npz")[0] != decoded[0]).any()
 
 
+@pytest.mark.slow
 def test_pictures_in_training(world, tmp_path):
     leaves = (f"autoencoder.weights={world / 'vae'}", "evals.samples.every_steps=1", "evals.samples.num=4")
     assert main([*run_arguments(world, "total_steps=1", *leaves), f"--workdir={tmp_path / 'run'}"]) == 0
     assert (tmp_path / "run/samples/step_1.png").is_file() or list((tmp_path / "run/samples").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_what_cannot_decode_is_said(world, tmp_path, capsys):
     def error(*flags):
         assert sample(world, tmp_path / "s.npz", *flags) == 2
@@ -161,6 +165,7 @@ def test_what_cannot_decode_is_said(world, tmp_path, capsys):
 CHANNELS = Scaling((0.25, 0.5, 1.0, 2.0), (1.0, 0.0, -1.0, 0.5), (0.0, 1.0))
 
 
+@pytest.mark.slow
 def test_latents_of_other_statistics_than_the_autoencoders(world, tmp_path):
     """z is latent / scale + shift by channel, whatever the autoencoder's own scale; pixels of [0, 1] go to [-1, 1]."""
     z = np.random.default_rng(0).normal(size=(3, 4, 4, 4)).astype(np.float32)
@@ -196,6 +201,7 @@ def test_the_leaf_is_of_latents_alone(tmp_path, capsys):
     assert "only with latents" in error
 
 
+@pytest.mark.slow
 def test_devices_decode_their_own_part_a_few_at_a_time(world, monkeypatch):
     """In groups, with the same result, and nothing crosses between devices but the parameters."""
     module, params, _ = store.load(world / "vae")
@@ -216,6 +222,7 @@ def test_devices_decode_their_own_part_a_few_at_a_time(world, monkeypatch):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_devices_decode_large_images_in_strips(world):
     """Each its own, one after the other, with the result of the whole ones."""
     module, params, _ = store.load(world / "vae")
@@ -235,6 +242,7 @@ def test_devices_decode_large_images_in_strips(world):
     np.testing.assert_allclose(strips(params, x), whole(params, x), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaf, value", [("dtype", "bfloat16"), ("tile", 4)])
 def test_how_latents_are_decoded_is_recorded(world, decoded, tmp_path, leaf, value):
     flags = f"--autoencoder={world / 'vae'}", f"--config.autoencoder.{leaf}={value}"
@@ -245,6 +253,7 @@ def test_how_latents_are_decoded_is_recorded(world, decoded, tmp_path, leaf, val
     assert np.abs(images.astype(int) - decoded[0]).max() <= (1 if leaf == "tile" else 8)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_decoder_is_near_the_float32_one(world, tmp_path):
     x = np.random.default_rng(1).normal(size=(4, 4, 4, 4)).astype(np.float32)
     full, half = (
@@ -255,6 +264,7 @@ def test_a_bfloat16_decoder_is_near_the_float32_one(world, tmp_path):
     assert 1e-4 < np.abs(half - full).max() / np.abs(full).max() < 0.05
 
 
+@pytest.mark.slow
 def test_scores_on_pixels_need_images(world):
     config = tiny_config(
         *LEAVES,

@@ -21,8 +21,6 @@ from diffjax.sampling.samples import read_samples
 from tests.commands.digit import VOCABULARY, mistake, run_arguments, tokenize, train
 from tests.programs import complete_steps, train_arguments
 
-pytestmark = pytest.mark.slow
-
 BLOCKS, BASELINES = ("block_0", "block_1"), ("images", "images_of_codes", "counts_of_codes")
 
 
@@ -46,6 +44,7 @@ def scored(world):
     return protocol.read(world / "probe.json")
 
 
+@pytest.mark.slow
 def test_the_pictures_are_made_of_the_codebook(world):
     assert complete_steps(world / "run") == [2, 4]
     assert main(["sample", f"--workdir={world / 'run'}", "--num=20", f"--out={world / 'samples.npz'}"]) == 0
@@ -59,6 +58,7 @@ def test_the_pictures_are_made_of_the_codebook(world):
     assert nearest.max() < 1.01 / 127.5
 
 
+@pytest.mark.slow
 def test_scores_of_every_block_and_what_to_compare_them_with(scored):
     assert tuple(scored["values"]) == (*BLOCKS, *BASELINES)
     for row in scored["values"].values():
@@ -75,6 +75,7 @@ def test_scores_of_every_block_and_what_to_compare_them_with(scored):
     protocol.compare(scored, scored)
 
 
+@pytest.mark.slow
 def test_scores_of_other_settings_are_not_replaced(world, scored, capsys):
     before = (world / "probe.json").read_bytes()
     assert main(probe_arguments(world, world / "probe.json", "--seed=1")) == 2
@@ -82,6 +83,7 @@ def test_scores_of_other_settings_are_not_replaced(world, scored, capsys):
     assert (world / "probe.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_table_and_its_last_sentence(world, tmp_path, capsys):
     """Another seed of the classifiers is another protocol; the same one gives the same bits."""
     capsys.readouterr()
@@ -122,6 +124,7 @@ def of_config(run, values):
     return dataclasses.replace(run, experiment=build(config))
 
 
+@pytest.mark.slow
 def test_features_are_the_models_own_under_the_null_class(inputs):
     run, train, test, blocks = inputs
     assert blocks.train.shape == (3000, 2, 48)
@@ -137,6 +140,7 @@ def test_features_are_the_models_own_under_the_null_class(inputs):
     np.testing.assert_allclose(blocks.test[-10:], expected(test.tokens[-10:, 0]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_features_do_not_depend_on_devices(inputs):
     run, _, test, blocks = inputs
     few = test._replace(tokens=test.tokens[:9], labels=test.labels[:9])
@@ -145,6 +149,7 @@ def test_features_do_not_depend_on_devices(inputs):
     np.testing.assert_allclose(alone.test, blocks.test[:9], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_compared_with(inputs):
     run, train, test, _ = inputs
     compared = probe_command.of_pixels(run.experiment, train, test)
@@ -165,6 +170,7 @@ def test_what_is_compared_with(inputs):
     assert probe_command.of_pixels(run.experiment, train._replace(manifest=manifest), test) == {}
 
 
+@pytest.mark.slow
 def test_a_model_that_only_knows_classes_is_refused(inputs):
     run, train, test, _ = inputs
     run = of_config(run, {"tokens.label_drop": 0.0, "sampling.guidance.scale": 1.0})
@@ -172,6 +178,7 @@ def test_a_model_that_only_knows_classes_is_refused(inputs):
         probe_command.of_blocks(run, train, test)
 
 
+@pytest.mark.slow
 def test_images_that_are_not_those_of_the_tokens(inputs):
     run, _, test, _ = inputs
     manifest = json.loads(json.dumps(test.manifest))
@@ -180,11 +187,13 @@ def test_images_that_are_not_those_of_the_tokens(inputs):
         probe_command.images(run.experiment, test._replace(manifest=manifest))
 
 
+@pytest.mark.slow
 def test_tokens_are_not_swept(world, tmp_path, capsys):
     sweep = ["sweep", f"--workdir={world / 'run'}", "--sampler=ddim", "--steps=4", "--reference=digits"]
     assert "is a run of a token model" in mistake(capsys, [*sweep, f"--out={tmp_path / 'sweep.json'}"])
 
 
+@pytest.mark.slow
 def test_a_run_whose_tokens_have_moved_goes_on(world, tmp_path, capsys):
     run, moved = shutil.copytree(world / "run", tmp_path / "run"), shutil.copytree(world / "tokens", tmp_path / "moved")
     assert main([*run_arguments(run, moved, "data.flip=true", "total_steps=5"), "--accept=total_steps"]) == 0
@@ -220,6 +229,7 @@ def moved(request, world):
     return folder, wrong
 
 
+@pytest.mark.slow
 def test_a_run_whose_tokens_were_made_anew_is_not_sampled(moved, capsys):
     folder, wrong = moved
     error = mistake(capsys, ["sample", f"--workdir={folder / 'run'}", "--num=2", f"--out={folder / 's.npz'}"])
@@ -229,6 +239,7 @@ def test_a_run_whose_tokens_were_made_anew_is_not_sampled(moved, capsys):
     assert not (folder / "s.npz").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_tokens_were_made_anew_does_not_go_on(moved, capsys):
     folder, _ = moved
     before = (folder / "run" / "config.json").read_bytes()
@@ -240,6 +251,7 @@ def test_a_run_whose_tokens_were_made_anew_does_not_go_on(moved, capsys):
     assert complete_steps(folder / "run") == [2, 4]
 
 
+@pytest.mark.slow
 def test_other_tokens_are_not_probed(world, moved, tmp_path, capsys):
     folder, wrong = moved
     for flags in ({"test": f"{folder.name}/tokens"}, {}):
@@ -249,6 +261,7 @@ def test_other_tokens_are_not_probed(world, moved, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_tokens_of_another_encoder_or_without_labels_are_not_probed(world, tmp_path, capsys):
     changes = (
         (lambda manifest: manifest["streams"][0]["encoder"].update(name="dinov2"), "features.encoder.name was pixels"),
@@ -263,6 +276,7 @@ def test_tokens_of_another_encoder_or_without_labels_are_not_probed(world, tmp_p
         assert reason in mistake(capsys, probe_arguments(world, tmp_path / "p.json", test=copy))
 
 
+@pytest.mark.slow
 def test_a_codebook_that_is_not_the_one_of_its_manifest(world, tmp_path, capsys):
     copy = shutil.copytree(world / "tokens", tmp_path / "tokens")
     np.save(copy / records.CODEBOOK, 1 + np.load(copy / records.CODEBOOK))
@@ -270,6 +284,7 @@ def test_a_codebook_that_is_not_the_one_of_its_manifest(world, tmp_path, capsys)
     assert "is not the codebook that the tokens beside it were made with" in error
 
 
+@pytest.mark.slow
 def test_tokens_that_are_not_there(world, tmp_path, capsys):
     error = mistake(capsys, probe_arguments(world, tmp_path / "p.json", test="nothing"))
     assert "tokens.json is missing; make them with: python -m diffjax tokenize" in error
@@ -280,6 +295,7 @@ def test_tokens_that_are_not_there(world, tmp_path, capsys):
     assert "tokens.json is missing; make them with: python -m diffjax tokenize" in mistake(capsys, sample)
 
 
+@pytest.mark.slow
 def test_a_run_of_another_kind_is_not_probed(world, tmp_path, capsys):
     assert main(train_arguments(tmp_path / "dit", "total_steps=1")) == 0
     arguments = probe_arguments(world, tmp_path / "p.json")
@@ -287,12 +303,14 @@ def test_a_run_of_another_kind_is_not_probed(world, tmp_path, capsys):
     assert "probe is for token models of image features" in error
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges_writes_nothing(world, tmp_path, capsys):
     error = mistake(capsys, probe_arguments(world, tmp_path / "p.json", "--learning_rate=1e38"))
     assert "diverged with learning rate 1e+38" in error
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_each_block_is_probed_as_if_alone(scored, inputs):
     *_, train, test, blocks = inputs
     labels = np.tile(train.labels, 2)

@@ -17,8 +17,6 @@ from diffjax.sampling import generate
 from diffjax.sampling.samples import read_samples
 from tests.programs import tiny_config, train_arguments
 
-pytestmark = pytest.mark.slow
-
 GRID = ("--sampler=ddim,edm", "--steps=2,4", "--guidance=2", "--num=12", "--batch_size=8", "--reference=digits")
 
 
@@ -56,12 +54,14 @@ def swept(runs):
     return json.loads(out.read_text()), compiled, images
 
 
+@pytest.mark.slow
 def test_scores_of_another_grid_are_not_replaced(runs, swept, capsys):
     assert main(["sweep", f"--workdir={runs / 'gaussian'}", *GRID, f"--out={runs / 'sweep.json'}", "--seed=1"]) == 2
     assert "sweep.json was made with other settings: request.seed (0, now 1); choose" in capsys.readouterr().err
     assert json.loads((runs / "sweep.json").read_text()) == swept[0]
 
 
+@pytest.mark.slow
 def test_one_compilation_for_each_sampler(swept):
     _, compiled, _ = swept
     assert [sampler.func._cache_size() for sampler in compiled] == [1, 1]
@@ -98,6 +98,7 @@ def test_weights_that_have_no_meaning_are_dropped_and_a_clip_is_kept():
     assert (own.sampler, own.options["eta"], own.guidance.schedule) == ("ddim", 1.0, "interval")
 
 
+@pytest.mark.slow
 def test_every_cell_is_there_with_its_protocol(runs, swept):
     written, _, images = swept
     assert written["left_out"] == []
@@ -117,6 +118,7 @@ def test_every_cell_is_there_with_its_protocol(runs, swept):
     assert (runs / "sweep.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_cell_is_what_sample_and_evaluate_give(runs, swept, tmp_path):
     written, _, images = swept
     leaves = ("sampler=edm", "steps=4", "guidance.scale=2")
@@ -131,6 +133,7 @@ def test_a_cell_is_what_sample_and_evaluate_give(runs, swept, tmp_path):
         assert value == pytest.approx(other, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_several_runs_leave_out_what_is_not_defined_and_are_not_drawn_without_matplotlib(runs, capsys, monkeypatch):
     monkeypatch.setattr(plot, "missing", lambda: "a plot needs a package")
     folders = f"--workdir={runs / 'gaussian'},{runs / 'flow'}"

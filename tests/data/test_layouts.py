@@ -27,6 +27,7 @@ from tests.data.released_features import (
     write_members,
     write_statistics,
 )
+from tests.weights.torch_writer import write_zip
 
 
 class Hostile:
@@ -248,6 +249,10 @@ WRONG_SHARDS = {
     "cut": (lambda root: file_of(root, "latents_rank01_shard000.safetensors", lambda b: b[:-4]), "damaged or no saf"),
     "no-statistics": (lambda root: (root / "latents_stats.pt").unlink(), "latents_stats.pt: no such file"),
     "statistics-shape": (other_statistics(std=np.ones((1, 3, 1, 1), np.float32)), r"valid: \(1, 4, 1, 1\)"),
+    "statistics-lists": (
+        lambda root: write_zip(root / "latents_stats.pt", {"mean": [[1], [1, 2]]}),
+        "'list', 'NoneType'",
+    ),
     "statistics-zero": (other_statistics(std=np.zeros((1, C, 1, 1), np.float32)), "std above 0"),
     "statistics-others": (other_statistics(std=np.full((1, C, 1, 1), 99, np.float32)), "twice or never"),
 }

@@ -27,7 +27,7 @@ def family_of(folder: str, case) -> str | None:
 
 
 WHOLE = [
-    pytest.param(folder, each.values[0], id=each.id)
+    pytest.param(folder, each.values[0], id=each.id, marks=each.marks)
     for folder in ("dit", "dis", "udit", "diffit", "digit", "vae")
     for each in cases(folder)
     if each.values[0] is None or family_of(folder, each.values[0])

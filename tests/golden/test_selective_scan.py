@@ -42,9 +42,7 @@ def test_values_of_the_kernels(case, implementation):
     test_values(case, implementation)
 
 
-@pytest.mark.parametrize(
-    "implementation", [*IMPLEMENTATIONS, *(pytest.param(name, marks=pytest.mark.slow) for name in KERNELS)]
-)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", cases("selective_scan", "grad:"))
 def test_gradients(case, implementation):
     forward = run(case, implementation)
@@ -55,3 +53,9 @@ def test_gradients(case, implementation):
         np.testing.assert_allclose(
             grads[name], value, rtol=0, atol=rtol_of_gradient(case, name, 3e-6) * np.abs(value).max(), err_msg=name
         )
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("case", cases("selective_scan", "grad:", slow=BUT_ONE))
+def test_gradients_of_the_kernels(case, implementation):
+    test_gradients(case, implementation)

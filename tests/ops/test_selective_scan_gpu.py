@@ -11,7 +11,7 @@ from diffjax.ops.pallas import selective_scan_gpu as kernels
 from diffjax.ops.recurrence import Inputs
 from tests.ops.scans import draw, exact
 
-pytestmark = pytest.mark.slow  # a golden case holds the values of this kernel among the fast tests
+pytestmark = pytest.mark.slow  # a golden case holds the kernel's values and gradients among the fast tests
 
 
 def inputs_of(arguments):

@@ -10,8 +10,6 @@ from diffjax.ops.pallas import selective_scan_tpu as kernels
 from diffjax.ops.recurrence import Inputs
 from tests.ops.scans import draw, exact
 
-pytestmark = pytest.mark.slow  # a golden case holds the values of this kernel among the fast tests
-
 EVERYTHING = ("D", "z", "delta_bias")
 
 
@@ -29,22 +27,18 @@ def run(arguments, d_out, d_last, *, softplus, reverse):
     return (out, jnp.swapaxes(last, 1, 2)), {name: g for name, g in grads.items() if g is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, reverse, softplus, options, dtype",
     [
         ((2, 7, 5, 8), True, True, EVERYTHING, "float32"),
         ((2, 24, 8, 16), False, False, ("D",), "bfloat16"),
-        *(
-            pytest.param(*values, marks=pytest.mark.slow)
-            for values in [
-                ((2, 1, 8, 8), False, True, EVERYTHING, "float32"),
-                ((1, 64, 8, 16), False, False, (), "float32"),
-                ((1, 258, 4, 4), True, True, ("z",), "float32"),
-                ((1, 1026, 3, 8), False, True, ("D", "delta_bias"), "float32"),
-                ((2, 20, 256, 8), True, True, EVERYTHING, "float32"),
-                ((1, 40, 130, 8), True, True, EVERYTHING, "bfloat16"),
-            ]
-        ),
+        ((2, 1, 8, 8), False, True, EVERYTHING, "float32"),
+        ((1, 64, 8, 16), False, False, (), "float32"),
+        ((1, 258, 4, 4), True, True, ("z",), "float32"),
+        ((1, 1026, 3, 8), False, True, ("D", "delta_bias"), "float32"),
+        ((2, 20, 256, 8), True, True, EVERYTHING, "float32"),
+        ((1, 40, 130, 8), True, True, EVERYTHING, "bfloat16"),
     ],
     ids=str,
 )

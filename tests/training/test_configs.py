@@ -132,12 +132,12 @@ def test_recipes_describe_a_model_and_a_method(recipe, argument):
     assert config.data.name in SOURCES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [
-        pytest.param("quickstart.py:runlocal", marks=pytest.mark.slow),
-        *(pytest.param(f"{name}.py:runlocal", marks=pytest.mark.slow) for name in RECIPES_OF_EMBEDDED_IMAGES),
-        *(pytest.param(f"quickstart.py:model={name},runlocal", marks=pytest.mark.slow) for name in UNPREPARED[1:]),
+        *(f"quickstart.py:model={name},runlocal" for name in UNPREPARED),
+        *(f"{name}.py:runlocal" for name in RECIPES_OF_EMBEDDED_IMAGES),
     ],
 )
 def test_embedded_recipes_run_with_pictures_and_tensorboard(recipe, tmp_path, capsys):

@@ -109,7 +109,6 @@ def test_losses_and_initial_values_equal_those_of_one_device(model, layout, tmp_
     np.testing.assert_allclose(resumed, second, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_what_one_device_saved_goes_on_on_eight(one, tmp_path):
     experiment, losses, _, model = one
     state = experiment.init()

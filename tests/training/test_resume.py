@@ -111,7 +111,6 @@ def test_a_run_stopped_before_its_first_step_goes_on(tmp_path, monkeypatch, caps
     assert final_hashes(tmp_path / "again") == final_hashes(tmp_path / "straight")
 
 
-@pytest.mark.slow
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     arguments = train_arguments(tmp_path, *RUN)
     assert main(arguments) == 0
