@@ -5,13 +5,15 @@ from typing import Any
 import flax.linen as nn
 
 from diffjax.errors import UserError
-from diffjax.frozen import dinov2, tiny_vae, vae, vqgan
+from diffjax.frozen import dinov2, efficientnet_lite, inception, tiny_vae, vae, vqgan
 
 FAMILIES: dict[str, type[nn.Module]] = {
     "DINOv2": dinov2.DINOv2,
     "VQGAN": vqgan.VQGAN,
     "VAE": vae.VAE,
     "TinyVAE": tiny_vae.TinyVAE,
+    "Inception": inception.Inception,
+    "EfficientNetLite0": efficientnet_lite.EfficientNetLite0,
 }
 
 

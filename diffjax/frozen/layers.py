@@ -11,8 +11,10 @@ from einops import rearrange, repeat
 from diffjax.errors import UserError
 from diffjax.frozen.strips import Inside, Layer, in_strips
 from diffjax.ops.dtypes import DTYPES
+from diffjax.parallel.rules import constrain
 
 EPSILON = 1e-6  # of every GroupNorm
+BATCH_EPSILON = 1e-3  # of every ConvNorm
 
 
 def check_sizes(module: Any, *options: str) -> None:
@@ -29,6 +31,43 @@ def check_sizes(module: Any, *options: str) -> None:
 def conv(features: int, side: int, bias: bool, dtype: Any, name: str) -> nn.Conv:
     """A convolution of side x side taps that keeps the size of the map."""
     return nn.Conv(features, (side, side), use_bias=bias, dtype=dtype, name=name)
+
+
+class ConvNorm(nn.Module):
+    """activation(norm(conv(x))) of a map, with the given statistics of batches that the network was trained on.
+
+    Convolutions are of full float32 precision on any device: features of less make other distances.
+
+    Attributes:
+        taps: rows and columns of the kernel. padding: "SAME" as TensorFlow means it, or "VALID".
+        groups: of channels that are convolved apart.
+    """
+
+    features: int
+    taps: tuple[int, int]
+    stride: int = 1
+    padding: str = "SAME"
+    groups: int = 1
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        highest = jax.lax.Precision.HIGHEST
+        conv = nn.Conv(
+            self.features,
+            self.taps,
+            self.stride,
+            self.padding,
+            feature_group_count=self.groups,
+            use_bias=False,
+            precision=highest,
+            name="conv",
+        )
+        x = conv(constrain(x, "batch"))
+        zeros, ones, shape = nn.initializers.zeros, nn.initializers.ones, (self.features,)
+        scale, bias = self.param("scale", ones, shape), self.param("bias", zeros, shape)
+        mean, variance = self.param("mean", zeros, shape), self.param("variance", ones, shape)
+        return self.activation((x - mean) * (scale * jax.lax.rsqrt(variance + BATCH_EPSILON)) + bias)
 
 
 class GroupNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""Bicubic resizing without antialiasing, as two small matrices that are made on the host."""
+"""Resizing of maps: bicubic without antialiasing, as two small matrices, and the bilinear rule of TensorFlow 1."""
 
 import jax
 import jax.numpy as jnp
@@ -34,3 +34,31 @@ def resize(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
     """x [..., h, w, c] with the matrices rows [i, h] and columns [j, w] -> float32 [..., i, j, c]."""
     x = x.astype(jnp.float32)
     return jnp.einsum("ih,jw,...hwc->...ijc", rows, columns, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def legacy_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
+    """x [b, h, w, c] -> float32 [b, height, width, c] by TensorFlow 1's bilinear rule.
+
+    (ResizeBilinear with align_corners and half_pixel_centers off.) Row i of the result lies at i h / height of the
+    source, without the shift by half a pixel, and no antialiasing is done. Bit for bit TensorFlow's on a CPU: columns
+    first, then rows, each a + (b - a) f in float32.
+    """
+    x = x.astype(jnp.float32)
+    (top, bottom, down), (left, right, along) = (
+        _between(*sizes) for sizes in ((x.shape[1], height), (x.shape[2], width))
+    )
+
+    def mixed(a: jax.Array, b: jax.Array, fraction: np.ndarray) -> jax.Array:
+        product = (b - a) * fraction
+        # True of every number; without it compilers fuse product and sum, and the product is not rounded.
+        return a + jnp.where(product == product, product, jnp.nan)
+
+    rows = mixed(x[:, :, left], x[:, :, right], along[:, None])
+    return mixed(rows[:, top], rows[:, bottom], down[:, None, None])
+
+
+def _between(size: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of `out` samples of a line of `size`: those before and after in the source, int [out], and float32 fractions."""
+    position = np.arange(out, dtype=np.float32) * np.float32(size / out)
+    before = position.astype(int)
+    return before, np.minimum(before + 1, size - 1), position - before.astype(np.float32)

@@ -11,7 +11,21 @@ import flax.linen as nn
 import numpy as np
 
 from diffjax.errors import UserError
-from diffjax.weights import checkpoints, diffit, digit, dinov2, dis, dit, sit, tiny_vae, udit, vae, vqgan
+from diffjax.weights import (
+    checkpoints,
+    diffit,
+    digit,
+    dinov2,
+    dis,
+    dit,
+    efficientnet_lite,
+    inception,
+    sit,
+    tiny_vae,
+    udit,
+    vae,
+    vqgan,
+)
 
 FAMILIES: dict[str, ModuleType | digit.Family] = {
     "dit": dit,
@@ -24,6 +38,8 @@ FAMILIES: dict[str, ModuleType | digit.Family] = {
     "vqgan": vqgan,
     "vae": vae,
     "tiny_vae": tiny_vae,
+    "inception": inception,
+    "efficientnet_lite0": efficientnet_lite,
 }
 
 # The backbone or frozen network that a family's weights become.
@@ -38,6 +54,8 @@ MODELS = {
     "vqgan": "VQGAN",
     "vae": "VAE",
     "tiny_vae": "TinyVAE",
+    "inception": "Inception",
+    "efficientnet_lite0": "EfficientNetLite0",
 }
 
 # Of models wrapped for data parallelism or averaging, compiled ones, and those inside a Lightning module.

@@ -1,6 +1,7 @@
 """Rows of tables (see `mapping`) of convolutional networks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 CONSTANTS = {"one": 1, "three": 3}
 KERNEL3, KERNEL1 = "three three2", "one one2"
@@ -32,3 +33,19 @@ def linear(theirs: str, ours: str, width: str) -> Rows:
 def norm(theirs: str, ours: str, width: str) -> Rows:
     yield f"{theirs}.weight", f"{ours}/scale", f"{width} -> {width}"
     yield f"{theirs}.bias", f"{ours}/bias", f"{width} -> {width}"
+
+
+def batch_norm(theirs: str, ours: str, width: str) -> Rows:
+    """A normalisation with the statistics of its training."""
+    for key, leaf in (("weight", "scale"), ("bias", "bias"), ("running_mean", "mean"), ("running_var", "variance")):
+        yield f"{theirs}.{key}", f"{ours}/{leaf}", f"{width} -> {width}"
+
+
+def without_counters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights without what normalisations count in training, which not every file has."""
+    return {key: value for key, value in state_dict.items() if not key.endswith("num_batches_tracked")}
+
+
+def axis_of(size: int) -> str:
+    """A name for axes of a size that is always the same: letters, since digits at an end tell axes of a size apart."""
+    return "n" + "".join(chr(ord("a") + int(digit)) for digit in str(size))

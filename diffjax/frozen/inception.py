@@ -1,0 +1,229 @@
+"""The Inception-v3 of December 2015, on whose features FID, sFID, KID, precision, recall and the Inception score stand.
+
+It differs from later public implementations. In its graph (`classify_image_graph_def.pb`)
+
+- images of any size are resized by TensorFlow 1's bilinear rule (`ops.resize.legacy_bilinear`); x = (x - 128) / 128;
+- 3 x 3 averages divide by the number of real pixels, 4 in a corner; the last block takes the maximum instead;
+- there are 1008 outputs, and the Inception score takes softmax(features W), without the bias.
+
+mseitzer/pytorch-fid feeds the same network differently: half-pixel bilinear, and 2 x / 255 - 1.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffjax.errors import UserError
+from diffjax.frozen.layers import ConvNorm
+from diffjax.ops.resize import legacy_bilinear
+
+SIDE = 299
+FEATURES, OUTPUTS = 2048, 1008
+SPATIAL = 7  # channels of the first branch of Mixed_6d that sFID takes
+INPUTS = ("tensorflow", "pytorch-fid")
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Outputs(NamedTuple):
+    """What the scores take of b images, float32 each.
+
+    Attributes:
+        pool3 [b, 2048]: means over the last map; FID, KID, precision and recall.
+        spatial [b, 2023]: the first channels of a map of 17 x 17, in the order (y, x, channel); sFID.
+        logits_unbiased [b, 1008]: without the bias; the Inception score.
+        logits [b, 1008]: with it.
+    """
+
+    pool3: jax.Array
+    spatial: jax.Array
+    logits_unbiased: jax.Array
+    logits: jax.Array
+
+
+class Layer(NamedTuple):
+    """A convolution of `taps` rows and columns; of stride 1 it keeps the size of the map unless `valid`."""
+
+    name: str
+    features: int
+    taps: tuple[int, int] = (1, 1)
+    stride: int = 1
+    valid: bool = False
+
+
+class Branch(NamedTuple):
+    """One path of a block: a 3 x 3 pool or none (see `pooled`), layers, then the layers of `fork` side by side."""
+
+    layers: tuple[Layer, ...] = ()
+    pool: str = ""
+    fork: tuple[Layer, ...] = ()
+
+
+STEM = (
+    Layer("Conv2d_1a_3x3", 32, (3, 3), 2),
+    Layer("Conv2d_2a_3x3", 32, (3, 3), valid=True),
+    Layer("Conv2d_2b_3x3", 64, (3, 3)),
+)
+MIDDLE = (Layer("Conv2d_3b_1x1", 80), Layer("Conv2d_4a_3x3", 192, (3, 3), valid=True))  # between two max pools
+
+
+def block_a(pooled: int) -> tuple[Branch, ...]:
+    return (
+        Branch((Layer("branch1x1", 64),)),
+        Branch((Layer("branch5x5_1", 48), Layer("branch5x5_2", 64, (5, 5)))),
+        Branch(
+            (
+                Layer("branch3x3dbl_1", 64),
+                Layer("branch3x3dbl_2", 96, (3, 3)),
+                Layer("branch3x3dbl_3", 96, (3, 3)),
+            )
+        ),
+        Branch((Layer("branch_pool", pooled),), pool="mean"),
+    )
+
+
+def block_c(width: int) -> tuple[Branch, ...]:
+    return (
+        Branch((Layer("branch1x1", 192),)),
+        Branch(
+            (
+                Layer("branch7x7_1", width),
+                Layer("branch7x7_2", width, (1, 7)),
+                Layer("branch7x7_3", 192, (7, 1)),
+            )
+        ),
+        Branch(
+            (
+                Layer("branch7x7dbl_1", width),
+                Layer("branch7x7dbl_2", width, (7, 1)),
+                Layer("branch7x7dbl_3", width, (1, 7)),
+                Layer("branch7x7dbl_4", width, (7, 1)),
+                Layer("branch7x7dbl_5", 192, (1, 7)),
+            )
+        ),
+        Branch((Layer("branch_pool", 192),), pool="mean"),
+    )
+
+
+def block_e(pool: str) -> tuple[Branch, ...]:
+    return (
+        Branch((Layer("branch1x1", 320),)),
+        Branch(
+            (Layer("branch3x3_1", 384),),
+            fork=(Layer("branch3x3_2a", 384, (1, 3)), Layer("branch3x3_2b", 384, (3, 1))),
+        ),
+        Branch(
+            (Layer("branch3x3dbl_1", 448), Layer("branch3x3dbl_2", 384, (3, 3))),
+            fork=(Layer("branch3x3dbl_3a", 384, (1, 3)), Layer("branch3x3dbl_3b", 384, (3, 1))),
+        ),
+        Branch((Layer("branch_pool", 192),), pool=pool),
+    )
+
+
+BLOCKS: dict[str, tuple[Branch, ...]] = {
+    "Mixed_5b": block_a(32),
+    "Mixed_5c": block_a(64),
+    "Mixed_5d": block_a(64),
+    "Mixed_6a": (
+        Branch((Layer("branch3x3", 384, (3, 3), 2),)),
+        Branch(
+            (
+                Layer("branch3x3dbl_1", 64),
+                Layer("branch3x3dbl_2", 96, (3, 3)),
+                Layer("branch3x3dbl_3", 96, (3, 3), 2),
+            )
+        ),
+        Branch(pool="halved"),
+    ),
+    "Mixed_6b": block_c(128),
+    "Mixed_6c": block_c(160),
+    "Mixed_6d": block_c(160),
+    "Mixed_6e": block_c(192),
+    "Mixed_7a": (
+        Branch((Layer("branch3x3_1", 192), Layer("branch3x3_2", 320, (3, 3), 2))),
+        Branch(
+            (
+                Layer("branch7x7x3_1", 192),
+                Layer("branch7x7x3_2", 192, (1, 7)),
+                Layer("branch7x7x3_3", 192, (7, 1)),
+                Layer("branch7x7x3_4", 192, (3, 3), 2),
+            )
+        ),
+        Branch(pool="halved"),
+    ),
+    "Mixed_7b": block_e("mean"),
+    "Mixed_7c": block_e("max"),
+}
+
+
+def convolved(layer: Layer, x: jax.Array) -> jax.Array:
+    padding = "VALID" if layer.valid or layer.stride > 1 else "SAME"
+    return ConvNorm(layer.features, layer.taps, layer.stride, padding, name=layer.name)(x)
+
+
+class Mixed(nn.Module):
+    """The branches of a block side by side: their maps [b, h, w, c], in the order of the table."""
+
+    branches: tuple[Branch, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        found = []
+        for layers, pool, fork in self.branches:
+            h = pooled(x, pool)
+            for layer in layers:
+                h = convolved(layer, h)
+            found += [convolved(layer, h) for layer in fork] or [h]
+        return found
+
+
+def pooled(x: jax.Array, kind: str) -> jax.Array:
+    """Pools of 3 x 3: "mean" of the pixels that are there and "max", of stride 1; "halved", the maximum of stride 2."""
+    if kind == "mean":
+        return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+    if kind == "max":
+        return nn.max_pool(x, (3, 3), (1, 1), "SAME")
+    return nn.max_pool(x, (3, 3), (2, 2)) if kind == "halved" else x
+
+
+class Inception(nn.Module):
+    """The network; see the module docstring.
+
+    Attributes:
+        inputs: how images are enlarged and scaled, "tensorflow" or "pytorch-fid".
+    """
+
+    inputs: str = "tensorflow"
+
+    def validate(self) -> None:
+        """Raise UserError for options that are unknown, before anything is traced."""
+        if self.inputs not in INPUTS:
+            raise UserError(f"Inception: inputs = {self.inputs!r} is unknown; valid: {', '.join(INPUTS)}")
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> Outputs:
+        """images [b, h, w, 3]: 0 .. 255, of any size and dtype."""
+        x = self.scaled(images.astype(jnp.float32))
+        for layers in (STEM, MIDDLE):
+            for layer in layers:
+                x = convolved(layer, x)
+            x = pooled(x, "halved")
+        spatial = x
+        for name, branches in BLOCKS.items():
+            maps = Mixed(branches, name=name)(x)
+            if name == "Mixed_6d":
+                spatial = maps[0][..., :SPATIAL]
+            x = jnp.concatenate(maps, axis=-1)
+        pool3 = x.mean((1, 2))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (FEATURES, OUTPUTS))
+        bias = self.param("bias", nn.initializers.zeros, (OUTPUTS,))
+        logits = jnp.dot(pool3, kernel, precision=HIGHEST)
+        return Outputs(pool3, spatial.reshape(len(spatial), -1), logits, logits + bias)
+
+    def scaled(self, x: jax.Array) -> jax.Array:
+        """Images of 0 .. 255 -> [b, 299, 299, 3] in about [-1, 1]."""
+        if self.inputs == "tensorflow":
+            return (legacy_bilinear(x, SIDE, SIDE) - 128) / 128
+        shape = (len(x), SIDE, SIDE, x.shape[-1])
+        return 2 * jax.image.resize(x / 255, shape, "bilinear", antialias=False, precision=HIGHEST) - 1
