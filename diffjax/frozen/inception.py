@@ -6,7 +6,8 @@ It differs from later public implementations. In its graph (`classify_image_grap
 - 3 x 3 averages divide by the number of real pixels, 4 in a corner; the last block takes the maximum instead;
 - there are 1008 outputs, and the Inception score takes softmax(features W), without the bias.
 
-mseitzer/pytorch-fid feeds the same network differently: half-pixel bilinear, and 2 x / 255 - 1.
+mseitzer/pytorch-fid feeds the same network differently: half-pixel bilinear, and 2 x / 255 - 1. Licence of the weights:
+Apache-2.0.
 """
 
 from typing import NamedTuple
@@ -16,14 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.errors import UserError
-from diffjax.frozen.layers import ConvNorm
+from diffjax.frozen.layers import HIGHEST, ConvNorm, check_images
 from diffjax.ops.resize import legacy_bilinear
 
 SIDE = 299
 FEATURES, OUTPUTS = 2048, 1008
-SPATIAL = 7  # channels of the first branch of Mixed_6d that sFID takes
+SPATIAL = 7  # channels of Mixed_6d that sFID takes: the first of its first branch
 INPUTS = ("tensorflow", "pytorch-fid")
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Outputs(NamedTuple):
@@ -42,8 +42,11 @@ class Outputs(NamedTuple):
     logits: jax.Array
 
 
-class Layer(NamedTuple):
-    """A convolution of `taps` rows and columns; of stride 1 it keeps the size of the map unless `valid`."""
+class Convolution(NamedTuple):
+    """A convolution of `taps` rows and columns.
+
+    Of stride 1 it keeps the size of the map unless `valid`; of stride 2 it takes no pixels beyond the map.
+    """
 
     name: str
     features: int
@@ -53,71 +56,74 @@ class Layer(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """One path of a block: a 3 x 3 pool or none (see `pooled`), layers, then the layers of `fork` side by side."""
+    """One path of a block: a pool (see `pooled`), convolutions, then those of `fork` side by side."""
 
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[Convolution, ...] = ()
     pool: str = ""
-    fork: tuple[Layer, ...] = ()
+    fork: tuple[Convolution, ...] = ()
 
 
 STEM = (
-    Layer("Conv2d_1a_3x3", 32, (3, 3), 2),
-    Layer("Conv2d_2a_3x3", 32, (3, 3), valid=True),
-    Layer("Conv2d_2b_3x3", 64, (3, 3)),
+    Convolution("Conv2d_1a_3x3", 32, (3, 3), 2),
+    Convolution("Conv2d_2a_3x3", 32, (3, 3), valid=True),
+    Convolution("Conv2d_2b_3x3", 64, (3, 3)),
 )
-MIDDLE = (Layer("Conv2d_3b_1x1", 80), Layer("Conv2d_4a_3x3", 192, (3, 3), valid=True))  # between two max pools
+MIDDLE = (  # between two max pools
+    Convolution("Conv2d_3b_1x1", 80),
+    Convolution("Conv2d_4a_3x3", 192, (3, 3), valid=True),
+)
 
 
-def block_a(pooled: int) -> tuple[Branch, ...]:
+def block_a(pool_width: int) -> tuple[Branch, ...]:
     return (
-        Branch((Layer("branch1x1", 64),)),
-        Branch((Layer("branch5x5_1", 48), Layer("branch5x5_2", 64, (5, 5)))),
+        Branch((Convolution("branch1x1", 64),)),
+        Branch((Convolution("branch5x5_1", 48), Convolution("branch5x5_2", 64, (5, 5)))),
         Branch(
             (
-                Layer("branch3x3dbl_1", 64),
-                Layer("branch3x3dbl_2", 96, (3, 3)),
-                Layer("branch3x3dbl_3", 96, (3, 3)),
+                Convolution("branch3x3dbl_1", 64),
+                Convolution("branch3x3dbl_2", 96, (3, 3)),
+                Convolution("branch3x3dbl_3", 96, (3, 3)),
             )
         ),
-        Branch((Layer("branch_pool", pooled),), pool="mean"),
+        Branch((Convolution("branch_pool", pool_width),), pool="mean"),
     )
 
 
 def block_c(width: int) -> tuple[Branch, ...]:
     return (
-        Branch((Layer("branch1x1", 192),)),
+        Branch((Convolution("branch1x1", 192),)),
         Branch(
             (
-                Layer("branch7x7_1", width),
-                Layer("branch7x7_2", width, (1, 7)),
-                Layer("branch7x7_3", 192, (7, 1)),
+                Convolution("branch7x7_1", width),
+                Convolution("branch7x7_2", width, (1, 7)),
+                Convolution("branch7x7_3", 192, (7, 1)),
             )
         ),
         Branch(
             (
-                Layer("branch7x7dbl_1", width),
-                Layer("branch7x7dbl_2", width, (7, 1)),
-                Layer("branch7x7dbl_3", width, (1, 7)),
-                Layer("branch7x7dbl_4", width, (7, 1)),
-                Layer("branch7x7dbl_5", 192, (1, 7)),
+                Convolution("branch7x7dbl_1", width),
+                Convolution("branch7x7dbl_2", width, (7, 1)),
+                Convolution("branch7x7dbl_3", width, (1, 7)),
+                Convolution("branch7x7dbl_4", width, (7, 1)),
+                Convolution("branch7x7dbl_5", 192, (1, 7)),
             )
         ),
-        Branch((Layer("branch_pool", 192),), pool="mean"),
+        Branch((Convolution("branch_pool", 192),), pool="mean"),
     )
 
 
 def block_e(pool: str) -> tuple[Branch, ...]:
     return (
-        Branch((Layer("branch1x1", 320),)),
+        Branch((Convolution("branch1x1", 320),)),
         Branch(
-            (Layer("branch3x3_1", 384),),
-            fork=(Layer("branch3x3_2a", 384, (1, 3)), Layer("branch3x3_2b", 384, (3, 1))),
+            (Convolution("branch3x3_1", 384),),
+            fork=(Convolution("branch3x3_2a", 384, (1, 3)), Convolution("branch3x3_2b", 384, (3, 1))),
         ),
         Branch(
-            (Layer("branch3x3dbl_1", 448), Layer("branch3x3dbl_2", 384, (3, 3))),
-            fork=(Layer("branch3x3dbl_3a", 384, (1, 3)), Layer("branch3x3dbl_3b", 384, (3, 1))),
+            (Convolution("branch3x3dbl_1", 448), Convolution("branch3x3dbl_2", 384, (3, 3))),
+            fork=(Convolution("branch3x3dbl_3a", 384, (1, 3)), Convolution("branch3x3dbl_3b", 384, (3, 1))),
         ),
-        Branch((Layer("branch_pool", 192),), pool=pool),
+        Branch((Convolution("branch_pool", 192),), pool=pool),
     )
 
 
@@ -126,12 +132,12 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
     "Mixed_5c": block_a(64),
     "Mixed_5d": block_a(64),
     "Mixed_6a": (
-        Branch((Layer("branch3x3", 384, (3, 3), 2),)),
+        Branch((Convolution("branch3x3", 384, (3, 3), 2),)),
         Branch(
             (
-                Layer("branch3x3dbl_1", 64),
-                Layer("branch3x3dbl_2", 96, (3, 3)),
-                Layer("branch3x3dbl_3", 96, (3, 3), 2),
+                Convolution("branch3x3dbl_1", 64),
+                Convolution("branch3x3dbl_2", 96, (3, 3)),
+                Convolution("branch3x3dbl_3", 96, (3, 3), 2),
             )
         ),
         Branch(pool="halved"),
@@ -141,13 +147,13 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
     "Mixed_6d": block_c(160),
     "Mixed_6e": block_c(192),
     "Mixed_7a": (
-        Branch((Layer("branch3x3_1", 192), Layer("branch3x3_2", 320, (3, 3), 2))),
+        Branch((Convolution("branch3x3_1", 192), Convolution("branch3x3_2", 320, (3, 3), 2))),
         Branch(
             (
-                Layer("branch7x7x3_1", 192),
-                Layer("branch7x7x3_2", 192, (1, 7)),
-                Layer("branch7x7x3_3", 192, (7, 1)),
-                Layer("branch7x7x3_4", 192, (3, 3), 2),
+                Convolution("branch7x7x3_1", 192),
+                Convolution("branch7x7x3_2", 192, (1, 7)),
+                Convolution("branch7x7x3_3", 192, (7, 1)),
+                Convolution("branch7x7x3_4", 192, (3, 3), 2),
             )
         ),
         Branch(pool="halved"),
@@ -157,41 +163,43 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
 }
 
 
-def convolved(layer: Layer, x: jax.Array) -> jax.Array:
+def convolved(layer: Convolution, x: jax.Array) -> jax.Array:
     padding = "VALID" if layer.valid or layer.stride > 1 else "SAME"
     return ConvNorm(layer.features, layer.taps, layer.stride, padding, name=layer.name)(x)
 
 
 class Mixed(nn.Module):
-    """The branches of a block side by side: their maps [b, h, w, c], in the order of the table."""
+    """A block: the maps [b, h, w, c] of its branches side by side, in the order of the table."""
 
     branches: tuple[Branch, ...]
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
-        found = []
+    def __call__(self, x: jax.Array) -> jax.Array:
+        found: list[jax.Array] = []
         for layers, pool, fork in self.branches:
             h = pooled(x, pool)
             for layer in layers:
                 h = convolved(layer, h)
             found += [convolved(layer, h) for layer in fork] or [h]
-        return found
+        return jnp.concatenate(found, axis=-1)
 
 
 def pooled(x: jax.Array, kind: str) -> jax.Array:
-    """Pools of 3 x 3: "mean" of the pixels that are there and "max", of stride 1; "halved", the maximum of stride 2."""
-    if kind == "mean":
-        return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
-    if kind == "max":
-        return nn.max_pool(x, (3, 3), (1, 1), "SAME")
-    return nn.max_pool(x, (3, 3), (2, 2)) if kind == "halved" else x
+    """3 x 3 pools: "mean" of the real pixels and "max", of stride 1; "halved", the maximum of stride 2; "" is none."""
+    pools = {
+        "": lambda: x,
+        "mean": lambda: nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False),
+        "max": lambda: nn.max_pool(x, (3, 3), (1, 1), "SAME"),
+        "halved": lambda: nn.max_pool(x, (3, 3), (2, 2)),
+    }
+    return pools[kind]()
 
 
 class Inception(nn.Module):
     """The network; see the module docstring.
 
     Attributes:
-        inputs: how images are enlarged and scaled, "tensorflow" or "pytorch-fid".
+        inputs: how images are resized and scaled, "tensorflow" or "pytorch-fid".
     """
 
     inputs: str = "tensorflow"
@@ -203,7 +211,8 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Outputs:
-        """images [b, h, w, 3]: 0 .. 255, of any size and dtype."""
+        """images [b, h, w, 3]: 0 .. 255, of any size and dtype; images in [0, 1] or [-1, 1] are not detected."""
+        check_images("Inception", images)
         x = self.scaled(images.astype(jnp.float32))
         for layers in (STEM, MIDDLE):
             for layer in layers:
@@ -211,14 +220,12 @@ class Inception(nn.Module):
             x = pooled(x, "halved")
         spatial = x
         for name, branches in BLOCKS.items():
-            maps = Mixed(branches, name=name)(x)
+            x = Mixed(branches, name=name)(x)
             if name == "Mixed_6d":
-                spatial = maps[0][..., :SPATIAL]
-            x = jnp.concatenate(maps, axis=-1)
+                spatial = x[..., :SPATIAL]
         pool3 = x.mean((1, 2))
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (FEATURES, OUTPUTS))
-        bias = self.param("bias", nn.initializers.zeros, (OUTPUTS,))
-        logits = jnp.dot(pool3, kernel, precision=HIGHEST)
+        logits = nn.Dense(OUTPUTS, use_bias=False, precision=HIGHEST, name="classifier")(pool3)
+        bias = self.param("classifier_bias", nn.initializers.zeros, (OUTPUTS,))
         return Outputs(pool3, spatial.reshape(len(spatial), -1), logits, logits + bias)
 
     def scaled(self, x: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from diffjax.parallel.rules import constrain
 
 EPSILON = 1e-6  # of every GroupNorm
 BATCH_EPSILON = 1e-3  # of every ConvNorm
+HIGHEST = jax.lax.Precision.HIGHEST  # of feature networks: lower precision changes the features and so the scores
 
 
 def check_sizes(module: Any, *options: str) -> None:
@@ -28,6 +29,12 @@ def check_sizes(module: Any, *options: str) -> None:
             raise UserError(f"{name}: {option} = {value!r}; valid: a positive integer")
 
 
+def check_images(name: str, images: jax.Array) -> None:
+    """Raise UserError unless images have the shape [b, h, w, 3]."""
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError(f"{name}: images of shape {images.shape}; valid: [b, h, w, 3], of 0 .. 255")
+
+
 def conv(features: int, side: int, bias: bool, dtype: Any, name: str) -> nn.Conv:
     """A convolution of side x side taps that keeps the size of the map."""
     return nn.Conv(features, (side, side), use_bias=bias, dtype=dtype, name=name)
@@ -36,11 +43,11 @@ def conv(features: int, side: int, bias: bool, dtype: Any, name: str) -> nn.Conv
 class ConvNorm(nn.Module):
     """activation(norm(conv(x))) of a map, with the given statistics of batches that the network was trained on.
 
-    Convolutions are of full float32 precision on any device: features of less make other distances.
-
     Attributes:
-        taps: rows and columns of the kernel. padding: "SAME" as TensorFlow means it, or "VALID".
+        taps: rows and columns of the kernel.
+        padding: "SAME" as TensorFlow means it, or "VALID".
         groups: of channels that are convolved apart.
+        activation: None for none.
     """
 
     features: int
@@ -48,11 +55,10 @@ class ConvNorm(nn.Module):
     stride: int = 1
     padding: str = "SAME"
     groups: int = 1
-    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    activation: Callable[[jax.Array], jax.Array] | None = nn.relu
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        highest = jax.lax.Precision.HIGHEST
         conv = nn.Conv(
             self.features,
             self.taps,
@@ -60,14 +66,15 @@ class ConvNorm(nn.Module):
             self.padding,
             feature_group_count=self.groups,
             use_bias=False,
-            precision=highest,
+            precision=HIGHEST,
             name="conv",
         )
         x = conv(constrain(x, "batch"))
         zeros, ones, shape = nn.initializers.zeros, nn.initializers.ones, (self.features,)
         scale, bias = self.param("scale", ones, shape), self.param("bias", zeros, shape)
         mean, variance = self.param("mean", zeros, shape), self.param("variance", ones, shape)
-        return self.activation((x - mean) * (scale * jax.lax.rsqrt(variance + BATCH_EPSILON)) + bias)
+        x = (x - mean) * (scale * jax.lax.rsqrt(variance + BATCH_EPSILON)) + bias
+        return self.activation(x) if self.activation else x
 
 
 class GroupNorm(nn.Module):

@@ -40,8 +40,8 @@ def legacy_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
     """x [b, h, w, c] -> float32 [b, height, width, c] by TensorFlow 1's bilinear rule.
 
     (ResizeBilinear with align_corners and half_pixel_centers off.) Row i of the result lies at i h / height of the
-    source, without the shift by half a pixel, and no antialiasing is done. Bit for bit TensorFlow's on a CPU: columns
-    first, then rows, each a + (b - a) f in float32.
+    source, without the shift by half a pixel, and no antialiasing is done. On a CPU it equals TensorFlow's CPU kernel
+    bit for bit: columns first, then rows, each a + (b - a) f in float32.
     """
     x = x.astype(jnp.float32)
     (top, bottom, down), (left, right, along) = (
@@ -50,7 +50,8 @@ def legacy_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
 
     def mixed(a: jax.Array, b: jax.Array, fraction: np.ndarray) -> jax.Array:
         product = (b - a) * fraction
-        # True of every number; without it compilers fuse product and sum, and the product is not rounded.
+        # The comparison is false of NaN alone, so it changes no value. It keeps compilers from fusing product and sum
+        # into one operation, which does not round the product.
         return a + jnp.where(product == product, product, jnp.nan)
 
     rows = mixed(x[:, :, left], x[:, :, right], along[:, None])

@@ -15,7 +15,7 @@ def axis(level: int) -> str:
 
 
 def kernel(theirs: str, ours: str, inner: str, outer: str, taps: str = KERNEL3) -> Rows:
-    """A convolution without bias from `inner` to `outer` channels, of 3 x 3 or 1 x 1 taps."""
+    """A convolution without bias from `inner` to `outer` channels; taps: the axes of its rows and columns."""
     yield f"{theirs}.weight", f"{ours}/kernel", f"{outer} {inner}2 {taps} -> {taps} {inner}2 {outer}"
 
 
@@ -47,5 +47,5 @@ def without_counters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def axis_of(size: int) -> str:
-    """A name for axes of a size that is always the same: letters, since digits at an end tell axes of a size apart."""
-    return "n" + "".join(chr(ord("a") + int(digit)) for digit in str(size))
+    """The name of axes of a fixed size: 192 -> n192x; the x keeps its digits from those that number axes."""
+    return f"n{size}x"

@@ -9,7 +9,7 @@ import numpy as np
 from diffjax.frozen import create
 from diffjax.frozen.efficientnet_lite import BLOCKS, CLASSES, EXPANSION, HEAD, STEM
 from diffjax.weights import mapping
-from diffjax.weights.convolutions import Rows, axis_of, batch_norm, without_counters
+from diffjax.weights.convolutions import Rows, axis_of, batch_norm, kernel, without_counters
 
 
 def from_reference(state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -57,11 +57,10 @@ def _convolutions() -> Iterator[_Conv]:
 def _rows() -> Rows:
     for conv in _convolutions():
         inner, outer, taps = (axis_of(size) for size in (conv.inner, conv.outer, conv.side))
-        pattern = f"{outer} {inner}2 {taps}3 {taps}4 -> {taps}3 {taps}4 {inner}2 {outer}"
-        yield f"{conv.theirs}.weight", f"{conv.ours}/conv/kernel", pattern
+        yield from kernel(conv.theirs, f"{conv.ours}/conv", inner, outer, f"{taps}3 {taps}4")
         yield from batch_norm(conv.norm, conv.ours, outer)
-    yield "_fc.weight", "kernel", "outputs features -> features outputs"
-    yield "_fc.bias", "bias", "outputs -> outputs"
+    yield "_fc.weight", "classifier/kernel", "outputs features -> features outputs"
+    yield "_fc.bias", "classifier/bias", "outputs -> outputs"
 
 
 TABLE = tuple(_rows())

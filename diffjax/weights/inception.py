@@ -7,16 +7,16 @@ import flax.linen as nn
 import numpy as np
 
 from diffjax.frozen import create
-from diffjax.frozen.inception import BLOCKS, FEATURES, MIDDLE, OUTPUTS, STEM, Layer
+from diffjax.frozen.inception import BLOCKS, FEATURES, MIDDLE, OUTPUTS, STEM, Convolution
 from diffjax.weights import mapping
-from diffjax.weights.convolutions import axis_of, batch_norm, without_counters
+from diffjax.weights.convolutions import Rows, axis_of, batch_norm, kernel, without_counters
 
 
 def from_reference(state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """The module and its parameters; config: `inputs` of `frozen.inception.Inception`."""
-    mapping.check_names("inception", config, ("inputs",))
+    """The module and its parameters; there are no arguments. `module.clone(inputs=...)` feeds it otherwise."""
+    mapping.check_names("inception", config, ())
     weights = without_counters(state_dict)
-    return create("Inception", **config), mapping.to_params(TABLE, SIZES, weights, "inception")
+    return create("Inception"), mapping.to_params(TABLE, SIZES, weights, "inception")
 
 
 def to_reference(module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -24,7 +24,7 @@ def to_reference(module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.n
     return mapping.to_state_dict(TABLE, SIZES, params)
 
 
-def _convolutions() -> Iterator[tuple[str, Layer, int]]:
+def _convolutions() -> Iterator[tuple[str, Convolution, int]]:
     """(name in the port, convolution, channels that it takes), in the order in which they run."""
     width = 3
     for layer in (*STEM, *MIDDLE):
@@ -43,15 +43,14 @@ def _convolutions() -> Iterator[tuple[str, Layer, int]]:
         width = outputs
 
 
-def _rows() -> Iterator[tuple[str, str, str]]:
+def _rows() -> Rows:
     for name, layer, inner in _convolutions():
         ours = name.replace(".", "/")
         outer, (rows, columns) = axis_of(layer.features), map(axis_of, layer.taps)
-        pattern = f"{outer} {axis_of(inner)}2 {rows}3 {columns}4 -> {rows}3 {columns}4 {axis_of(inner)}2 {outer}"
-        yield f"{name}.conv.weight", f"{ours}/conv/kernel", pattern
+        yield from kernel(f"{name}.conv", f"{ours}/conv", axis_of(inner), outer, f"{rows}3 {columns}4")
         yield from batch_norm(f"{name}.bn", ours, outer)
-    yield "fc.weight", "kernel", "outputs features -> features outputs"
-    yield "fc.bias", "bias", "outputs -> outputs"
+    yield "fc.weight", "classifier/kernel", "outputs features -> features outputs"
+    yield "fc.bias", "classifier_bias", "outputs -> outputs"
 
 
 TABLE = tuple(_rows())

@@ -158,7 +158,7 @@ def part(state_dict: Mapping[str, Any], prefix: str, others: tuple[str, ...]) ->
 def check_names(family: str, config: Mapping[str, Any], valid: Sequence[str]) -> None:
     """Raise UserError for constructor arguments that the reference does not have."""
     if unknown := sorted(set(config) - set(valid)):
-        raise UserError(f"{family} has no argument {', '.join(unknown)}; valid: {', '.join(valid)}")
+        raise UserError(f"{family} has no argument {', '.join(unknown)}; valid: {', '.join(valid) or 'none'}")
 
 
 def check_agreement(family: str, inferred: Mapping[str, Any], config: Mapping[str, Any]) -> None:

@@ -14,7 +14,6 @@ from diffjax.errors import UserError, did_you_mean
 from diffjax.files import cache_folder, local_path
 
 REFERENCE = "reference"  # in place of a family: images or statistics to compare with
-INCEPTION = "inception"
 FBAI = "https://dl.fbaipublicfiles.com"
 HUB = "https://huggingface.co"
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
@@ -221,7 +220,7 @@ ROWS: dict[str, Row] = {
         "ADM reference, ImageNet 512: statistics of the training set, 10,000 images",
     ),
     "pt_inception-2015-12-05": Row(
-        INCEPTION,
+        "inception",
         (
             File(
                 "pt_inception-2015-12-05-6726825d.pth",

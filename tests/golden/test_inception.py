@@ -2,6 +2,9 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 import zlib
 
 import jax
@@ -13,19 +16,30 @@ from diffjax.frozen.inception import SIDE
 from diffjax.frozen.inception import pooled as pool
 from diffjax.ops.resize import legacy_bilinear
 from diffjax.weights import from_reference, to_reference
+from tests import slow
 from tests.golden.cases import ORACLES
+from tests.programs import ROOT
 
 pytestmark = pytest.mark.golden
 FOLDER = ORACLES / "evaluation"
 TOLERANCES = {"pool64": 1e-5, "pool192": 1e-5, "pool768": 1e-5, "tap_mixed_7b": 1e-4, "tap_mixed_7c": 1e-4}
 TOLERANCE = 5e-5  # of all others; of the largest entry
-SIZES = ("64", "299")
 
 
 @functools.cache
 def arrays(name):
     with np.load(FOLDER / f"{name}.npz") as file:
         return dict(file)
+
+
+def prefixes(name, ending):
+    """What stands before `ending` in the keys of a file; a name that fails where there is no such file."""
+    if not (FOLDER / f"{name}.npz").is_file():
+        return ["no-such-file"]
+    return sorted({key.removesuffix(ending) for key in arrays(name) if key.endswith(ending)})
+
+
+SIZES = prefixes("inception", "__pool3")
 
 
 @functools.cache
@@ -59,7 +73,8 @@ def drawn(tag, name, shape):
 @functools.cache
 def found(size, inputs="tensorflow"):
     """Everything that is stored of the images of a size, by its name."""
-    module, params = from_reference("inception", state_dict(), inputs=inputs)
+    module, params = from_reference("inception", state_dict())
+    module = module.clone(inputs=inputs)
 
     @jax.jit
     def run(params, images):
@@ -68,7 +83,7 @@ def found(size, inputs="tensorflow"):
         maps = {
             "maxpool_1": pool(state["Conv2d_2b_3x3"], "halved"),
             "maxpool_2": pool(state["Conv2d_4a_3x3"], "halved"),
-            **{name.lower(): jnp.concatenate(value, -1) for name, value in state.items() if name.startswith("Mixed")},
+            **{name.lower(): value for name, value in state.items() if name.startswith("Mixed")},
         }
         means = {"pool64": "maxpool_1", "pool192": "maxpool_2", "pool768": "mixed_6e"}
         return (
@@ -90,7 +105,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", slow.but(SIZES[:1], SIZES))
 def test_inception_outputs_and_taps(size, name):
     stored = arrays("inception")[f"{size}__{name}"]
     np.testing.assert_allclose(
@@ -102,12 +117,13 @@ def test_inception_outputs_and_taps(size, name):
 
 
 @pytest.mark.parametrize("name", ["pool3", "spatial", "logits_unbiased"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", slow.but(SIZES[:1], SIZES))
 def test_inception_against_float64(size, name):
     stored = arrays("inception")[f"{size}__{name}_f64"]
     np.testing.assert_allclose(found(size)[name], stored, rtol=0, atol=TOLERANCE * np.abs(stored).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_inception_fed_as_pytorch_fid_does(size):
     stored = arrays("inception")[f"{size}__pool3_pytorch_fid"]
@@ -127,7 +143,7 @@ def test_inception_weights_come_back():
         np.testing.assert_array_equal(value, state_dict()[key], err_msg=key)
 
 
-@pytest.mark.parametrize("size", ["64x64", "32x48", "256x256", "320x320", "1x1"])
+@pytest.mark.parametrize("size", prefixes("resize_tf1", "__input"))
 def test_resize_as_tensorflow_1_bit_for_bit(size):
     stored = {k.removeprefix(f"{size}__"): v for k, v in arrays("resize_tf1").items() if k.startswith(f"{size}__")}
     out = np.asarray(jax.jit(lambda x: legacy_bilinear(x, SIDE, SIDE))(stored["input"]))
@@ -140,6 +156,24 @@ def test_resize_as_tensorflow_1_bit_for_bit(size):
     for name, part in parts.items():
         np.testing.assert_array_equal(part, stored[name], err_msg=name)
     np.testing.assert_allclose(out.mean((1, 2), dtype=np.float64), stored["out_mean"], rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_resize_as_compilers_make_it_for_users():
+    """Without the flags of the tests, under which nothing is fused."""
+    code = f"""
+import jax, numpy as np
+from diffjax.ops.resize import legacy_bilinear
+arrays = np.load({str(FOLDER / "resize_tf1.npz")!r})
+for size in ("64x64", "320x320"):
+    out = np.asarray(jax.jit(lambda x: legacy_bilinear(x, {SIDE}, {SIDE}))(arrays[size + "__input"]))
+    np.testing.assert_array_equal(out[:, 151], arrays[size + "__out_row151"])
+    np.testing.assert_array_equal(out[:, :, 7], arrays[size + "__out_col7"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_resize_of_the_network_s_own_images():

@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", public.ROWS)
 def test_a_row_is_whole(name):
     row = public.ROWS[name]
-    assert row.family in {*FAMILIES, public.REFERENCE, public.INCEPTION}
+    assert row.family in {*FAMILIES, public.REFERENCE}
     assert re.fullmatch(r"[\w.-]+", name)
     assert row.page
     assert row.licence
