@@ -4,6 +4,7 @@ It tells better than pixels whether images look like others, also of small sets 
 is not FID, nor comparable with any published number.
 """
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,19 +63,20 @@ class Network(NamedTuple):
         images = pixels.to_rgb(images)
         mesh = make_mesh({"data": -1}, jax.local_devices())
         side = SMALL if max(images.shape[1:3]) <= SMALL else LARGE
-
-        def run(params: dict[str, Any], batch: jax.Array) -> jax.Array:
-            resized = jax.image.resize(batch.astype(np.float32), (len(batch), side, side, 3), "bilinear")
-            return self.module.apply({"params": params}, resized).features  # type: ignore[union-attr]
-
-        size = BATCH * mesh.size
-        compiled = jax.jit(run, out_shardings=batch_sharding(mesh))
+        size = min(BATCH * mesh.size, -(-len(images) // mesh.size) * mesh.size)
         params = jax.device_put(self.params, replicated(mesh))
         found = [
-            np.asarray(compiled(params, jax.device_put(batch, batch_sharding(mesh))))[:real]
-            for batch, real in _batches(images, min(size, -(-len(images) // mesh.size) * mesh.size))
+            np.asarray(_features(self.module, side, params, jax.device_put(batch, batch_sharding(mesh))))[:real]
+            for batch, real in _batches(images, size)
         ]
         return np.concatenate(found)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "side"))
+def _features(module: nn.Module, side: int, params: dict[str, Any], batch: jax.Array) -> jax.Array:
+    resized = jax.image.resize(batch.astype(np.float32), (len(batch), side, side, 3), "bilinear")
+    outputs: Any = module.apply({"params": params}, resized)
+    return outputs.features
 
 
 def _batches(images: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
