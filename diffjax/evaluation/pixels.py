@@ -31,6 +31,14 @@ def check_sizes(images: tuple[int, ...], reference: tuple[int, ...]) -> None:
         raise UserError(f"the images are {sizes[0]} and those of the reference {sizes[1]}; they must be equal")
 
 
+def check_pair(images: np.ndarray, reference: np.ndarray) -> None:
+    """UserError unless the images [n, h, w, c] are as large as those of the reference, and two or more of either."""
+    check_sizes(images.shape[1:3], reference.shape[1:3])
+    for array, whose in ((images, ""), (reference, " of the reference")):
+        if len(array) < 2:
+            raise UserError(f"the covariance of {len(array)} images{whose} is undefined; at least 2 are needed")
+
+
 def score(samples: Labelled, train: Labelled, held_out: Labelled | None = None) -> dict[str, dict[str, float]]:
     """{score: {"value": of the samples, "held_out_real": of real images that were not trained on}}.
 
@@ -48,11 +56,11 @@ def score(samples: Labelled, train: Labelled, held_out: Labelled | None = None) 
     scored = {name: (to_rgb(images), labels) for name, (images, labels) in scored.items()}
     for images, _ in scored.values():
         if max(images.shape[1:3]) > LARGEST:
-            raise UserError(f"pixel scores are for images of at most {LARGEST} x {LARGEST}, not {images.shape[1:3]}")
-        check_sizes(images.shape[1:3], reference.shape[1:3])
-        for array, whose in ((images, ""), (reference, " of the reference")):
-            if len(array) < 2:
-                raise UserError(f"the covariance of {len(array)} images{whose} is undefined; at least 2 are needed")
+            raise UserError(
+                f"pixel scores are for images of at most {LARGEST} x {LARGEST}, not {images.shape[1:3]}; "
+                "--features=lite0 scores larger ones"
+            )
+        check_pair(images, reference)
     agreement, distance = {}, {}
     for name, (images, labels) in scored.items():
         if labels is not None and train[1] is not None:
@@ -76,7 +84,13 @@ def check_labels(labels: np.ndarray, known: np.ndarray) -> None:
 def caveat(count: int, reference: int, images: np.ndarray) -> str:
     """A warning for Frechet distances of too few images [n, h, w, c] for full-rank covariances; "" otherwise."""
     dimensions = int(np.prod(images.shape[1:3])) * (1 if is_grey(images) else images.shape[3])
-    return frechet.caveat(count, reference, dimensions, "pixels")
+    few = [f"{n:,} {whose}" for n, whose in ((count, "samples"), (reference, "of the reference")) if n <= dimensions]
+    if not few:
+        return ""
+    return (
+        f"warning: {' and '.join(few)} are no more than the {dimensions:,} dimensions of the pixels, so the Frechet "
+        "distance says little; compare it with that of as many other images alone, or take more"
+    )
 
 
 def is_grey(images: np.ndarray) -> bool:

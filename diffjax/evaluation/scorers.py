@@ -1,5 +1,6 @@
-"""How images are scored: a row each, with what a result's protocol says of it. Opened only when asked for.
+"""The table of scorers: what each computes, and what the protocol of its results records.
 
+The weights of a scorer are loaded when it is chosen.
 A scorer compares images with training images, and held-out real images with them beside, so that one sees what is left
 to gain. Images are pairs (uint8 [n, h, w, 1 or 3], labels [n] or None).
 """
@@ -16,20 +17,16 @@ Values = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Scorer:
-    """A way to score.
+    """A way to score."""
 
-    Attributes:
-        features, features_sha256, resize: as the protocol of results records them.
-        kind: what its scores are, and are not.
-        score: (images, training images, held-out real images or None) -> {score: {"value", "held_out_real"}}.
-        caveat: (how many images, how many of the reference, images) -> a warning, or "".
-    """
-
+    # as the protocol of results records them
     features: str
     features_sha256: str
     resize: str
-    kind: str
+    kind: str  # what its scores are, and are not
+    # (images, training images, held-out real images or None) -> {score: {"value", "held_out_real"}}
     score: Callable[[pixels.Labelled, pixels.Labelled, pixels.Labelled | None], Values]
+    # (how many images, how many of the reference, images) -> a warning, or ""
     caveat: Callable[[int, int, np.ndarray], str]
 
 

@@ -86,3 +86,13 @@ def test_distance_to_a_point():
     point = np.zeros((5, 5))
     np.testing.assert_allclose(frechet.distance(np.ones(5), a, np.zeros(5), point), 5 + np.trace(a), rtol=1e-12)
     assert frechet.distance(np.ones(5), point, np.zeros(5), point) == 5
+
+
+def test_both_ways_to_the_distance_agree():
+    r = np.random.default_rng(0)
+    a, b = r.standard_normal((30, 40)), 1 + r.standard_normal((25, 40))
+    expected = frechet.distance_of_samples(a, b)
+    np.testing.assert_allclose(frechet.distance_of_features(a, b), expected, rtol=1e-9)
+    np.testing.assert_allclose(
+        frechet.distance_of_features(a[:15], b[:10]), frechet.distance_of_samples(a[:15], b[:10])
+    )

