@@ -25,8 +25,9 @@ from diffjax.errors import REFUSALS, Interrupted, UserError, did_you_mean
 COMMANDS = {
     "train": "train a config in a run folder; the same command again resumes",
     "sample": "images from a run folder or from converted parameters",
-    "evaluate": "score a samples file, or compare two result files",
-    "sweep": "score a grid of samplers, steps and guidance on runs: a table and a plot",
+    "evaluate": "score images of a file or of a model (FID and its family), or compare two result files",
+    "reference": "images of a data set -> the statistics that generated ones are scored against",
+    "sweep": "score a grid of samplers, steps, guidance and averages on runs: a table and a plot",
     "ema": "an average of any length from the snapshots of a run",
     "prepare": "original files of a public data set -> records of its images, by its published preparation",
     "encode": "images -> latents of an autoencoder, for latent models",

@@ -9,7 +9,8 @@ import contextlib
 import glob
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,18 @@ def _refusals(line: str, advice: Callable[[], str] = str) -> Iterator[None]:
         raise
 
 
+@dataclass(frozen=True)
+class _Also:
+    """A policy of Orbax: the steps that a function chooses stay."""
+
+    chosen: Callable[[Collection[int]], Collection[int]]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = self.chosen(steps)
+        return [step in kept for step in steps]
+
+
 class Archive:
     """A folder of steps, each with the same named items: trees of arrays, and json.
 
@@ -188,12 +201,14 @@ class Archive:
         *,
         keep: int | None = None,
         keep_every_steps: int = 0,
+        keep_also: Callable[[Collection[int]], Collection[int]] | None = None,
         read_only: bool = False,
     ):
         """
         Args:
             noun: what a step is called in messages.
             keep: how many of the latest steps stay; None: all of them. Multiples of `keep_every_steps` stay for good.
+            keep_also: which of the steps that are there stay besides, asked at every save.
             read_only: never write, make or delete anything.
         """
         self.directory = directory.absolute()
@@ -202,6 +217,8 @@ class Archive:
         policies: list[Any] = [] if keep is None else [checkpoint_managers.LatestN(keep)]
         if keep is not None and keep_every_steps:
             policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
+        if keep is not None and keep_also:
+            policies.append(_Also(keep_also))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies) if policies else None,
             create=not read_only,

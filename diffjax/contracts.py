@@ -312,6 +312,7 @@ class Result(NamedTuple):
     values: Mapping[str, float]
     picture: np.ndarray | None = None
     protocol: Mapping[str, Any] = {}  # json-able: how the numbers came about
+    judge: str = ""  # the value of which the lowest is the best; "": it has none
 
 
 Evaluator = Callable[[Tree], Result]  # of the averaged parameters
@@ -354,6 +355,19 @@ class Subject(Protocol):
 
     def images(self, params: Tree, conditions: np.ndarray) -> Iterator[np.ndarray]:
         """Samples 0, 1, ... as float32 [b, h, w, c], one per condition."""
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the pictures that are drawn, or decoded of what is drawn."""
+
+    def sampled_by(self, sampler: str, steps: int) -> Subject:
+        """The same with another sampler ("": the same) and number of steps (0: the same)."""
+
+    def draw(self, params: Tree, conditions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """This process's part of samples 0, 1, ..., one per condition: numbers [n], float32 [n, h, w, c]."""
+
+    def description(self) -> dict[str, Any]:
+        """What samples depend on, json-able."""
 
     def conditions(self, first: int, num: int) -> np.ndarray:
         """Conditions of samples first, first + 1, ...: classes in equal parts, or those of the training data."""

@@ -28,10 +28,10 @@ from diffjax.data.source import Source
 from diffjax.errors import UserError
 from diffjax.evaluation.evaluators import EVALUATORS
 from diffjax.inputs import data_spec, load_source, preparation
-from diffjax.methods import METHODS, encoders
+from diffjax.methods import METHODS, diffusion, encoders
 from diffjax.ops.macs import count_macs
 from diffjax.options import Options
-from diffjax.parallel.mesh import batch_sharding, check_batch, check_processes, make_mesh, replicated
+from diffjax.parallel.mesh import BATCH_AXES, batch_sharding, check_batch, check_processes, make_mesh, replicated
 from diffjax.parallel.rules import LogicalAxes, on_mesh, parameters, shardings
 from diffjax.sampling import generate
 from diffjax.training import batches, ema, optimizer
@@ -50,6 +50,7 @@ class Schedule:
     checkpoint_every: int
     keep: int
     keep_every: int
+    keep_best: str  # an evaluator, or ""
     snapshot_every: int
     report_every: int
     evaluate_every: Mapping[str, int]  # by evaluator; those that run at all
@@ -308,6 +309,45 @@ class Experiment:
         numbers, rows = np.arange(len(conditions)), min(len(conditions), SAMPLE_BATCH)
         return generate.generate_everywhere(self._compiled_sampler, params, conditions, numbers, self.mesh, rows)
 
+    @functools.cached_property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the pictures that are drawn, or decoded of what is drawn; nothing is compiled."""
+        if not self.method.decoder:
+            return self.size, self.size
+        shards = int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
+        sampler = self._compiled_sampler
+        jitted: Any = sampler.func
+        with jax.set_mesh(self.mesh):
+            made = jitted.eval_shape(
+                self.abstract.params,
+                jax.ShapeDtypeStruct((shards,), np.int32),
+                self.conditions(0, shards),
+                **sampler.keywords,
+            )
+        return made.shape[1], made.shape[2]
+
+    def sampled_by(self, sampler: str, steps: int) -> "Experiment":
+        """The same with another sampler ("": the same) and number of steps (0: the same).
+
+        UserError for a method without them, and a sampler that does not exist.
+        """
+        if not (sampler or steps):
+            return self
+        own = self.sampling
+        if not isinstance(own, diffusion.Sampling):
+            method = self.config.method
+            raise UserError(f"method {method!r} has no samplers with steps; leave out sampler and steps")
+        options = own.options if sampler in ("", own.sampler) else {}  # those of the other sampler have defaults
+        sampling = dataclasses.replace(own, sampler=sampler or own.sampler, options=options, steps=steps or own.steps)
+        other = with_sampling(self, sampling)
+        _ = other.sampler  # says what cannot be
+        return other
+
+    def draw(self, params: Tree, conditions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(numbers [n], samples float32 [n, h, w, c]) of this process's part of samples 0, 1, ..., in batches."""
+        numbers, rows = np.arange(len(conditions)), min(len(conditions), SAMPLE_BATCH)
+        return generate.generate(self._compiled_sampler, params, conditions, numbers, self.mesh, rows)
+
     def conditions(self, first: int, num: int) -> np.ndarray:
         """Conditions of samples first, first + 1, ...: classes in equal parts, or those of the training examples."""
         condition = self.method.condition
@@ -430,11 +470,18 @@ def mesh_sizes(config: Config) -> dict[str, int]:
 
 def schedule(config: Config) -> Schedule:
     every = {name: int(str(options["every_steps"])) for name, options in config.evals.items() if options["every_steps"]}
+    saved, judge = config.checkpoint.every_steps, config.checkpoint.keep_best
+    if judge and (judge not in every or every[judge] % saved):
+        raise UserError(
+            f"checkpoint.keep_best = {judge!r}: valid with evals.{judge}.every_steps a multiple of "
+            f"checkpoint.every_steps = {saved}, so that the steps it judges are kept"
+        )
     return Schedule(
         total_steps=config.total_steps,
         checkpoint_every=config.checkpoint.every_steps,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every_steps,
+        keep_best=config.checkpoint.keep_best,
         snapshot_every=config.ema.snapshot_every_steps,
         report_every=config.log.every_steps,
         evaluate_every=every,

@@ -26,6 +26,7 @@ from diffjax.errors import UserError, writing
 
 CACHE = "DIFFJAX_CACHE"  # of the environment: another folder than the user's cache
 LOCK = ".lock"  # in a folder, held by the process that writes there
+NO_LABELS = "none"  # what the protocol of a file says of labels that mean nothing
 NUMBERS = "biuf"  # kinds of dtype that are written: booleans, integers, floats
 
 
@@ -134,6 +135,30 @@ def file_sha256(path: Path) -> str:
     """The sha256 of a file in hexadecimal digits, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_protocol(path: Path, protocol: Mapping[str, Any], owner: str = "file") -> None:
+    """Write the .json beside `path`: how its arrays were made, and the hash of the file."""
+    write_json(path.with_suffix(".json"), {**protocol, "samples_sha256": file_sha256(path)}, owner)
+
+
+def read_protocol(path: Path, sha256: str = "") -> dict[str, Any]:
+    """The json of a file of samples, decoded or raw, or of a reference; {} without one.
+
+    sha256: of the file, where it is known.
+
+    UserError when it is no json, or that of another file.
+    """
+    described = path.with_suffix(".json")
+    if not described.exists():
+        return {}
+    try:
+        protocol = json.loads(described.read_text())
+    except ValueError as error:
+        raise UserError(f"{described}: not json ({error})") from error
+    if not isinstance(protocol, dict) or protocol.pop("samples_sha256", None) != (sha256 or file_sha256(path)):
+        raise UserError(f"{described} does not describe {path.name}: the hash of the file differs; make it again")
+    return protocol
 
 
 class Blocks(NamedTuple):

@@ -15,7 +15,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ from diffjax.errors import UserError
 
 MAGIC = 0x1950A86A20F9469CFC6C
 STREAM_PROTOCOL = 1001
+STREAM_START = 32  # bytes among which a stream has its magic number
 
 # torch's storage class -> numpy's name of the elements
 STORAGES = {
@@ -70,14 +71,16 @@ IGNORED_NAMES = {
 
 MODULES = {"__builtin__": "builtins", "pathlib._local": "pathlib"}  # names in other versions of Python and of pickles
 
+Names = Mapping[tuple[str, str], Any]  # (module, name) -> what stands in for it
 Storage = Callable[[str, str, int], np.ndarray]  # key, element type, element count -> the elements, [count]
 
 
-def read(path: str | Path) -> Any:
+def read(path: str | Path, more: Mapping[tuple[str, str], Any] = {}) -> Any:
     """The content of the file: nested dicts and lists of numpy arrays and plain Python values.
 
     Arrays are read-only views of the mapped file, bfloat16 as `ml_dtypes.bfloat16`; tensors that share a storage share
     memory. An `argparse.Namespace` becomes the dict of its attributes.
+    more: names besides those of the table that the file may use, and what stands in for them.
     Raises UserError when the file is missing, damaged, of another format, or names anything outside the table.
     """
     path = Path(path)
@@ -87,9 +90,9 @@ def read(path: str | Path) -> Any:
         with path.open("rb") as file:
             start = file.read(9)
             if start.startswith(b"PK\x03\x04"):
-                return _read_zip(path, file)
+                return _read_zip(path, file, more)
             if start.startswith(b"\x80"):
-                return _read_stream(path, file)
+                return _read_stream(path, file, more)
         if start[8:] == b"{":
             return _read_safetensors(path)
     except UserError:
@@ -97,6 +100,11 @@ def read(path: str | Path) -> Any:
     except Exception as error:  # a damaged or crafted file can break the parsers in any way
         raise UserError(f"{path}: damaged or not a weight file ({type(error).__name__}: {_line(error)})") from error
     raise UserError(f"{path}: not a weight file; expected safetensors, a torch zip archive or a torch stream")
+
+
+def is_stream(start: bytes) -> bool:
+    """Whether the first STREAM_START bytes of a pickle are those of torch's stream."""
+    return MAGIC.to_bytes(10, "little") in start
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -128,7 +136,7 @@ def release(array: Any) -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _read_zip(path: Path, file: BinaryIO) -> Any:
+def _read_zip(path: Path, file: BinaryIO, more: Names) -> Any:
     mapped = _map(file)
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
@@ -152,7 +160,7 @@ def _read_zip(path: Path, file: BinaryIO) -> Any:
             raise UserError(f"{path}: byte order {mapped[start : start + size]!r}; only little-endian files are read")
     start, size = member("data.pkl")
     mapped.seek(start)
-    return _Unpickler(path, mapped, storage).load()
+    return _Unpickler(path, mapped, storage, more).load()
 
 
 def _locate(path: Path, mapped: mmap.mmap, info: zipfile.ZipInfo) -> tuple[int, int]:
@@ -169,7 +177,7 @@ def _locate(path: Path, mapped: mmap.mmap, info: zipfile.ZipInfo) -> tuple[int, 
     return start, info.file_size
 
 
-def _read_stream(path: Path, file: BinaryIO) -> Any:
+def _read_stream(path: Path, file: BinaryIO, more: Names) -> Any:
     mapped = _map(file)
     wanted: dict[str, str] = {}
 
@@ -177,15 +185,15 @@ def _read_stream(path: Path, file: BinaryIO) -> Any:
         wanted[key] = dtype
         return np.empty(0)
 
-    magic, protocol, facts = (_Unpickler(path, mapped, declare).load() for _ in range(3))
+    magic, protocol, facts = (_Unpickler(path, mapped, declare, more).load() for _ in range(3))
     if magic != MAGIC or protocol != STREAM_PROTOCOL:
         raise UserError(f"{path}: a pickle but not a torch file; save the weights as safetensors instead")
     if not facts["little_endian"]:
         raise UserError(f"{path}: big-endian; only little-endian files are read")
     # The storages follow the object that uses them: walk it once to learn their types, and again to build it.
     begin = mapped.tell()
-    _Unpickler(path, mapped, declare, views=False).load()
-    keys = _Unpickler(path, mapped, declare).load()
+    _Unpickler(path, mapped, declare, more, views=False).load()
+    keys = _Unpickler(path, mapped, declare, more).load()
 
     places: dict[str, tuple[int, int]] = {}
     offset = mapped.tell()
@@ -203,7 +211,7 @@ def _read_stream(path: Path, file: BinaryIO) -> Any:
         return _elements(path, mapped, dtype, count, *places[key])
 
     mapped.seek(begin)
-    return _Unpickler(path, mapped, storage).load()
+    return _Unpickler(path, mapped, storage, more).load()
 
 
 class Ignored:
@@ -237,11 +245,13 @@ class _Unpickler(pickle._Unpickler):
     The pure Python class: its memo is a dict, where the C one allocates whatever index a file asks for.
     """
 
-    def __init__(self, path: Path, file: mmap.mmap, storage: Storage, views: bool = True):
+    def __init__(self, path: Path, file: mmap.mmap, storage: Storage, more: Names, views: bool = True):
         super().__init__(file)
-        self.path, self.storage, self.names = path, storage, _names(views)
+        self.path, self.storage, self.more, self.names = path, storage, more, _names(views)
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.more:
+            return self.more[module, name]
         module = MODULES.get(module, module)
         if (module, name) in IGNORED_NAMES or module.partition(".")[0] in IGNORED_PACKAGES:
             return type("Ignored", (Ignored,), {})

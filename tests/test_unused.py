@@ -24,6 +24,7 @@ ROOTS = {
 ALLOWED = {
     "diffjax.contracts.Backbone": "the interface of a backbone, for whoever adds one",
     "diffjax.contracts.Process": "the interface of a process, for whoever adds one",
+    "diffjax.sampling.samples.read_samples": "samples files, from Python",
 }
 
 

@@ -54,14 +54,21 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
 
 
 def reconstruct(workdir: Path, sigma_rel: float, out: Path, step: int | None = None) -> dict[str, Any]:
-    """Write the average (module docstring) and return the content of model.json; holds one snapshot at a time.
+    """Write the average (module docstring) and return the content of model.json. UserError where `out` is there."""
+    store.refuse_full(out)
+    experiment = open_experiment(workdir)
+    params, origin = combined(workdir, sigma_rel, step)
+    config = {"config": experiment.stored_config()}  # with which alone the parameters make sense
+    return store.save(out, experiment.model, params, {**origin, **config})
+
+
+def combined(workdir: Path, sigma_rel: float, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """The average float32, and how it was made; holds one snapshot at a time.
 
     Raises:
-        UserError: `out` is there; no snapshots, or none of `step`; a length that they cannot give.
+        UserError: no snapshots, or none of `step`; a length that they cannot give.
     """
-    store.refuse_full(out)
     ema.gamma_of(sigma_rel)
-    experiment = open_experiment(workdir)
     snapshots = Snapshots(workdir, read_only=True)
     steps = snapshots.steps()
     if not steps:
@@ -83,8 +90,7 @@ def reconstruct(workdir: Path, sigma_rel: float, out: Path, step: int | None = N
         )
     params = jax.tree.map(np.float32, ema.combine(_trees(snapshots, steps, names), coefficients))
     origin = {"workdir": str(workdir), "step": step, "sigma_rel": sigma_rel, "snapshots": steps, "tracks": names}
-    config = {"config": experiment.stored_config()}  # with which alone the parameters make sense
-    return store.save(out, experiment.model, params, {**origin, **config, "profile_error": error})
+    return params, {**origin, "profile_error": error}
 
 
 def _trees(snapshots: Snapshots, steps: list[int], names: list[str]) -> Iterator[Any]:

@@ -16,36 +16,30 @@ With --guide the images are pushed away from those of a worse network (autoguida
 conditions, with `sampling.guidance.scale` as the weight; there is no classifier-free guidance then.
 """
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from diffjax import models, weights
+from diffjax import models
 from diffjax.commands import (
-    arguments,
-    define_arguments,
     define_distributed,
     define_overwrite,
     define_path,
     make_folder,
     refuse_other,
 )
-from diffjax.config import load
+from diffjax.commands.trained import define_trained, open_trained
 from diffjax.contracts import Tree
 from diffjax.errors import UserError
 from diffjax.evaluation import protocol
 from diffjax.experiment import Experiment
-from diffjax.files import only_writer
+from diffjax.files import read_protocol
 from diffjax.parallel import hosts
-from diffjax.runs import Run, open_checkpoint, open_guide, open_run
+from diffjax.runs import Run, open_guide
 from diffjax.sampling import conditions, generate, parts, samples
-from diffjax.weights import store
 
 INTERRUPTED = "what is drawn is kept, the same command resumes"
 NO_DECODER = (
@@ -53,28 +47,18 @@ NO_DECODER = (
     "sd-vae-ft-ema` brings), or --raw to write them as they are"
 )
 REQUIRED = ("num", "out")
-OF_CHECKPOINT = ("family", "entry", "arguments")  # flags
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    text, number = flags.DEFINE_string, flags.DEFINE_integer
-    define_path("workdir", None, "run folder: its config and its checkpoint", values)
-    define_path("params", None, "folder that `convert` or `ema` wrote, instead of --workdir", values)
-    define_path("checkpoint", None, "public weights of --family, instead of --workdir, as `convert` reads them", values)
-    text("family", None, f"of --checkpoint: {', '.join(weights.FAMILIES)}", flag_values=values)
-    text(
-        "entry", "", "of --checkpoint, a training checkpoint: which weights; its average by default", flag_values=values
-    )
-    define_arguments(values)
-    text("config", None, "recipe, with --params that no run made, or --checkpoint", flag_values=values)
-    number("step", None, "which checkpoint; the latest by default", flag_values=values)
+    number = flags.DEFINE_integer
+    define_trained(values)
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "average or last parameters", flag_values=values)
     number("num", None, "how many images", lower_bound=1, flag_values=values)
     number("first", 0, "number of the first image", lower_bound=0, flag_values=values)
     number("seed", 0, "seed of the images", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
     number("batch_size", 128, "images at a time on all devices", lower_bound=1, flag_values=values)
     labels = "interleaved: classes in equal parts; uniform: drawn; or some of them in turn, by number or name: 207,360"
-    text("labels", "interleaved", labels, flag_values=values)
+    flags.DEFINE_string("labels", "interleaved", labels, flag_values=values)
     flags.DEFINE_bool(
         "raw",
         False,
@@ -82,7 +66,6 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool("fused", True, "sample the fused form of a backbone that has one (U-DiT)", flag_values=values)
-    define_path("autoencoder", None, "weights that decode latents, as autoencoder.weights of the config", values)
     define_path("guide", None, "worse network: a run folder, or one written by `convert` or `ema`", values)
     define_path("source", None, "stage-2 models: source tokens, .npz that --raw of stage 1 wrote", values)
     define_path("conditions", None, ".npz with an array `conditions`, of a model of vectors or tokens", values)
@@ -96,7 +79,8 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     out = values.out
     if out.suffix != ".npz" or out.is_dir():
         raise UserError(f"--out={out}: give a file that ends in .npz")
-    trained = _open(values, [*overrides, *autoencoder_leaf(values)])
+    average = values.weights if values["weights"].present else None
+    trained = open_trained("sample", values, overrides, average)
     experiment = trained.experiment
     if not experiment.method.sampler:
         _ = experiment.sampler  # says why there is none
@@ -117,7 +101,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     guided = {"guide": guide.origin} if guide else {}
     settings |= {"raw": True} if values.raw else experiment.decoder_protocol()
     described = describe(experiment, trained.origin, form, **guided, **settings)
-    if not values.overwrite and _is_finished(out, described):
+    if not values.overwrite and is_finished(out, described):
         hosts.say(f"{out} is finished: {values.num} of {trained.describe()}; --overwrite draws them again")
         return
     compiled = generate.compile_sampler(
@@ -140,7 +124,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         print(f"wrote {values.num} {made} of {trained.describe()}, {form}, to {out}{grid}")
 
 
-def _is_finished(out: Path, described: dict[str, Any]) -> bool:
+def is_finished(out: Path, described: dict[str, Any]) -> bool:
     """Whether the samples file `out` is there, made as described. UserError where something else is in its place."""
     beside, under_way = out.with_suffix(".json"), parts.folder_of(out).exists()
     if not out.exists():
@@ -148,41 +132,13 @@ def _is_finished(out: Path, described: dict[str, Any]) -> bool:
             refuse_other(beside, None, described)
         return False
     try:
-        stored = samples.read_protocol(out)
+        stored = read_protocol(out)
     except UserError:
         stored = {}
     if under_way and not stored:  # whoever was about to finish the file was stopped
         return False
     refuse_other(out, stored, described)
     return not under_way
-
-
-def autoencoder_leaf(values: flags.FlagValues) -> list[str]:
-    """--autoencoder as an override of the config."""
-    return [f"--config.autoencoder.weights={values.autoencoder}"] if values.autoencoder else []
-
-
-def _open(values: flags.FlagValues, overrides: list[str]) -> Run:
-    if sum(map(bool, (values.workdir, values.params, values.checkpoint))) != 1:
-        raise UserError("sample: give one of --workdir, --params and --checkpoint")
-    if not values.checkpoint and (unread := [name for name in OF_CHECKPOINT if values[name].present]):
-        raise UserError(f"sample: --{unread[0]} is of --checkpoint")
-    if values.workdir:
-        if values.config:
-            raise UserError(
-                "sample: --workdir has its own config; give only leaves, such as --config.sampling.steps=50"
-            )
-        return open_run(values.workdir, overrides, weights=values.weights, step=values.step)
-    if values["step"].present or values["weights"].present:
-        raise UserError("sample: --step and --weights choose within a run folder; they have no effect on others")
-    config = load(values.config) if values.config else None
-    if values.params:
-        store.read_model(values.params)  # says that a folder holds no parameters
-        return open_run(values.params, overrides, config=config)
-    if not values.family:
-        raise UserError(f"sample: --checkpoint needs --family, whose weights they are: {', '.join(weights.FAMILIES)}")
-    found = weights.read(values.family, values.checkpoint, values.entry, **arguments(values.arguments))
-    return open_checkpoint(found, overrides, config=config)
 
 
 def write(
@@ -195,18 +151,11 @@ def write(
     raw: bool,
 ) -> None:
     """Draw what no part of the file holds yet, each process its own images, and put the parts together."""
-    aside = ("num", "code_version", "origin", "classes")
-    what = {name: value for name, value in described.items() if name not in aside}
-    identity = {**what, "weights_sha256": described["origin"]["sha256"], "raw": raw}
-    identity["conditions_sha256"] = asked.sha256
-    alone = only_writer(parts.make_folder(out)) if hosts.is_lead() else contextlib.nullcontext()
-    with alone:
-        file = parts.open_parts(out, identity, len(asked.given), jax.process_index())
-        missing = file.missing()
-        if jax.process_count() > 1:  # the processes listed the folder at different times
-            missing = np.flatnonzero(multihost_utils.broadcast_one_to_all(np.isin(np.arange(file.num), missing)))
-        with tqdm(total=file.num, initial=file.num - len(missing), unit="image", disable=_quiet()) as bar:
-            first, shape = described["first"], min(batch_size, file.num)  # the same, however many are missing
+    identity = identity_of(described, asked, raw)
+    num = len(asked.given)
+    with parts.opened(out, identity, num) as (file, missing):
+        with tqdm(total=num, initial=num - len(missing), unit="image", disable=quiet()) as bar:
+            first, shape = described["first"], min(batch_size, num)  # the same, however many are missing
             drawn = generate.generate(
                 compiled, trained.params, asked.given[missing], first + missing, trained.experiment.mesh, shape
             )
@@ -214,13 +163,24 @@ def write(
                 samples.check_finite(rows, numbers)
                 file.write(numbers - first, rows if raw else samples.to_uint8(rows))
                 bar.update(len(numbers))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"parts of {out}")
+        hosts.wait(f"parts of {out}")
         if hosts.is_lead():
             file.finish(asked.arrays, described, raw=raw, classes=asked.classes)
 
 
-def _quiet() -> bool | None:
+def identity_of(described: dict[str, Any], asked: conditions.Conditions, raw: bool = False) -> dict[str, Any]:
+    """What row i of a folder of parts is, of the description of samples; that of any number of them."""
+    aside = ("num", "code_version", "origin", "classes")
+    what = {name: value for name, value in described.items() if name not in aside}
+    return {
+        **what,
+        "weights_sha256": described["origin"]["sha256"],
+        "raw": raw,
+        "conditions_sha256": asked.sha256,
+    }
+
+
+def quiet() -> bool | None:
     """No bar on the processes that stay silent, nor where nobody watches."""
     return None if hosts.is_lead() else True
 

@@ -1,23 +1,30 @@
-"""Score a grid of samplers x steps x guidance on one or several runs: a table, OUT (json) and beside it a plot (png).
+"""Score a grid of samplers x steps x guidance x averages on one or several runs: a table, OUT (json) and a plot (png).
 
 python -m diffjax sweep --workdir=runs/a --sampler=ddim,edm --steps=10,25,50 --guidance=1,1.5,2 \\
   --reference=digits --num=500 --out=runs/a/sweep.json
 python -m diffjax sweep --workdir=runs/a,runs/b --sampler=ddpm:250,ddim:25,edm:18,dpmpp_2m:12 \\
   --reference=digits --num=500 --out=sweep.json
 
+python -m diffjax sweep --workdir=runs/a --sampler=dpmpp_2m --steps=20 --guidance=1,1.5,2 --ema=0.05,0.1 --metric=fid \
+  --reference=VIRTUAL_imagenet256_labeled.npz --num=10000 --out=runs/a/sweep.json
+
 A sampler written as name:steps has these steps, all others have each of --steps. All images are of the same seed and
 numbers, so that what differs is the method alone. Samplers have their default options; guidance options other than the
 weight, and the clip, are those of the run's config. NFE (`evaluations` in the json) counts network calls per image, a
-guided call as two. The plot is of the Frechet distance; it needs matplotlib (pip install -e '.[plot]'). Scores on
-pixels are for small images and are not FID.
+guided call as two. --ema are lengths of averages that the snapshots of the runs give (see `ema`). Images are scored as
+by `evaluate`: the plot is of --metric, by default the Frechet distance of the network that the reference is of; it
+needs matplotlib (pip install -e '.[plot]'). Scores of pixels are for small images and are not FID.
 """
 
 import functools
 import itertools
+import json
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -29,20 +36,23 @@ from diffjax.commands import (
     make_folder,
     refuse_other_result,
 )
-from diffjax.commands.evaluate import Reference, reference_set, result_of
+from diffjax.commands import ema as averages
 from diffjax.commands.sample import describe, describe_form
+from diffjax.commands.scoring import Scoring, define_scoring, scoring_of
 from diffjax.contracts import Sampler
 from diffjax.diffusion import samplers
 from diffjax.errors import UserError
-from diffjax.evaluation import pixels, plot, protocol
-from diffjax.evaluation.scorers import PIXELS
+from diffjax.evaluation import metrics, plot, protocol
+from diffjax.evaluation.networks import Features, Network
+from diffjax.evaluation.standard import Images
 from diffjax.experiment import with_sampling
+from diffjax.files import NO_LABELS
 from diffjax.methods import diffusion
 from diffjax.parallel import hosts
 from diffjax.runs import Run, open_run
-from diffjax.sampling import generate, samples
+from diffjax.sampling import features, generate, samples
+from diffjax.weights.store import tree_sha256
 
-PLOTTED = "frechet_distance_pixels"
 REQUIRED = ("workdir", "sampler", "reference", "out")
 
 
@@ -51,13 +61,19 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("sampler", None, "samplers, each by its name or as name:steps", flag_values=values)
     flags.DEFINE_list("steps", [], "numbers of steps, for the samplers without their own", flag_values=values)
     flags.DEFINE_list("guidance", [], "guidance weights; that of each run's config by default", flag_values=values)
-    flags.DEFINE_string("reference", None, "digits, emoji32, or an .npz file like samples", flag_values=values)
+    flags.DEFINE_list("ema", [], "relative lengths of averages; the run's own average by default", flag_values=values)
+    define_scoring(values)
+    flags.DEFINE_string("metric", None, "score that is plotted; the Frechet distance by default", flag_values=values)
     flags.DEFINE_integer("num", 500, "images per cell of the grid", lower_bound=2, flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the images", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 128, "images at a time on all devices", lower_bound=1, flag_values=values)
     define_path("out", None, "result file, .json", values)
     define_overwrite(values)
     define_distributed(values)
+
+
+Key = tuple[str, str, str, int, float]  # of a row: run, average, sampler, steps, guidance weight
+INTERRUPTED = "the cells that are done are kept, the same command resumes"
 
 
 class Cell(NamedTuple):
@@ -72,9 +88,19 @@ class Cell(NamedTuple):
         return str(self.run.origin["workdir"])
 
     @property
+    def key(self) -> Key:
+        own = self.sampling
+        return self.folder, str(self.run.origin["weights"]), own.sampler, own.steps, own.guidance.scale
+
+    @property
     def name(self) -> str:
         method = f"{self.sampling.sampler} {self.sampling.steps} steps, guidance {self.sampling.guidance.scale:g}"
-        return f"{self.folder} {method}"
+        return f"{called(self.folder, self.run.origin['weights'])} {method}"
+
+
+def called(folder: str, average: str) -> str:
+    """A run in the table; its own average goes without saying."""
+    return folder if average == "ema" else f"{folder} ({average})"
 
 
 def run(values: flags.FlagValues, overrides: list[str]) -> None:
@@ -84,51 +110,96 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         raise UserError(f"--out={out}: give a file that ends in .json")
     wanted = parse_samplers(values.sampler, parse_numbers("steps", values.steps, int))
     weights = parse_numbers("guidance", values.guidance, float)
-    reference = reference_set(values.reference)
-    runs = [open_run(folder) for folder in dict.fromkeys(values.workdir)]
-    check_pictures(runs, values.reference, reference[0])
+    with hosts.together():
+        scoring = scoring_of(values)
+        metric = metric_of(values.metric, scoring)
+    lengths = parse_numbers("ema", values.ema, float)
+    runs = [each for folder in dict.fromkeys(values.workdir) for each in opened(folder, lengths)]
+    check_pictures(runs, values.num, scoring, metric)
     groups, left_out = cells_of_grid(runs, wanted, weights)
     request = {
         "weights_sha256": [run.origin["sha256"] for run in runs],
         "samplers": dict(wanted),
         "guidance": weights,
-        "reference": reference.identity,
+        "reference": dict(scoring.source.identity),
+        **({} if scoring.network.name == "pixels" else scoring.network.identity()),  # as earlier versions wrote it
         "num": values.num,
         "seed": values.seed,
     }
     refuse_other_result(out, {"request": request}, values.overwrite)
     make_folder(out)
+    done = {} if values.overwrite else rows_of(out)
     without_plot = plot.missing()
     caveats = [f"left out: {line}" for line in left_out] + [run.caveat for run in runs]
     for line in filter(None, [*caveats, without_plot]):
         hosts.say(line)
     results: list[dict[str, Any]] = []
     for cells in groups:
+        results += [done[cell.key] for cell in cells if cell.key in done]
+        cells = [cell for cell in cells if cell.key not in done]
+        if not cells:
+            continue
         labels = generate.interleaved_labels(values.num, cells[0].run.experiment.num_classes)
         compiled = compile_group(cells, values.seed, labels[: values.batch_size])
         for cell in cells:
-            try:
-                images, seconds = drawn(cell, compiled, labels, values.batch_size)
-            except FloatingPointError as error:
-                left_out.append(f"{cell.name}: {error}")
+            found, seconds = drawn(cell, compiled, labels, values.batch_size, scoring.network)
+            if isinstance(found, int):
+                left_out.append(f"{cell.name}: {found} sampled values are not finite")
                 hosts.say(f"left out: {left_out[-1]}")
                 continue
-            results.append(row_of(cell, images, labels, seconds, values.seed, reference))
+            with hosts.together():
+                results.append(row_of(cell, found, labels, seconds, values.seed, scoring))
+            if hosts.is_lead():  # so that an interrupted sweep goes on with the next cell
+                protocol.write(out, {"request": request, "results": results, "left_out": left_out})
             scores = ", ".join(f"{score} {columns['value']:.4f}" for score, columns in results[-1]["values"].items())
             hosts.say(f"{cell.name}: {scores}")
     if not results:
         raise UserError(f"the sweep has no cell with a result: {'; '.join(left_out)}")
     if hosts.is_lead():
         protocol.write(out, {"request": request, "results": results, "left_out": left_out})
-        print_table(results)
-        if caveat := pixels.caveat(values.num, len(reference[0][0]), reference[0][0]):
+        print_table(results, scoring)
+        if caveat := scoring.caveat(values.num):
             print(caveat)
         drawn_to = out.with_suffix(".png")
         if without_plot:
             drawn_to.unlink(missing_ok=True)  # that of other results
         else:
-            samples.write_png(drawn_to, picture(results))
+            samples.write_png(drawn_to, picture(results, metric))
         print(f"wrote {out}" + ("" if without_plot else f" and {drawn_to}"))
+
+
+def rows_of(out: Path) -> dict[Key, dict[str, Any]]:
+    """The rows that an earlier command with the same request wrote, by their cells."""
+    rows = json.loads(out.read_text())["results"] if out.exists() else []
+    keys = ("run", "average", "sampler", "steps", "guidance")
+    return {tuple(row[key] for key in keys): row for row in rows if "average" in row}
+
+
+def metric_of(name: str | None, scoring: Scoring) -> str:
+    """The score that is plotted, of which less is better. UserError for one that is not, or that is not computed."""
+    network = scoring.network
+    falling = [metric for metric in metrics.chosen(network, scoring.scores) if metric.falls]
+    known = [network.called(score) for metric in falling for score in metric.scores]
+    name = name or next(iter(known), network.called("fd"))
+    if name not in known:
+        raise UserError(
+            f"--metric={name} is not computed, or more of it is better; valid: {', '.join(known) or 'none'}; --scores "
+            "computes others, and so does another network as --features"
+        )
+    return name
+
+
+def opened(folder: Path, lengths: list[float]) -> list[Run]:
+    """The run of a folder with its own average, or one for each length of an average that its snapshots give."""
+    own = open_run(folder)
+    found = []
+    for length in lengths:
+        params, made = averages.combined(folder, length)
+        where = jax.tree.map(lambda leaf: leaf.sharding, own.experiment.abstract.params)
+        params = jax.device_put(params, where)
+        origin = {**own.origin, **made, "weights": f"ema {length:g}", "sha256": tree_sha256(params)}
+        found.append(replace(own, params=params, origin=origin, caveat=""))
+    return found or [own]
 
 
 def parse_samplers(texts: list[str], steps: list[Any]) -> list[tuple[str, list[int]]]:
@@ -158,19 +229,17 @@ def parse_numbers(flag: str, texts: list[str], kind: type) -> list[Any]:
         raise UserError(f"--{flag}={','.join(texts)}: valid: {needs}") from None
 
 
-def check_pictures(runs: list[Run], name: str, train: pixels.Labelled) -> None:
+def check_pictures(runs: list[Run], num: int, scoring: Scoring, metric: str) -> None:
     """UserError where the images of a run cannot be scored against the reference."""
-    side = train[0].shape[1]
     for each in runs:
         folder, experiment = each.origin["workdir"], each.experiment
         if not isinstance(experiment.sampling, diffusion.Sampling):
             raise UserError(f"{folder} is a run of a token model, which these samplers do not apply to")
-        if experiment.channels not in (1, 3):
-            raise UserError(f"{folder} makes latents of {experiment.channels} channels, which pixel scores are not for")
-        if experiment.size != side:
-            raise UserError(
-                f"{folder} makes images of {experiment.size} x {experiment.size}, --reference={name} has {side}"
-            )
+        if experiment.method.makes != "pictures":
+            raise UserError(f"{folder} makes {experiment.method.makes}, and scores are of pictures")
+        labelled = experiment.num_classes > 0
+        scoring.check(num, labelled, experiment.picture_size)
+        metrics.computable(scoring.network, num, scoring.source.available(scoring.network, labelled), [metric])
 
 
 def cells_of_grid(
@@ -210,21 +279,25 @@ def compile_group(cells: list[Cell], seed: int, labels: np.ndarray) -> functools
     """The sampler of a group, compiled for batches like `labels` by a first trajectory of one call of the network."""
     first, experiment = cells[0], cells[0].run.experiment
     hosts.say(f"compiling sampler {first.sampling.sampler} for {first.folder} (once for all its cells)")
-    compiled = generate.compile_sampler(first.sampler, experiment.model, experiment.mesh, seed)
+    compiled = generate.compile_sampler(
+        first.sampler, experiment.model, experiment.mesh, seed, decode=experiment.decode
+    )
     short = functools.partial(compiled, schedule=replace(first.sampler.schedule, nfe=np.int32(1)))
     numbers = np.arange(len(labels))
     list(generate.generate(short, first.run.params, labels, numbers, experiment.mesh, len(labels)))
     return compiled
 
 
-def drawn(cell: Cell, compiled: functools.partial, labels: np.ndarray, batch_size: int) -> tuple[np.ndarray, float]:
-    """Images uint8 [n, h, w, c] of a cell and the seconds for all of them. FloatingPointError if one is not finite."""
+def drawn(
+    cell: Cell, compiled: functools.partial, labels: np.ndarray, batch_size: int, network: Network
+) -> tuple[Features | int, float]:
+    """Features of the images of a cell, or how many of their values are not finite; and the seconds for all."""
     started = time.perf_counter()
     sampler = functools.partial(compiled, schedule=cell.sampler.schedule)
     numbers, rows, mesh = np.arange(len(labels)), min(batch_size, len(labels)), cell.run.experiment.mesh
-    batches = generate.generate_everywhere(sampler, cell.run.params, labels, numbers, mesh, rows)
-    values = np.concatenate(list(batches))
-    return samples.to_uint8(values), time.perf_counter() - started
+    batches = generate.generate(sampler, cell.run.params, labels, numbers, mesh, rows)
+    found = features.collect(batches, network, len(labels))
+    return found, time.perf_counter() - started
 
 
 def nfe(schedule: samplers.SamplerSchedule) -> int:
@@ -234,59 +307,58 @@ def nfe(schedule: samplers.SamplerSchedule) -> int:
 
 
 def row_of(
-    cell: Cell, images: np.ndarray, labels: np.ndarray, seconds: float, seed: int, reference: Reference
+    cell: Cell, found: Features, labels: np.ndarray, seconds: float, seed: int, scoring: Scoring
 ) -> dict[str, Any]:
     """A cell's row of the table, with values, protocol and subject as `evaluate` writes them."""
-    train, held_out, identity = reference
     experiment, sampling = cell.run.experiment, cell.sampling
     form = describe_form(experiment.model, cell.run.params, fused=True)
     cell_experiment = with_sampling(experiment, sampling)
-    said = "interleaved" if experiment.num_classes else samples.NO_LABELS
-    made = describe(cell_experiment, cell.run.origin, form, labels=said, seed=seed, first=0, num=len(images))
+    said = "interleaved" if experiment.num_classes else NO_LABELS
+    settings = {"labels": said, "seed": seed, "first": 0, "num": len(labels), **experiment.decoder_protocol()}
+    made = describe(cell_experiment, cell.run.origin, form, **settings)
+    images = Images(found, labels if experiment.num_classes else None)
     return {
         "run": cell.folder,
+        "average": cell.run.origin["weights"],
         "sampler": sampling.sampler,
         "steps": sampling.steps,
         "evaluations": nfe(cell.sampler.schedule),
         "guidance": sampling.guidance.scale,
-        "seconds_per_image": seconds / len(images),
-        **result_of(
-            pixels.score((images, labels if experiment.num_classes else None), train, held_out),
-            made,
-            identity,
-            len(images),
-            PIXELS,
-        ),
+        "seconds_per_image": seconds / len(labels),
+        **scoring.result(scoring.values(images), made, len(labels)),
     }
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
-    scores = list(results[0]["values"])
-    longest = max(len("run"), *(len(result["run"]) for result in results))
-    heads = [f"{score:>{len(score) + 2}}" for score in scores]
+def print_table(results: list[dict[str, Any]], scoring: Scoring) -> None:
+    names = [called(row["run"], row["average"]) for row in results]
+    longest = max(len("run"), *map(len, names))
+    widths = {score: max(len(score), len("1000.0000")) + 2 for row in results for score in row["values"]}
+    heads = [f"{score:>{width}}" for score, width in widths.items()]
     print(f"\n{'run':<{longest}}  {'sampler':<15}{'steps':>6}{'NFE':>6}{'guidance':>10}{''.join(heads)}  s/image")
-    for row in results:
-        values = "".join(f"{row['values'][score]['value']:>{len(score) + 2}.4f}" for score in scores)
+    for name, row in zip(names, results):
+        found = {score: f"{column['value']:.4f}" for score, column in row["values"].items()}
+        values = "".join(f"{found.get(score, '-'):>{width}}" for score, width in widths.items())
         method = f"{row['sampler']:<15}{row['steps']:>6}{row['evaluations']:>6}{row['guidance']:>10g}"
-        print(f"{row['run']:<{longest}}  {method}{values}{row['seconds_per_image']:>9.4f}")
-    if all("held_out_real" in columns for columns in results[0]["values"].values()):
-        values = "".join(f"{results[0]['values'][score]['held_out_real']:>{len(score) + 2}.4f}" for score in scores)
+        print(f"{name:<{longest}}  {method}{values}{row['seconds_per_image']:>9.4f}")
+    columns = {score: column for row in results for score, column in row["values"].items()}
+    if all("held_out_real" in column for column in columns.values()):
+        values = "".join(f"{columns[score]['held_out_real']:>{width}.4f}" for score, width in widths.items())
         print(f"{'held-out real images':<{longest + 39}}{values}")
-    identity = results[0]["protocol"]["reference"]
     print(
-        f"{results[0]['protocol']['num']} images per row against {identity['count']} of {identity['name']} (pixel "
-        "scores, not FID); a guided network call counts as two"
+        f"{results[0]['protocol']['num']} images per row against {scoring.source.described} "
+        f"({scoring.network.title}); a guided network call counts as two"
     )
 
 
-def picture(results: list[dict[str, Any]]) -> np.ndarray:
-    """The plot; runs and guidance weights are named where there are several."""
-    several_runs, several_weights = (len({row[what] for row in results}) > 1 for what in ("run", "guidance"))
+def picture(results: list[dict[str, Any]], metric: str) -> np.ndarray:
+    """The plot of a score; runs, averages and guidance weights are named where there are several."""
+    several = {what for what in ("run", "average", "guidance") if len({row[what] for row in results}) > 1}
     points = []
     for row in results:
-        names = [row["run"]] * several_runs + [row["sampler"]] + [f"guidance {row['guidance']:g}"] * several_weights
-        value = row["values"][PLOTTED]["value"]
+        parts = {"run": row["run"], "average": row["average"], "guidance": f"guidance {row['guidance']:g}"}
+        names = [row["sampler"], *(text for what, text in parts.items() if what in several)]
+        value = row["values"][metric]["value"]
         points.append(plot.Point(", ".join(names), row["evaluations"], value, str(row["steps"])))
     recorded = results[0]["protocol"]
     title = f"{recorded['num']} images against {recorded['reference']['name']}, by sampler and steps"
-    return plot.scatter(points, title, "NFE per image", PLOTTED)
+    return plot.scatter(points, title, "NFE per image", metric)

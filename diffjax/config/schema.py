@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeGuard
 from diffjax import models
 from diffjax.data.sources import SOURCES
 from diffjax.errors import UserError
-from diffjax.evaluation.evaluators import EVALUATORS
+from diffjax.evaluation.evaluators import EVALUATORS, JUDGES
 from diffjax.files import local_path
 from diffjax.methods import METHODS
 from diffjax.options import (
@@ -144,6 +144,9 @@ class Checkpoint:
     every_steps: Annotated[int, Leaf("steps between checkpoints", "watch", COUNT)] = 10_000
     keep: Annotated[int, Leaf("how many of the latest stay", "watch", COUNT)] = 3
     keep_every_steps: Annotated[int, Leaf("multiples of it stay for good", "watch", at_least(0, "none"))] = 0
+    keep_best: Annotated[
+        str, Leaf("evaluator whose best step stays for good; '': none", "watch", one_of(("", *JUDGES)))
+    ] = ""
 
 
 @dataclass(frozen=True)

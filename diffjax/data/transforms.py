@@ -59,6 +59,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
+def resized(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) -> Image.Image:
+    """`image` in another (width, height), whatever its aspect, by a filter of Pillow; see the module docstring."""
+    return image.resize((size[0], image.height), filter).resize(size, filter)
+
+
 def adm_sizes(width: int, height: int, size: int) -> list[tuple[int, int]]:
     """The (width, height) that `adm_center_crop` passes through: at the start, after each halving, before the crop.
 
@@ -84,8 +89,8 @@ def adm_center_crop(image: Image.Image, size: int) -> np.ndarray:
     """
     *halvings, last = adm_sizes(*image.size, size)[1:]
     for halved in halvings:
-        image = _resize(image, halved, Image.Resampling.BOX)
-    image = _resize(image, last, Image.Resampling.BICUBIC)
+        image = resized(image, halved, Image.Resampling.BOX)
+    image = resized(image, last, Image.Resampling.BICUBIC)
     return _pixels(_square(image, *adm_offset(*last, size), size))
 
 
@@ -96,12 +101,12 @@ def edm_center_crop(image: Image.Image, size: int) -> np.ndarray:
     """The central square of `image`, resized to uint8 [size, size, channels] by Lanczos in one step (EDM)."""
     side = min(image.size)
     left, top = adm_offset(*image.size, side)
-    return _pixels(_resize(_square(image, left, top, side), (size, size), Image.Resampling.LANCZOS))
+    return _pixels(resized(_square(image, left, top, side), (size, size), Image.Resampling.LANCZOS))
 
 
 def edm_scale(image: Image.Image, size: int) -> np.ndarray:
     """The whole `image`, whatever its aspect, resized to uint8 [size, size, channels] by Lanczos in one step (EDM)."""
-    return _pixels(_resize(image, (size, size), Image.Resampling.LANCZOS))
+    return _pixels(resized(image, (size, size), Image.Resampling.LANCZOS))
 
 
 def lsun_box(image: Image.Image, size: int) -> np.ndarray:
@@ -110,7 +115,7 @@ def lsun_box(image: Image.Image, size: int) -> np.ndarray:
     As guided-diffusion prepares LSUN: no halvings, sizes rounded half to even.
     """
     scale = size / min(image.size)
-    image = _resize(image, (round(image.width * scale), round(image.height * scale)), Image.Resampling.BOX)
+    image = resized(image, (round(image.width * scale), round(image.height * scale)), Image.Resampling.BOX)
     return _pixels(_square(image, *adm_offset(*image.size, size), size))
 
 
@@ -129,7 +134,7 @@ def _torchvision(image: Image.Image, size: int, filter: Image.Resampling) -> np.
     short = min(image.size)
     width, height = (int(size * side / short) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return _pixels(_square(_resize(image, (width, height), filter), left, top, size))
+    return _pixels(_square(resized(image, (width, height), filter), left, top, size))
 
 
 CELEBA = (178, 218)  # width and height of an aligned image
@@ -143,7 +148,7 @@ def celeba_crop(image: Image.Image, size: int) -> np.ndarray:
     """
     if image.size != CELEBA:
         raise ValueError(f"{image.width}x{image.height} pixels; an aligned CelebA image has {CELEBA[0]}x{CELEBA[1]}")
-    return _pixels(_resize(_square(image, *CELEBA_CROP), (size, size), Image.Resampling.BILINEAR))
+    return _pixels(resized(_square(image, *CELEBA_CROP), (size, size), Image.Resampling.BILINEAR))
 
 
 def unchanged(image: Image.Image, size: int) -> np.ndarray:
@@ -164,10 +169,6 @@ RULES: dict[str, Rule] = {
     "celeba": celeba_crop,
     "none": unchanged,
 }
-
-
-def _resize(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) -> Image.Image:
-    return image.resize((size[0], image.height), filter).resize(size, filter)
 
 
 def _square(image: Image.Image, left: int, top: int, side: int) -> Image.Image:

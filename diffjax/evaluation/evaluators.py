@@ -6,27 +6,37 @@ one is a function here, or in a file beside, and a row of EVALUATORS; its keywor
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
 
 from diffjax import rng
 from diffjax.contracts import Evaluator, Result, Subject, Tree
-from diffjax.data import sources
+from diffjax.data.image_sets import ImageSet
 from diffjax.errors import UserError
-from diffjax.evaluation import pixels
-from diffjax.options import Leaf, Option, at_least, options
-from diffjax.sampling import samples
+from diffjax.evaluation import metrics, networks, pixels, protocol, standard
+from diffjax.evaluation.networks import Network
+from diffjax.evaluation.standard import Images, Standard
+from diffjax.options import Leaf, Option, at_least, one_of, options
+from diffjax.sampling import features, samples
 
 
 @dataclass(frozen=True)
 class EvaluatorRecord:
-    """A row of the table: (subject, options) -> Evaluator, and how often it runs by default, in steps (0: never)."""
+    """A row of the table.
+
+    Attributes:
+        build: (subject, options) -> Evaluator.
+        every_steps: how often it runs by default; 0: never.
+        judges: whether one of its values tells which step is best, see `Result.judge`.
+    """
 
     build: Callable[..., Evaluator]
     every_steps: int = 0
+    judges: bool = False
 
     @property
     def options(self) -> dict[str, Option]:
@@ -84,7 +94,7 @@ def held_out_loss(
         terms = {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
         values = {name: float(each.mean()) for name, each in terms.items()}
         bins_of_time = by_bin(terms["loss"], np.concatenate(fractions), bins)
-        return Result(values | bins_of_time, None, {"num": count, "data": source.fingerprint})
+        return Result(values | bins_of_time, None, {"num": count, "data": source.fingerprint}, judge="loss")
 
     return evaluate
 
@@ -103,27 +113,90 @@ def pixel_scores(
     num: Annotated[int, Leaf("images that are scored", "watch", at_least(2))] = 500,
 ) -> Evaluator:
     """Scores of samples against the training images on pixels; for small images, and not FID."""
-    check_pictures(subject, "scores")
+    check_scored(subject, "scores")
+    return scorer(subject, networks.load("pixels"), "", num)
+
+
+def feature_scores(
+    subject: Subject,
+    *,
+    network: Annotated[
+        str, Leaf("by whose features samples are compared", "watch", one_of(networks.NETWORKS))
+    ] = "inception",
+    weights: Annotated[str, Leaf("of the network, a file; '': the published ones, once fetched", "place")] = "",
+    reference: Annotated[
+        str, Leaf("an embedded set, images or a file of statistics; '': the training images", "place")
+    ] = "",
+    num: Annotated[int, Leaf("samples that are scored", "watch", at_least(2))] = 5_000,
+    sampler: Annotated[str, Leaf("of them; '': that of section sampling", "watch")] = "",
+    steps: Annotated[int, Leaf("of the sampler; 0: those of section sampling", "watch", at_least(0))] = 0,
+    scores: Annotated[tuple[str, ...], Leaf("besides the Frechet distance, by their names in results", "watch")] = (),
+) -> Evaluator:
+    """Frechet distance of samples by the features of a network, FID or what it is called, and other scores.
+
+    Samples are drawn and scored on the mesh of the training. The weights of the network are on the devices while it
+    runs, and no longer.
+    """
+    check_scored(subject, "fid", bool(reference))
+    try:
+        found = networks.load(network, Path(weights) if weights else None)
+        wanted = dict.fromkeys([found.called("fd"), *scores])
+        return scorer(subject.sampled_by(sampler, steps), found, reference, num, tuple(wanted))
+    except UserError as error:  # it may name a flag of `evaluate`
+        raise UserError(f"evals.fid: {error}") from error
+
+
+def check_scored(subject: Subject, name: str, reference: bool = False) -> None:
+    """UserError unless a model's samples can be compared with images: those of the training, or a `reference`."""
+    check_pictures(subject, name)
     if subject.method.condition is not None and subject.method.condition.kind != "labels":
-        raise UserError("evals.scores compares labels, which this model has not; valid: evals.scores.every_steps = 0")
-    if subject.method.decoder and subject.source.kind != "images":
         raise UserError(
-            "evals.scores compares with the training images, and these data are none; set evals.scores.every_steps = 0"
+            f"evals.{name} draws samples of labels, which this model has not; set evals.{name}.every_steps=0"
         )
+    if subject.method.decoder and subject.source.kind != "images" and not reference:
+        other = "; give evals.fid.reference, or set" if name == "fid" else "; set"
+        raise UserError(
+            f"evals.{name} compares with the training images, and these data are none{other} evals.{name}.every_steps"
+            " = 0"
+        )
+
+
+def scorer(subject: Subject, network: Network, reference: str, num: int, wanted: tuple[str, ...] = ()) -> Evaluator:
+    """Draws samples 0 to num - 1 and scores them against a reference; "": the training images, with their labels."""
     conditions = subject.conditions(0, num)
-    train: Any = None
+    labels = conditions if subject.method.condition else None
+    source = standard.open_source(reference) if reference else standard.of_training(subject.source, network)
+    source = replace(source, held_out=None)
+    standard.check_network(source, network)
+    metrics.computable(network, num, source.available(network, labels is not None), wanted)
+    if source.shape:
+        pixels.check_sizes(subject.picture_size, source.shape)
+    kinds = metrics.kinds(network, wanted)
+    made: Standard | None = None
+
+    def shared(images: ImageSet, _: str) -> Images:
+        """Features of images, of which every process computes its part."""
+        own = np.arange(jax.process_index(), images.count, jax.process_count())
+        read = ((numbers, images.read(numbers)) for numbers in standard.blocks(own))
+        found = features.collect(read, network, images.count, kinds)
+        assert not isinstance(found, int)  # of images, which are finite
+        return Images(found, images.labels)
 
     def evaluate(params: Tree) -> Result:
-        nonlocal train
-        train = train or sources.arrays(subject.source)
-        values = np.concatenate(list(subject.images(params, conditions)))
-        if not np.isfinite(values).all():
-            return Result({"not_finite": float(np.sum(~np.isfinite(values)))})
-        labels = conditions if subject.method.condition else None
-        scores = pixels.score((samples.to_uint8(values), labels), train)
-        return Result(
-            {name: each["value"] for name, each in scores.items()}, None, {"num": num, "features": pixels.FEATURES}
-        )
+        nonlocal made
+        if made is None:
+            made = standard.of_source(source, network, shared, single=metrics.needs_images(network, wanted))
+        found = features.collect(subject.draw(params, conditions), network, num, kinds)
+        if isinstance(found, int):
+            return Result({"not_finite": float(found)})
+        values = metrics.score(Images(found, labels), made, network, wanted)
+        drawn = {"labels": "interleaved" if labels is not None else samples.NO_LABELS, "seed": subject.seed, "first": 0}
+        sampling = {**drawn, **subject.description(), "rounding": samples.ROUNDING}
+        described = protocol.result(values, **network.identity(), reference=source.identity, num=num, samples=sampling)[
+            "protocol"
+        ]
+        plain = {score: float(column["value"]) for score, column in values.items()}
+        return Result(plain, None, described, judge=network.called("fd"))
 
     return evaluate
 
@@ -164,7 +237,9 @@ def check_pictures(subject: Subject, name: str) -> None:
 
 EVALUATORS: dict[str, EvaluatorRecord] = {
     "samples": EvaluatorRecord(sample_grid, every_steps=10_000),
-    "loss": EvaluatorRecord(held_out_loss),
-    "scores": EvaluatorRecord(pixel_scores),
+    "loss": EvaluatorRecord(held_out_loss, judges=True),
+    "scores": EvaluatorRecord(pixel_scores, judges=True),
+    "fid": EvaluatorRecord(feature_scores, judges=True),
     "reconstructions": EvaluatorRecord(reconstruction_grid),
 }
+JUDGES = tuple(name for name, record in EVALUATORS.items() if record.judges)

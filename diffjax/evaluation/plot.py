@@ -1,4 +1,4 @@
-"""A scatter plot of scores against cost with its Pareto front, drawn by matplotlib (optional extra `plot`)."""
+"""Plots by matplotlib (optional extra `plot`): scores against cost with their Pareto front, and a score over steps."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -53,6 +53,31 @@ def scatter(points: Sequence[Point], title: str, x_name: str, y_name: str) -> np
     [lines["Pareto front"]] = axes.plot(*zip(*front), "o:", color="black", fillstyle="none", markersize=13)
     columns = 1 if max(map(len, lines)) > 40 else 3
     figure.legend(list(lines.values()), list(lines), loc="outside lower left", ncols=columns, fontsize="small")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def curve(points: Sequence[tuple[float, float]], title: str, x_name: str, y_name: str) -> np.ndarray:
+    """A picture uint8 [450, 720, 3] of values over steps, the lowest one marked; the scale of y is logarithmic."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    figure = Figure(figsize=(7.2, 4.5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x_name, ylabel=y_name)
+    if min(y for _, y in points) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.plot(*zip(*points), "o-")
+    x, y = min(points, key=lambda point: point[1])
+    axes.plot([x], [y], "o", color="black", fillstyle="none", markersize=13)
+    axes.annotate(f"{y:.4g} at {x:g}", (x, y), (0, 12), textcoords="offset points", ha="center", fontsize="small")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]

@@ -17,11 +17,12 @@ from diffjax.files import write_json
 from diffjax.trees import leaves
 
 # what the maker of the samples knows; the scorer knows the rest
+DECODER = "autoencoder_"  # what the fields of a decoder of latents begin with; pictures of others have none
 SAMPLING_FIELDS = ("sampling", "labels", "rounding", "precision", "seed", "first", "code_version")
 
 
 def result(
-    values: Mapping[str, Mapping[str, float]],
+    values: Mapping[str, Mapping[str, Any]],
     *,
     features: str,
     features_sha256: str,
@@ -41,9 +42,10 @@ def result(
     """
     scorer = {"features": features, "features_sha256": features_sha256, "resize": resize}
     sampling = {field: samples.get(field) for field in SAMPLING_FIELDS}
+    sampling |= {field: value for field, value in samples.items() if field.startswith(DECODER)}
     origin = samples.get("origin")
     averaged = None if origin is None else origin.get("weights", "as converted")
-    subject = {field: value for field, value in samples.items() if field not in SAMPLING_FIELDS}
+    subject = {field: value for field, value in samples.items() if field not in sampling}
     return {
         "values": dict(values),
         "protocol": {**scorer, "reference": dict(reference), "num": num, **sampling, "ema": averaged},
@@ -55,7 +57,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[float
     """{score: (value of a, value of b)} for the scores that both results have.
 
     Raises:
-        UserError: a field of the protocols differs or is not recorded; names all of them.
+        UserError: a field of the protocols differs or is not recorded, or a score was computed by another rule; names
+            all of them.
     """
     fields_a, fields_b = leaves(a["protocol"]), leaves(b["protocol"])
     names = sorted((fields_a | fields_b).keys() - {"code_version"})
@@ -67,6 +70,14 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[float
     if unknown:
         raise UserError(f"these results cannot be compared, their protocols do not record {', '.join(unknown)}")
     common = [score for score in a["values"] if score in b["values"]]
+    if not common:
+        scores = [", ".join(each["values"]) or "none" for each in (a, b)]
+        raise UserError(f"these results have no score in common: {scores[0]}, and {scores[1]}")
+    rules = {score: [each["values"][score].get("rule") for each in (a, b)] for score in common}
+    # results of earlier versions have no rules; their scores had those of today
+    other = [f"{score} ({x} and {y})" for score, (x, y) in rules.items() if x and y and x != y]
+    if other:
+        raise UserError(f"these results cannot be compared, the rules differ of {', '.join(other)}")
     return {score: (a["values"][score]["value"], b["values"][score]["value"]) for score in common}
 
 

@@ -1,4 +1,5 @@
-"""DINOv2 with registers (arXiv 2304.07193, 2309.16588) as the feature extractor of DiGIT (arXiv 2410.12490).
+"""DINOv2 (arXiv 2304.07193), with registers (2309.16588) the feature extractor of DiGIT (arXiv 2410.12490), without
+them that of FD-DINOv2 (2306.04675).
 
     x = [class, patches(pixels)] + positions;  the registers, which have no position, go between class and patches
     x = x + s_a Attention(LN(x))                                                         per block; s_a, s_m: LayerScale
@@ -10,6 +11,8 @@
 The weights are the published `dinov2_vit{s,b,l,g}14_reg4_pretrain.pth`, but the positions are those of the networks
 without registers, as DiGIT has them: the stored 37 x 37 grid is sampled with scale (h + 0.1) / 37 and no antialiasing,
 where the constructors of the register weights take h / 37 and antialias. Its codebooks need this variant.
+
+FD-DINOv2 takes `class_token` of `dinov2_vitl14_pretrain.pth`.
 """
 
 import math
@@ -56,6 +59,20 @@ def features(module: "DINOv2", params: Mapping[str, Any], images: jax.Array, lay
         UserError: images of another size or of integers; no such layer.
     """
     return patches(module, params, shrink(normalise(images)), layer)
+
+
+def class_token(module: "DINOv2", params: Mapping[str, Any], images: jax.Array) -> jax.Array:
+    """The last norm of the class token, of FD-DINOv2: float32 [b, width].
+
+    images: float [b, 224, 224, 3], RGB in [0, 1]. UserError for other sizes and for integers.
+
+    Products are of float32 on every device: lower precision changes the features and so the distance.
+    """
+    if images.shape[1:3] != (SIDE, SIDE):
+        raise UserError(f"DINOv2: images of shape {images.shape}; valid: [b, {SIDE}, {SIDE}, 3]")
+    with jax.default_matmul_precision("highest"):
+        tokens: Any = module.apply({"params": params}, normalise(images))
+    return tokens[:, 0]
 
 
 def patches(module: "DINOv2", params: Mapping[str, Any], pixels: jax.Array, layer: int = LAYER) -> jax.Array:
@@ -165,7 +182,7 @@ class DINOv2(nn.Module):
     Attributes:
         hidden: width inside the feed-forward networks. gated: their form, see `Mlp`.
         patch: side of a patch in pixels.
-        registers: tokens between class and patches.
+        registers: tokens between class and patches, 0 for none.
         grid: side of the grid of positions that is stored.
         dtype: compute dtype, "float32" or "bfloat16"; norm statistics, softmax and the sum of the branches stay
             float32.
@@ -183,7 +200,9 @@ class DINOv2(nn.Module):
 
     def validate(self) -> None:
         """Raise UserError for sizes that exclude each other, before anything is traced."""
-        check_sizes(self, "depth", "width", "heads", "hidden", "patch", "registers", "grid")
+        check_sizes(self, "depth", "width", "heads", "hidden", "patch", "grid")
+        if not isinstance(self.registers, int) or self.registers < 0:
+            raise UserError(f"DINOv2: registers = {self.registers!r}; valid: a number from 0 on")
         if self.width % self.heads:
             raise UserError(f"DINOv2: width = {self.width} is not divisible by heads = {self.heads}")
 
@@ -208,13 +227,13 @@ class DINOv2(nn.Module):
     def embed(self, pixels: jax.Array) -> jax.Array:
         """The input of the first block: float32 [b, 1 + registers + n, width]."""
         batch, height, width = len(pixels), pixels.shape[1] // self.patch, pixels.shape[2] // self.patch
-        cls, registers, table = (
-            self.param(name, nn.initializers.zeros, (rows, self.width))
-            for name, rows in (("cls_token", 1), ("registers", self.registers), ("positions", 1 + self.grid**2))
-        )
+        rows = {"cls_token": 1, "registers": self.registers, "positions": 1 + self.grid**2}
+        tokens = {n: self.param(n, nn.initializers.zeros, (size, self.width)) for n, size in rows.items() if size}
         self.param("mask_token", nn.initializers.zeros, (self.width,))  # of the training; kept so that files are whole
         x = rearrange(pixels, "b (h ph) (w pw) c -> b (h w) (ph pw c)", ph=self.patch, pw=self.patch)
         x = nn.Dense(self.width, dtype=DTYPES[self.dtype], name="patch_embed")(x)
-        positions = interpolate(table, height, width)
-        first = jnp.concatenate([cls + positions[:1], registers])
+        positions = interpolate(tokens["positions"], height, width)
+        first = jnp.concatenate(
+            [tokens["cls_token"] + positions[:1], *([tokens["registers"]] if self.registers else [])]
+        )
         return jnp.concatenate([jnp.broadcast_to(first, (batch, *first.shape)), x + positions[1:]], axis=1)

@@ -23,6 +23,7 @@ from diffjax.ops.resize import legacy_bilinear
 SIDE = 299
 FEATURES, OUTPUTS = 2048, 1008
 SPATIAL = 7  # channels of Mixed_6d that sFID takes: the first of its first branch
+SPATIAL_FEATURES = 17 * 17 * SPATIAL
 INPUTS = ("tensorflow", "pytorch-fid")
 
 

@@ -112,6 +112,12 @@ def leads(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(values)) if jax.process_count() > 1 else values
 
 
+def wait(reason: str) -> None:
+    """Wait for all processes of this job; reason: the same on all of them, and used once."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(reason)
+
+
 def say(line: str) -> None:
     """Print a line, on the one process that speaks for all."""
     if is_lead():

@@ -11,10 +11,10 @@ import numpy as np
 
 from diffjax.errors import UserError
 from diffjax.experiment import Experiment
-from diffjax.files import file_sha256, read_npz
+from diffjax.files import NO_LABELS, file_sha256, read_npz, read_protocol
 from diffjax.runs import Run
 from diffjax.sampling import generate
-from diffjax.sampling.samples import NO_LABELS, Classes, read_protocol
+from diffjax.sampling.samples import Classes
 
 SPREAD = ("interleaved", "uniform")  # how all classes are spread over the samples
 

@@ -7,15 +7,16 @@ While `samples.npz` is being made there is a folder `samples.npz.parts` beside i
 
 Each file appears whole under its name. The steps of a command on one or several hosts that share the folder:
 
-    parts = open_parts(out, identity, num, process)      every host, process = its number
-    missing = parts.missing()                            of host 0, for all: they listed the folder at different times
-    parts.write(own, rows)                               batch by batch; own = its part of the missing numbers
-    parts.finish({"arr_1": labels}, description)         host 0, when all have written
+    with opened(out, identity, num) as (parts, missing): every host
+        parts.write(own, rows)                           batch by batch; own = its part of the missing numbers
+        wait until all have written
+        parts.finish({"arr_1": labels}, description)     host 0
 
 `finish` writes the npz, the json and the png, and removes the folder last. A process killed at any
 point loses only what it had not yet written: the same command ends with the same bytes, whatever the parts were.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -25,11 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from diffjax import files
 from diffjax.errors import UserError
 from diffjax.evaluation.pixels import to_rgb
+from diffjax.parallel import hosts
 from diffjax.sampling import samples
 from diffjax.trees import differing
 
@@ -47,6 +50,19 @@ class Part:
     offset: int  # of the rows in the file, bytes
     row: tuple[int, ...]  # shape of one row
     dtype: np.dtype
+
+
+@contextlib.contextmanager
+def opened(out: Path, identity: Mapping[str, Any], num: int) -> Iterator[tuple["Parts", np.ndarray]]:
+    """The folder of parts of the file `out`, and the numbers that it lacks; all processes of a job call it.
+
+    The lead holds the folder against other commands. The numbers are those that the lead finds: the processes list the
+    folder at different times. For arguments and errors see `open_parts`.
+    """
+    with files.only_writer(make_folder(out)) if hosts.is_lead() else contextlib.nullcontext():
+        parts = open_parts(out, identity, num, jax.process_index())
+        absent = hosts.leads(np.isin(np.arange(num), parts.missing()))
+        yield parts, np.flatnonzero(absent)
 
 
 def open_parts(out: Path, identity: Mapping[str, Any], num: int, process: int = 0) -> "Parts":
@@ -212,7 +228,7 @@ class Parts:
         """
         if raw:
             self.assemble(arrays, raw=True)
-            samples.write_protocol(self.out, description, self.owner)
+            files.write_protocol(self.out, description, self.owner)
         else:
             more = dict(arrays)
             samples.write_samples(

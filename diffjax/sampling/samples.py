@@ -1,6 +1,5 @@
 """Files of generated images: npz in the ADM layout, beside it a json (how they were made) and a png (a grid)."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffjax.errors import UserError
 from diffjax.evaluation.pixels import to_rgb
-from diffjax.files import Blocks, atomic, file_sha256, read_npz, write_json, write_npz
+from diffjax.files import NO_LABELS, Blocks, atomic, read_npz, read_protocol, write_npz, write_protocol
 
 ROUNDING = "truncate(clip(127.5 x + 128, 0, 255))"  # DiT's rule, half up; ADM's is half a grey level darker
 
-NO_LABELS = "none"  # what the protocol says of the labels of a model without classes
 GRID_IMAGES = 100  # at most, in a grid
 GRID_SIDE = 64  # smaller images are enlarged to about this many pixels
 GRID_CLASSES = 20  # more classes have no columns of their own
@@ -59,10 +57,11 @@ class Classes(NamedTuple):
         return self.names[label] if label < len(self.names) else str(label)
 
 
-def grid(images: np.ndarray, classes: Classes | None = None) -> np.ndarray:
+def grid(images: np.ndarray, classes: Classes | None = None, columns: int = 0) -> np.ndarray:
     """The first images of uint8 [n, h, w, 1 or 3] in one picture, uint8 [h', w', 3], on white.
 
-    Row by row in a square; of some classes, not more than GRID_CLASSES, one class per column under its name.
+    Row by row in so many columns, by default a square; of some classes, not more than GRID_CLASSES, one class per
+    column under its name.
     """
     images = to_rgb(images[:GRID_IMAGES])
     scale = max(1, GRID_SIDE // images.shape[1])
@@ -70,11 +69,11 @@ def grid(images: np.ndarray, classes: Classes | None = None) -> np.ndarray:
     images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     found = np.unique(classes.labels[: len(images)]) if classes else ()
     if classes is None or not 1 < len(found) <= GRID_CLASSES:
-        return _rows(images, math.ceil(math.sqrt(len(images))))
+        return _rows(images, columns or math.ceil(math.sqrt(len(images))))
     longest = math.ceil(math.sqrt(GRID_IMAGES))
-    columns = [images[classes.labels[: len(images)] == label][:longest] for label in found]
-    rows = max(map(len, columns))
-    filled = [_filled(column, rows) for column in columns]
+    stacks = [images[classes.labels[: len(images)] == label][:longest] for label in found]
+    rows = max(map(len, stacks))
+    filled = [_filled(stack, rows) for stack in stacks]
     titles = np.concatenate([_title(classes.name(int(label)), images.shape[2]) for label in found], axis=1)
     return np.concatenate([titles, _rows(np.stack(filled, axis=1).reshape(-1, *images.shape[1:]), len(found))])
 
@@ -140,11 +139,6 @@ def write_samples(
     write_png(path.with_suffix(".png"), grid(shown, classes), owner)
 
 
-def write_protocol(path: Path, protocol: Mapping[str, Any], owner: str = "file") -> None:
-    """Write the .json beside `path`: how its arrays were made, and the hash of the file."""
-    write_json(path.with_suffix(".json"), {**protocol, "samples_sha256": file_sha256(path)}, owner)
-
-
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
     """(images uint8 [n, h, w, 3], labels int32 [n] or None, protocol) of a samples file; {} when it has no json beside.
 
@@ -163,23 +157,6 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, A
     if labels is None or protocol.get("labels") == NO_LABELS:
         return images, None, protocol
     return images, labels.astype(np.int32), protocol
-
-
-def read_protocol(path: Path) -> dict[str, Any]:
-    """The json of a file of samples, decoded or raw; {} without one.
-
-    UserError when it is no json, or that of another file.
-    """
-    described = path.with_suffix(".json")
-    if not described.exists():
-        return {}
-    try:
-        protocol = json.loads(described.read_text())
-    except ValueError as error:
-        raise UserError(f"{described}: not json ({error})") from error
-    if not isinstance(protocol, dict) or protocol.pop("samples_sha256", None) != file_sha256(path):
-        raise UserError(f"{described} does not describe {path.name}: the hash of the file differs; sample again")
-    return protocol
 
 
 def _problem(images: np.ndarray | Blocks, labels: np.ndarray | None) -> str | None:

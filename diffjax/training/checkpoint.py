@@ -9,7 +9,7 @@ that a run which resumes from it lacks none. Nothing here ever deletes a step bu
 snapshots stay for good.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,14 @@ class Checkpoints(Archive):
         *,
         keep: int = 1,
         keep_every_steps: int = 0,
+        keep_also: Callable[[Collection[int]], Collection[int]] | None = None,
         snapshots: Snapshots | None = None,
         read_only: bool = False,
     ):
         """Keeps the latest `keep` steps, and every multiple of `keep_every_steps` (0: none) for good.
 
         Args:
+            keep_also: which of the steps that are there stay besides, asked at every save.
             snapshots: those of the run, if it makes any: waited for, checked and closed with the checkpoints.
             read_only: never write, make or delete anything.
         """
@@ -72,6 +74,7 @@ class Checkpoints(Archive):
             ("state", "ema", POWER_EMAS, "data", "meta"),
             keep=keep,
             keep_every_steps=keep_every_steps,
+            keep_also=keep_also,
             read_only=read_only,
         )
         self.snapshots = snapshots

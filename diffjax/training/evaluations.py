@@ -2,11 +2,14 @@
 
     evals/<name>_<step>.json     {"step": ..., "evaluator": ..., "values": {...}, "protocol": {...}}
     samples/step_<step>.png      the picture of the evaluator `samples`; of any other evals/<name>_<step>.png
+    evals/<name>.png             the value over steps by which an evaluator judges, where matplotlib is installed
 
 The json is written last: an evaluation without one has not been made, and is run when the run resumes. Earlier versions
 wrote the picture of `samples` alone, which counts, too.
 """
 
+import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from diffjax.contracts import Evaluator, Result
 from diffjax.errors import writing
+from diffjax.evaluation import plot
 from diffjax.experiment import Experiment
 from diffjax.files import write_json
 from diffjax.parallel import hosts
@@ -29,6 +33,7 @@ class Evaluations:
     def __init__(self, workdir: Path, experiment: Experiment):
         self._workdir, self._experiment = workdir, experiment
         self._every = experiment.schedule.evaluate_every
+        self._judge = experiment.schedule.keep_best
         self._total = experiment.schedule.total_steps
         self._evaluators: dict[str, Evaluator] = {}
         self._compiled: set[str] = set()
@@ -48,6 +53,31 @@ class Evaluations:
         if jax.process_count() > 1 and due:
             absent = multihost_utils.broadcast_one_to_all(absent)
         return [name for name, is_absent in zip(due, absent) if is_absent]
+
+    def best(self, steps: Collection[int]) -> set[int]:
+        """The one of these steps that the evaluator of checkpoint.keep_best finds best; none where it has no result."""
+        found = {step: value for step, (_, value) in self._judged(self._judge).items() if step in steps}
+        return {min(found, key=lambda step: found[step])} if found else set()
+
+    def _judged(self, name: str) -> dict[int, tuple[str, float]]:
+        """By step, the value by which an evaluator judges, and its name.
+
+        Left out are values that are not finite, and those made otherwise than the latest, which do not compare.
+        """
+        results = [_read(path) for path in sorted((self._workdir / "evals").glob(f"{name}_*.json"))]
+        judging = [result for result in results if result.get("judge") in result.get("values", {})]
+        return {
+            result["step"]: (result["judge"], result["values"][result["judge"]])
+            for result in judging
+            if _made(result) == _made(judging[-1]) and np.isfinite(result["values"][result["judge"]])
+        }
+
+    def _draw_curve(self, name: str) -> None:
+        found = self._judged(name)
+        if len(found) > 1 and plot.missing() is None:
+            [*_, (score, _)] = found.values()
+            points = [(step, value) for step, (_, value) in found.items()]
+            samples.write_png(self._path(name, 0).with_name(f"{name}.png"), plot.curve(points, "", "step", score))
 
     def _is_made(self, name: str, step: int) -> bool:
         # Earlier versions wrote the picture alone.
@@ -78,7 +108,9 @@ class Evaluations:
                 picture.parent.mkdir(exist_ok=True)
                 samples.write_png(picture, result.picture)
             found = {"step": step, "evaluator": name, "values": dict(result.values), "protocol": dict(result.protocol)}
-            write_json(path, found)
+            write_json(path, {**found, **({"judge": result.judge} if result.judge else {})})
+            if result.judge:
+                self._draw_curve(name)
 
     def _picture(self, name: str, step: int) -> Path:
         if name == "samples":
@@ -87,3 +119,17 @@ class Evaluations:
 
     def _path(self, name: str, step: int) -> Path:
         return self._workdir / "evals" / f"{name}_{step:08d}.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A result; {} of a file that holds something else."""
+    try:
+        result = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    return result if isinstance(result, dict) and isinstance(result.get("values"), dict) else {}
+
+
+def _made(result: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What has to be equal of two results that are compared; the code may be another."""
+    return result["judge"], {name: value for name, value in result["protocol"].items() if name != "code_version"}

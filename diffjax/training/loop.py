@@ -94,7 +94,7 @@ def train(
             stack.enter_context(only_writer(workdir))
         _check_folder(config, workdir, accepted)  # another process may have been here before the lock
         _keep_first_config(config, workdir)
-        checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(experiment, workdir)))
+        checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(experiment, workdir, evaluations)))
         stack.enter_context(jax.set_mesh(experiment.mesh))
         state, start, seconds = _initial_or_restored(experiment, checkpoints, batches, begin)
         if checkpoints.snapshots and not same_values(config, changed):
@@ -107,11 +107,12 @@ def train(
         run.loop(state, start, missing, keep_start=begin is not None)
 
 
-def _open_checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
+def _open_checkpoints(experiment: Experiment, workdir: Path, evaluations: Evaluations) -> Checkpoints:
     return Checkpoints(
         workdir,
         keep=experiment.schedule.keep,
         keep_every_steps=experiment.schedule.keep_every,
+        keep_also=evaluations.best if experiment.schedule.keep_best else None,
         snapshots=Snapshots(workdir) if experiment.sigma_rel else None,
     )
 

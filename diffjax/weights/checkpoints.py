@@ -1,16 +1,21 @@
-"""Where public weights lie: in one file, in several with an index, or in a folder of diffusers with config.json."""
+"""Where public weights lie: in one file, in several with an index, or in a folder of diffusers with config.json.
+
+What a file is, its first bytes tell, whatever its name.
+"""
 
 import hashlib
 import json
+import mmap
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffjax import torch_file
+from diffjax import numpy_pickle, torch_file
 from diffjax.errors import UserError
 from diffjax.files import file_sha256
-from diffjax.weights import public
+from diffjax.weights import public, tensorflow_graph
 
 INDEX = ".index.json"  # {"weight_map": {name of an array: file beside it}}
 STEM = "diffusion_pytorch_model"
@@ -22,7 +27,8 @@ class Checkpoint(NamedTuple):
     """What was found.
 
     Attributes:
-        content: nested dicts of arrays and plain values, see `torch_file.read`.
+        content: nested dicts of arrays and plain values, see `torch_file.read`, `tensorflow_graph.read` and
+            `numpy_pickle.load`; nested tables of a pickle are one, with names joined by ".".
         config: constructor arguments that lie beside; {} for none.
         files: that hold the weights.
     """
@@ -40,7 +46,7 @@ class Checkpoint(NamedTuple):
 
 
 def read(path: Path) -> Checkpoint:
-    """A file of weights (.safetensors, .pt, .pth, .ckpt, .bin), an index of several, or a folder of diffusers.
+    """A file of weights (.safetensors, .pt, .pth, .ckpt, .bin, .pb, .pickle), an index of several, or a folder.
 
     path: also the name of a public file that was fetched, see `public.find`.
     UserError for what is missing, damaged or of another format.
@@ -56,7 +62,20 @@ def read(path: Path) -> Checkpoint:
     config = {name: value for name, value in given.items() if not name.startswith("_")}  # those are of the program
     if path.name.endswith(INDEX):
         return _read_several(path)._replace(config=config)
-    return Checkpoint(torch_file.read(path), config, (path,))
+    return Checkpoint(_read_one(path), config, (path,))
+
+
+def _read_one(path: Path) -> Any:
+    """The content of a file of torch, of safetensors, of TensorFlow, or a pickle of arrays."""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(torch_file.STREAM_START)
+            if tensorflow_graph.is_graph(start):
+                return tensorflow_graph.read(path)
+            if start.startswith(pickle.PROTO) and not torch_file.is_stream(start):
+                found = numpy_pickle.load(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), str(path))
+                return numpy_pickle.flat(found, str(path)) if isinstance(found, Mapping) else found
+    return torch_file.read(path)
 
 
 def _read_several(path: Path) -> Checkpoint:

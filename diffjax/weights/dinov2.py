@@ -1,6 +1,7 @@
-"""DINOv2 checkpoints of facebookresearch/dinov2 with registers, and the encoder inside checkpoints of DiGIT.
+"""DINOv2 checkpoints of facebookresearch/dinov2, and the encoder inside checkpoints of DiGIT.
 
-`dinov2_vits14_reg4_pretrain.pth`, `..._vitb14_...`, `..._vitl14_...`, `..._vitg14_...`.
+`dinov2_vits14_reg4_pretrain.pth`, `..._vitb14_...`, `..._vitl14_...`, `..._vitg14_...`, with registers; without them
+`dinov2_vits14_pretrain.pth` and so on.
 """
 
 import math
@@ -18,7 +19,6 @@ from diffjax.weights import mapping
 # d width, h heads, k per-head width, f mlp width, c channels, p patch, n rows of positions, r registers
 TABLE: mapping.Table = (
     ("cls_token", "cls_token", "one one2 d -> (one one2) d"),
-    ("register_tokens", "registers", "one r d -> (one r) d"),
     ("mask_token", "mask_token", "one d -> (one d)"),
     ("pos_embed", "positions", "one n d -> (one n) d"),
     ("patch_embed.proj.weight", "patch_embed/kernel", "d c p1 p2 -> (p1 p2 c) d"),
@@ -36,6 +36,7 @@ TABLE: mapping.Table = (
     ("norm.weight", "norm/scale", "d -> d"),
     ("norm.bias", "norm/bias", "d -> d"),
 )
+REGISTERS: mapping.Table = (("register_tokens", "registers", "one r d -> (one r) d"),)
 MLP: mapping.Table = (
     ("blocks.{l}.mlp.fc1.weight", "blocks/mlp/fc1/kernel", "f d -> d f"),
     ("blocks.{l}.mlp.fc1.bias", "blocks/mlp/fc1/bias", "f -> f"),
@@ -68,20 +69,21 @@ def from_reference(state_dict: Mapping[str, Any], **config: Any) -> tuple[nn.Mod
     mapping.check_names("dinov2", config, (*ARGUMENTS, *FIXED, *ELSEWHERE))
     weights = mapping.part(state_dict, PREFIX, OTHERS)
     gated = any(".mlp.w12." in key for key in weights)
-    sizes = mapping.infer(_table(gated), weights, CONSTANTS)
-    mapping.check(_table(gated), sizes, weights, "dinov2")
+    table = _table(gated, "register_tokens" in weights)
+    sizes = mapping.infer(table, weights, CONSTANTS)
+    mapping.check(table, sizes, weights, "dinov2")
     module = create("DINOv2", **_arguments(sizes, gated, config))
-    return module, mapping.to_params(_table(gated), _sizes(module), weights, "dinov2")
+    return module, mapping.to_params(table, _sizes(module), weights, "dinov2")
 
 
 def to_reference(module: nn.Module, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The reference's state_dict."""
     model: Any = module
-    return mapping.to_state_dict(_table(model.gated), _sizes(model), params)
+    return mapping.to_state_dict(_table(model.gated, model.registers > 0), _sizes(model), params)
 
 
-def _table(gated: bool) -> mapping.Table:
-    return (*TABLE, *(GATED if gated else MLP))
+def _table(gated: bool, registers: bool) -> mapping.Table:
+    return (*TABLE, *(REGISTERS if registers else ()), *(GATED if gated else MLP))
 
 
 def _sizes(module: Any) -> dict[str, int]:
@@ -105,7 +107,7 @@ def _arguments(sizes: mapping.Sizes, gated: bool, config: dict[str, Any]) -> dic
         "patch_size": sizes["p"],
         "embed_dim": width,
         "depth": depth,
-        "num_register_tokens": sizes["r"],
+        "num_register_tokens": sizes.get("r", 0),
         "pos_embed_tokens": rows,
     }
     if _hidden(width, config.get("mlp_ratio", 4), gated) != hidden:
@@ -124,7 +126,7 @@ def _arguments(sizes: mapping.Sizes, gated: bool, config: dict[str, Any]) -> dic
         "hidden": hidden,
         "gated": gated,
         "patch": sizes["p"],
-        "registers": sizes["r"],
+        "registers": sizes.get("r", 0),
         "grid": grid,
     }
 

@@ -233,6 +233,27 @@ ROWS: dict[str, Row] = {
         "Apache-2.0",
         "Inception of 2015, the network of FID and IS, as ported for PyTorch",
     ),
+    "classify_image_graph_def": Row(
+        "inception",
+        (File("classify_image_graph_def.pb"),),
+        f"{ADM}/classify_image_graph_def.pb",
+        "github.com/openai/guided-diffusion, evaluations/",
+        "Apache-2.0",
+        "the same as TensorFlow's graph, which the ADM suite runs",
+    ),
+    "inception_v3_weights_fid": Row(
+        "inception",
+        (
+            File(
+                "inception_v3_weights_fid.pickle",
+                sha256="4e030efa5bccac3222d975f658d1884f9e00fab24f2812082884539220b90d77",
+            ),
+        ),
+        "https://www.dropbox.com/s/xt6zvlvt22dcwck/inception_v3_weights_fid.pickle?dl=1",
+        "github.com/matthias-wright/jax-fid",
+        "Apache-2.0",
+        "the same as ported for JAX, from the file for PyTorch",
+    ),
 }
 
 

@@ -326,9 +326,12 @@ MISTAKES = {
     ),
     # evaluation
     "evaluate-nothing": (("evaluate",), "give --reference with either --samples or --workdir, or --compare"),
-    "evaluate-missing": (("evaluate", "--samples=no.npz", "--reference=digits"), "no.npz: no such samples file"),
-    "evaluate-text": (("evaluate", "--samples=text.npz", "--reference=digits"), "text.npz: not a samples file"),
-    "evaluate-layout": (("evaluate", "--samples=other.npz", "--reference=digits"), "other.npz: not a samples file"),
+    "evaluate-missing": (("evaluate", "--samples=no.npz", "--reference=digits"), "no.npz: no such file or folder"),
+    "evaluate-text": (("evaluate", "--samples=text.npz", "--reference=digits"), "text.npz: cannot be read"),
+    "evaluate-layout": (
+        ("evaluate", "--samples=other.npz", "--reference=digits"),
+        "other.npz: holds no images, an array arr_0",
+    ),
     "evaluate-altered": (("evaluate", "--samples=altered.npz", "--reference=digits"), "does not describe altered.npz"),
     "compare-text": (("evaluate", "--compare", "text.json", "text.json"), "text.json"),
     "compare-one": (("evaluate", "--compare", "text.json"), "--compare takes two result files"),
@@ -347,7 +350,7 @@ MISTAKES = {
     "sweep-too-many-steps": (("sweep", *SWEEP, "--sampler=ddim:1001"), "1001"),
     "sweep-reference": (
         ("sweep", "--workdir=run", "--sampler=ddim:2", "--reference=emoji32", "--out=new.json"),
-        "run makes images of 8 x 8, --reference=emoji32 has 32",
+        "the images are 8 x 8 and those of the reference 32 x 32",
     ),
     "sweep-over-something-else": (
         ("sweep", "--workdir=run", "--sampler=ddim:2", "--reference=digits", "--out=text.json"),

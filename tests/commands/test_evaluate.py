@@ -11,6 +11,7 @@ from diffjax.commands import evaluate
 from diffjax.data import sources
 from diffjax.sampling.samples import write_samples
 from tests.evaluation.test_protocol import SAMPLES
+from tests.programs import train_arguments
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,11 @@ def test_a_file_as_reference(samples, capsys):
     "flags, message",
     [
         ([], "give --reference with either --samples or --workdir, or --compare"),
-        (["--samples=s.npz", "--reference=digits"], "s.npz: no such samples file"),
-        (["--samples={samples}", "--reference=imagenet"], "--reference=imagenet: valid: digits, emoji32, or an .npz"),
+        (["--samples=s.npz", "--reference=digits"], "s.npz: no such file or folder; valid: an .npz or .npy of images"),
+        (
+            ["--samples={samples}", "--reference=imagenet"],
+            "--reference=imagenet: valid: digits, emoji32, npz with mu and sigma",
+        ),
         (
             ["--samples={samples}", "--reference=emoji32", "--out=new"],
             "are 8 x 8 and those of the reference 32 x 32",
@@ -96,7 +100,7 @@ def test_a_reference_of_one_image(samples, tmp_path, capsys):
     np.savez(tmp_path / "one.npz", arr_0=np.load(samples)["arr_0"][:1], arr_1=np.zeros(1, int))
     one = ["evaluate", f"--samples={samples}", f"--reference={tmp_path / 'one.npz'}", f"--out={tmp_path / 'one.json'}"]
     assert main(one) == 2
-    assert "the covariance of 1 images of the reference is undefined; at least 2" in capsys.readouterr().err
+    assert "one.npz holds 1 image; at least 2 are needed" in capsys.readouterr().err
 
 
 def test_another_result_is_not_replaced(samples, tmp_path, capsys):
@@ -127,13 +131,14 @@ def test_what_a_run_is_scored_on_is_checked_before_its_images_are_drawn(tmp_path
 
     method = SimpleNamespace(makes="pictures", condition=None, decoder=None)
     experiment = SimpleNamespace(
-        method=method, conditions=lambda *_: np.zeros(3), seed=0, model=None, size=8, decoder_protocol=dict
+        method=method, num_classes=0, seed=0, model=None, picture_size=(8, 8), decoder_protocol=dict
     )
-    run = SimpleNamespace(experiment=experiment, params={}, origin={"sha256": "0"}, caveat="", describe=str)
-    monkeypatch.setattr(evaluate, "open_run", lambda folder, overrides: run)
+    origin = {"sha256": "0"}
+    run = SimpleNamespace(experiment=experiment, params={}, origin=origin, caveat="", describe=str, classes=())
+    monkeypatch.setattr(evaluate, "open_trained", lambda *_: run)
     monkeypatch.setattr(evaluate, "describe_form", lambda *_, **__: "as trained")
     monkeypatch.setattr(evaluate, "describe", lambda *_, **settings: settings)
-    monkeypatch.setattr(experiment, "images", draw, raising=False)
+    monkeypatch.setattr(evaluate, "draw_and_score", draw)
     flags = ["evaluate", f"--workdir={tmp_path}", "--num=3"]
     assert main([*flags, "--reference=imagenet"]) == 2
     assert "--reference=imagenet: valid: digits, emoji32" in capsys.readouterr().err
@@ -142,3 +147,94 @@ def test_what_a_run_is_scored_on_is_checked_before_its_images_are_drawn(tmp_path
     (tmp_path / "scores.json").write_text('{"values": {}, "protocol": {"num": 500}, "subject": {}}')
     assert main([*flags, "--reference=digits"]) == 2
     assert "num (500, now 3)" in capsys.readouterr().err
+
+
+def test_the_first_images_of_a_file(samples, tmp_path, capsys):
+    out = tmp_path / "first.json"
+    flags = ["evaluate", f"--samples={samples}", "--reference=digits", f"--out={out}"]
+    assert main([*flags, "--num=120"]) == 0
+    result = json.loads(out.read_text())
+    assert result["protocol"]["num"] == 120
+    with np.load(samples) as file:
+        write_samples(tmp_path / "few.npz", file["arr_0"][:120], file["arr_1"][:120], SAMPLES)
+    assert main(["evaluate", f"--samples={tmp_path / 'few.npz'}", *flags[2:3], f"--out={tmp_path / 'other.json'}"]) == 0
+    assert json.loads((tmp_path / "other.json").read_text())["values"] == result["values"]
+    capsys.readouterr()
+    assert main([*flags, "--num=298", "--overwrite"]) == 2
+    error = capsys.readouterr().err
+    assert f"--num=298: {samples} has 297 images" in error
+    assert error.count("\n") == 1
+    assert json.loads(out.read_text()) == result
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--labels=uniform", "evaluate: --labels is of --workdir; it has no effect on --samples"),
+        ("--seed=1", "evaluate: --seed is of --workdir; it has no effect on --samples"),
+        ("--keep_images=kept", "evaluate: --keep_images is of --workdir; it has no effect on --samples"),
+        ("--config.sampling.steps=2", "--config.sampling.steps=2 is of --workdir; it has no effect on --samples"),
+        ("--scores=fid", "score 'fid' is none of pixels; valid: frechet_distance_pixels, label_agreement_pixels"),
+        ("--scores=label_agreement_pixel", "is none of pixels; did you mean label_agreement_pixels?; valid: "),
+        ("--resize=clean-fid", "--resize=clean-fid is no rule of --features=pixels; valid: to leave it out"),
+        ("--workdir=run", "give --reference with either --samples or --workdir"),
+    ],
+)
+def test_flags_that_do_not_go_with_samples(samples, tmp_path, capsys, flag, message):
+    out = tmp_path / "scores.json"
+    assert main(["evaluate", f"--samples={samples}", "--reference=digits", f"--out={out}", flag]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_score_alone(samples, tmp_path):
+    out = tmp_path / "one.json"
+    flags = ["evaluate", f"--samples={samples}", "--reference=digits", f"--out={out}"]
+    assert main([*flags, "--scores=label_agreement_pixels"]) == 0
+    assert list(json.loads(out.read_text())["values"]) == ["label_agreement_pixels"]
+
+
+@pytest.mark.slow
+def test_kept_images_are_those_of_sample_and_are_in_the_report(tmp_path, capsys):
+    """`sample` finds them finished, and another request refused; and they give the same scores by themselves."""
+    run, kept, report = tmp_path / "run", tmp_path / "kept", tmp_path / "report.html"
+    assert (
+        main(
+            train_arguments(
+                run, "total_steps=2", "evals.fid.every_steps=1", "evals.fid.network=pixels", "evals.fid.num=9", "seed=3"
+            )
+        )
+        == 0
+    )
+    flags = [f"--workdir={run}", "--reference=digits", "--num=70", "--labels=uniform", f"--keep_images={kept}"]
+    assert main(["evaluate", *flags, "--batch_size=32", f"--report={report}"]) == 0
+    result = json.loads((run / "scores.json").read_text())
+    text = report.read_text()
+    for heading in ("Samples", "nearest by pixels", "In training"):
+        assert heading in text
+    assert text.count("data:image/png;base64,") == 3
+    assert not list(tmp_path.rglob("*.parts"))
+    capsys.readouterr()
+    same = ["sample", f"--workdir={run}", f"--out={kept / 'samples.npz'}", "--num=70", "--labels=uniform", "--seed=3"]
+    before = (kept / "samples.npz").read_bytes()
+    assert main(same) == 0
+    assert "samples.npz is finished: 70 of " in capsys.readouterr().out
+    assert main([*same, "--seed=4"]) == 2
+    assert "was made with other settings" in capsys.readouterr().err
+    assert main([*same, "--overwrite"]) == 0
+    assert (kept / "samples.npz").read_bytes() == before
+    out = tmp_path / "alone.json"
+    assert main(["evaluate", f"--samples={kept / 'samples.npz'}", "--reference=digits", f"--out={out}"]) == 0
+    alone = json.loads(out.read_text())
+    assert alone["values"] == result["values"]
+    assert main(["evaluate", "--compare", str(out), str(run / "scores.json")]) == 0
+    assert (
+        main(["evaluate", *flags, "--scores=frechet_distance_pixels"]) == 0
+    )  # the images are kept, the features drawn
+    assert (kept / "samples.npz").read_bytes() == before
+    few = [flag.replace("--num=70", "--num=60") for flag in flags]
+    capsys.readouterr()
+    assert main(["evaluate", *few, f"--out={tmp_path / 'few.json'}"]) == 2
+    assert f"{kept / 'samples.npz'} was made with other settings: num (70, now 60)" in capsys.readouterr().err

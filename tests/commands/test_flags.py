@@ -8,6 +8,7 @@ import pytest
 from absl import flags
 
 from diffjax.__main__ import COMMANDS, main
+from diffjax.commands import scoring, trained
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -32,22 +33,28 @@ def test_every_flag_is_read(command):
     module = importlib.import_module(f"diffjax.commands.{command}")
     values = flags.FlagValues()
     module.define_flags(values)
-    tree = ast.parse(inspect.getsource(module))
+    shared = [scoring, trained]  # which read the flags that they define
+    modules = [module, *(each for each in shared if f"from {each.__name__} import" in inspect.getsource(module))]
+    nodes = [node for each in modules for node in ast.walk(ast.parse(inspect.getsource(each)))]
     read = {
         node.attr
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "values"
     }
     read |= {  # values["from"].value: from is a word of Python
         node.value.slice.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr == "value" and isinstance(node.value, ast.Subscript)
+        for node in nodes
+        if isinstance(node, ast.Attribute)
+        and node.attr == "value"
+        and isinstance(node.value, ast.Subscript)
+        and isinstance(node.value.slice, ast.Constant)
     }
     assert set(values) <= read
 
 
 # Flags that are words: a recipe and its argument, an entry of a file, a data set and its part, steps, an address.
-WORDS = {"config", "entry", "family", "from", "labels", "name", "reference", "profile", "split", "weights"}
+WORDS = {"config", "data", "entry", "family", "from", "labels", "metric", "name", "reference", "profile", "split"}
+WORDS |= {"weights"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -9,8 +9,8 @@ from PIL import Image
 from diffjax import frozen
 from diffjax.__main__ import main
 from diffjax.data import tokens as records
-from diffjax.files import file_sha256
-from diffjax.sampling.samples import read_samples, write_protocol
+from diffjax.files import file_sha256, write_protocol
+from diffjax.sampling.samples import read_samples
 from diffjax.weights import store
 from tests.programs import QUIET, ROOT
 

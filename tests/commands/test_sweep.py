@@ -9,12 +9,17 @@ import pytest
 
 from diffjax.__main__ import main
 from diffjax.commands import sweep
+from diffjax.commands.ema import combined
 from diffjax.commands.inspect import inspect
-from diffjax.evaluation import plot, protocol
+from diffjax.commands.scoring import Scoring
+from diffjax.errors import UserError
+from diffjax.evaluation import networks, plot, protocol, standard
 from diffjax.experiment import build
 from diffjax.runs import Run
 from diffjax.sampling import generate
 from diffjax.sampling.samples import read_samples
+from diffjax.weights.store import tree_sha256
+from tests.evaluation import projection
 from tests.programs import tiny_config, train_arguments
 
 GRID = ("--sampler=ddim,edm", "--steps=2,4", "--guidance=2", "--num=12", "--batch_size=8", "--reference=digits")
@@ -24,7 +29,8 @@ GRID = ("--sampler=ddim,edm", "--steps=2,4", "--guidance=2", "--num=12", "--batc
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     options = ("total_steps=2", "optim.warmup_steps=0", "ema.decay=0.0")
-    assert main(train_arguments(folder / "gaussian", *options)) == 0
+    power_emas = ("ema.sigma_rel=0.05,0.1", "ema.snapshot_every_steps=1")
+    assert main(train_arguments(folder / "gaussian", *options, *power_emas)) == 0
     flow = ("diffusion.process=flow_linear", "sampling.sampler=heun", "sampling.clip=false")
     assert main(train_arguments(folder / "flow", *options, *flow)) == 0
     return folder
@@ -44,7 +50,8 @@ def swept(runs):
         def remember_images(cell, *arguments):
             sampling = cell.sampling
             result = drawn(cell, *arguments)
-            images[sampling.sampler, sampling.steps, sampling.guidance.scale] = result[0]
+            values = np.rint(255 * result[0]["pixels"]).reshape(-1, 8, 8, 3)
+            images[sampling.sampler, sampling.steps, sampling.guidance.scale] = values.astype(int)
             return result
 
         patch.setattr(generate, "compile_sampler", remember_sampler)
@@ -124,8 +131,8 @@ def test_a_cell_is_what_sample_and_evaluate_give(runs, swept, tmp_path):
     leaves = ("sampler=edm", "steps=4", "guidance.scale=2")
     flags = (f"--workdir={runs / 'gaussian'}", "--num=12", "--batch_size=8", f"--out={tmp_path / 's.npz'}")
     assert main(["sample", *flags, *(f"--config.sampling.{leaf}" for leaf in leaves)]) == 0
-    alone = read_samples(tmp_path / "s.npz")[0][..., :1]
-    np.testing.assert_allclose(images["edm", 4, 2.0].astype(int), alone.astype(int), atol=1)
+    alone = read_samples(tmp_path / "s.npz")[0].astype(int)
+    np.testing.assert_allclose(images["edm", 4, 2.0], alone, atol=1)
     assert (images["edm", 2, 2.0] != alone).any()
     assert main(["evaluate", f"--samples={tmp_path / 's.npz'}", "--reference=digits"]) == 0
     [row] = [r for r in written["results"] if (r["sampler"], r["steps"], r["guidance"]) == ("edm", 4, 2.0)]
@@ -157,3 +164,85 @@ def test_several_runs_leave_out_what_is_not_defined_and_are_not_drawn_without_ma
 
 def test_samplers_with_and_without_steps_of_their_own():
     assert sweep.parse_samplers(["ddim", "edm:18", "ddim:50"], [10, 25]) == [("ddim", [10, 25, 50]), ("edm", [18])]
+
+
+def scoring(*scores, network=None):
+    found = standard.open_source("digits")
+    return Scoring(found, network or networks.load("pixels"), scores)
+
+
+def test_the_score_that_is_plotted_is_a_distance_that_is_computed():
+    assert sweep.metric_of(None, scoring()) == "frechet_distance_pixels"
+    inception = projection.inception()
+    assert sweep.metric_of(None, scoring(network=inception)) == "fid"
+    assert sweep.metric_of("sfid", scoring(network=inception)) == "sfid"
+    assert sweep.metric_of(None, scoring("kid", "precision", network=inception)) == "kid"
+    for name, scores, valid in (
+        ("fdi", (), "fid, sfid"),
+        ("kid", (), "fid, sfid"),
+        ("precision", (), "fid, sfid"),
+        ("fid", ("kid",), "kid"),
+        (None, ("precision",), "none"),
+    ):
+        with pytest.raises(UserError, match=f"--metric={name or 'fid'} is not computed, or more .*; valid: {valid}; "):
+            sweep.metric_of(name, scoring(*scores, network=inception))
+
+
+def test_scores_that_some_rows_lack(capsys):
+    """Of an unconditional run beside a conditional one."""
+    distance, agreement = ({"value": value, "held_out_real": value / 2} for value in (1.5, 0.5))
+    given = {"run": "a", "average": "ema", "sampler": "edm", "steps": 2, "evaluations": 4, "guidance": 1.0}
+    given |= {"seconds_per_image": 0.5, "protocol": {"num": 12, "reference": {"name": "digits", "count": 9}}}
+    rows = [{**given, "values": {"fid": distance}}, {**given, "values": {"fid": distance, "agreement": agreement}}]
+    for results in (rows, rows[::-1]):
+        sweep.print_table(results, scoring())
+        printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert printed[1] == ["run", "sampler", "steps", "NFE", "guidance", "fid", "agreement", "s/image"]
+        found = {tuple(line[5:]) for line in printed[2:4]}
+        assert found == {("1.5000", "-", "0.5000"), ("1.5000", "0.5000", "0.5000")}
+        assert printed[4] == ["held-out", "real", "images", "0.7500", "0.2500"]
+
+
+@pytest.mark.slow
+def test_averages_of_several_lengths(runs, capsys, monkeypatch):
+    """Each with its own weights in one compilation, by the metric that is asked for."""
+    drawn, compiled = [], []
+    scatter, compile_sampler = plot.scatter, generate.compile_sampler
+    monkeypatch.setattr(plot, "scatter", lambda *given: drawn.append(given) or scatter(*given))
+    monkeypatch.setattr(generate, "compile_sampler", lambda *a, **b: compiled.append(a) or compile_sampler(*a, **b))
+    out = runs / "lengths.json"
+    flags = ("--sampler=ddim:2", "--guidance=1", "--ema=0.05,0.1", "--num=12", "--reference=digits", f"--out={out}")
+    folder = runs / "gaussian"
+    assert main(["sweep", f"--workdir={folder}", *flags, "--metric=frechet_distance_pixels"]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads(out.read_text())["results"]
+    assert [row["average"] for row in rows] == ["ema 0.05", "ema 0.1"]
+    assert len(compiled) == 1
+    values = [row["values"]["frechet_distance_pixels"]["value"] for row in rows]
+    assert values[0] != values[1]
+    for row, length in zip(rows, (0.05, 0.1)):
+        origin = row["subject"]["origin"]
+        assert (origin["sigma_rel"], origin["snapshots"], origin["tracks"]) == (length, [1, 2], ["0.050", "0.100"])
+        assert origin["sha256"] == tree_sha256(combined(folder, length)[0])
+        assert row["protocol"]["ema"] == f"ema {length:g}"
+        assert f"{folder} (ema {length:g})" in printed
+    [(points, _, x_name, y_name)] = drawn
+    assert (x_name, y_name) == ("NFE per image", "frechet_distance_pixels")
+    assert [(point.series, point.y) for point in points] == [
+        (f"ddim, ema {length:g}", value) for length, value in zip((0.05, 0.1), values)
+    ]
+    assert main(["sweep", f"--workdir={folder}", *flags, "--ema=0.005", "--overwrite"]) == 2
+    assert "the profile would be off by" in capsys.readouterr().err
+    assert main(["sweep", f"--workdir={runs / 'flow'}", *flags, "--overwrite"]) == 2
+    assert "has no snapshots; a run with ema.sigma_rel and ema.snapshot_every_steps" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_unknown_metric_is_refused_before_anything_is_drawn(runs, capsys):
+    out = runs / "metric.json"
+    flags = ("--sampler=ddim:2", "--num=12", "--reference=digits", f"--out={out}", "--metric=fid")
+    assert main(["sweep", f"--workdir={runs / 'gaussian'}", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "--metric=fid is not computed, or more of it is better; valid: frechet_distance_pixels; " in error
+    assert error.count("\n") == 1
+    assert not out.exists()

@@ -65,6 +65,14 @@ def test_every_field_counts():
             protocol.compare(base, other)
 
 
+def test_scores_of_other_rules_are_refused():
+    one, other = result(), result()
+    one["values"]["score"]["rule"], other["values"]["score"]["rule"] = "k = 3", "k = 5"
+    with pytest.raises(UserError, match=r"the rules differ of score \(k = 3 and k = 5\)"):
+        protocol.compare(one, other)
+    assert protocol.compare(one, result()) == {"score": (1.5, 1.5)}  # earlier versions wrote none
+
+
 def test_all_differences_are_named():
     other = result(num=50, samples=SAMPLES | {"seed": 1})
     with pytest.raises(UserError, match=r"num \(500 and 50\), seed \(0 and 1\)"):

@@ -1,6 +1,7 @@
 """DINOv2: the published sizes, which blocks run, what it takes, its switches."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from diffjax.frozen import create, dinov2
 from diffjax.frozen.dinov2 import DINOv2
 from diffjax.ops.macs import count_macs
 from diffjax.parallel.mesh import batch_sharding, make_mesh
+from diffjax.weights import to_reference
 
 # With the token of masked patches, which the files hold.
 COUNTS = {"S": 22_058_112, "B": 86_583_552, "L": 304_372_736, "g": 1_136_486_912}
@@ -22,7 +24,9 @@ def tiny(**kwargs):
 
 
 def shapes(module):
-    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))["params"]
+    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2 * module.patch, 2 * module.patch, 3)))[
+        "params"
+    ]
 
 
 def some_params(module):
@@ -161,7 +165,8 @@ def test_images_that_patches_do_not_cover():
     "kwargs, message",
     [
         ({"dtype": "float16"}, "dtype = 'float16' is unknown; valid: float32, bfloat16"),
-        ({"registers": 0}, "registers = 0; valid: a positive integer"),
+        ({"patch": 0}, "patch = 0; valid: a positive integer"),
+        ({"registers": -1}, "registers = -1; valid: a number from 0 on"),
         ({"heads": 3}, "width = 16 is not divisible by heads = 3"),
         ({"antialias": True}, "unexpected keyword argument 'antialias'"),
     ],
@@ -177,3 +182,50 @@ def test_unknown_networks():
     with pytest.raises(UserError, match="missing 3 required positional arguments"):
         create("DINOv2", depth=1)
     assert isinstance(tiny(), DINOv2)
+
+
+def plain_class_token(weights, pixels, heads):
+    """The last norm of the class token by the definition, in float64, from the names of the public files."""
+    w = {key: value.astype(np.float64) for key, value in weights.items()}
+    kernel, depth = w["patch_embed.proj.weight"], 1 + max(int(key.split(".")[1]) for key in w if "blocks." in key)
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    b, side, p = len(pixels), pixels.shape[1], kernel.shape[-1]
+    patches = pixels.astype(np.float64).reshape(b, side // p, p, side // p, p, 3)
+    x = np.einsum("bhpwqc,dcpq->bhwd", patches, kernel).reshape(b, -1, len(kernel)) + w["patch_embed.proj.bias"]
+    x = np.concatenate([np.broadcast_to(w["cls_token"], (b, 1, len(kernel))), x], axis=1) + w["pos_embed"]
+    for block in (f"blocks.{i}" for i in range(depth)):
+        qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").reshape(*x.shape[:2], 3, heads, -1)
+        q, k, v = np.moveaxis(qkv, (2, 3), (0, 2))
+        scores = np.exp(q @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1]))
+        mixed = np.swapaxes(scores / scores.sum(-1, keepdims=True) @ v, 1, 2).reshape(x.shape)
+        x = x + w[f"{block}.ls1.gamma"] * linear(mixed, f"{block}.attn.proj")
+        h = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
+        h = h * (1 + np.vectorize(math.erf)(h / np.sqrt(2))) / 2
+        x = x + w[f"{block}.ls2.gamma"] * linear(h, f"{block}.mlp.fc2")
+    return norm(x, "norm")[:, 0]
+
+
+def test_class_token_without_registers():
+    """A grid of the size of the image, so that no position is resized."""
+    module = tiny(registers=0, patch=56, grid=4)
+    params = some_params(module)
+    assert "registers" not in params
+    pixels = images(batch=2)
+    found = jax.jit(functools.partial(dinov2.class_token, module))(params, pixels)
+    assert found.dtype == jnp.float32
+    normal = (np.asarray(pixels) - dinov2.MEAN) / dinov2.STD
+    expected = plain_class_token(to_reference("dinov2", module, params), normal, module.heads)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_class_token_takes_images_of_224():
+    module = tiny()
+    with pytest.raises(UserError, match=r"images of shape \(1, 256, 256, 3\); valid: \[b, 224, 224, 3\]"):
+        dinov2.class_token(module, {}, images(256))

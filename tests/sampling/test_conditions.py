@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from diffjax.errors import UserError
+from diffjax.files import write_protocol
 from diffjax.sampling import conditions
-from diffjax.sampling.samples import write_protocol
 
 NAMES = ("cat", "dog", "12", "a bird")
 

@@ -28,7 +28,13 @@ def state_dict():
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"gated": True, "hidden": 48}, {"hidden": 40, "depth": 1}, {"registers": 2, "grid": 37, "patch": 7}],
+    [
+        {},
+        {"gated": True, "hidden": 48},
+        {"hidden": 40, "depth": 1},
+        {"registers": 2, "grid": 37, "patch": 7},
+        {"registers": 0},
+    ],
     ids=str,
 )
 def test_round_trip(kwargs):
@@ -81,13 +87,13 @@ def test_inside_a_checkpoint_of_digit(state_dict):
 
 
 def test_wrong_weights(state_dict):
-    wrong = {key: value for key, value in state_dict.items() if key not in ("register_tokens", "norm.bias")}
+    wrong = {key: value for key, value in state_dict.items() if key != "norm.bias"}
     wrong |= {"blocks.1.ls1.gamma": np.zeros(7), "pooler.weight": np.zeros(1)}
     with pytest.raises(UserError) as error:
         from_reference("dinov2", wrong, num_heads=2)
     assert str(error.value) == (
-        "these are not the weights of a dinov2 model: unexpected keys: pooler.weight; missing keys: norm.bias, "
-        "register_tokens; wrong shapes: blocks.1.ls1.gamma is (7), expected (16)"
+        "these are not the weights of a dinov2 model: unexpected keys: pooler.weight; missing keys: norm.bias; "
+        "wrong shapes: blocks.1.ls1.gamma is (7), expected (16)"
     )
     with pytest.raises(UserError, match="pos_embed has 25 rows; valid: one and a square, such as 1370"):
         from_reference("dinov2", state_dict | {"pos_embed": np.zeros((1, 25, 16))}, num_heads=2)
@@ -103,6 +109,10 @@ def test_wrong_weights(state_dict):
         (
             {"num_heads": 2, "interpolate_antialias": True},
             "interpolate_antialias = True is not supported; valid: False",
+        ),
+        (
+            {"num_heads": 2, "num_register_tokens": 0},
+            "num_register_tokens = 0 contradicts the weights",
         ),
         ({"heads": 2}, "dinov2 has no argument heads; valid: patch_size, embed_dim"),
     ],

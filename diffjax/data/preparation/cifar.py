@@ -2,11 +2,9 @@
 
 binary: records of label bytes (CIFAR-100: coarse, fine) and the planes of an image, uint8 [3, 32, 32]; names in .txt
 python: pickles of a dict with `data` uint8 [n, 3072], `labels` or `fine_labels`; names in another pickle. They are read
-        by an unpickler that knows the names that such a file needs, as inert stand-ins, and refuses all others.
+        by `numpy_pickle`, which refuses all but arrays and plain values.
 """
 
-import io
-import pickle
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from diffjax import numpy_pickle
 from diffjax.data.preparation.containers import reading
 from diffjax.data.preparation.originals import Originals, describe, find, index_sha256
 from diffjax.errors import UserError
@@ -133,53 +132,9 @@ def _classes(version: Version, data: bytes, path: Path) -> tuple[str, ...]:
     return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
 
 
-class Array:
-    """The stand-in of a numpy array while its pickle is read."""
-
-    def __setstate__(self, state: tuple) -> None:
-        _, self.shape, _, self.fortran, self.data = state
-
-
-class _Unpickler(pickle._Unpickler):
-    """Resolves names through a table and nothing else: in pure Python, whose memo a file cannot make large."""
-
-    def __init__(self, data: bytes, path: Path):
-        super().__init__(io.BytesIO(data), encoding="bytes")
-        self.path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Of Python 2's and Python 3's numpy; bytes that Python 3 wrote for Python 2 are encoded text."""
-        known = {
-            ("numpy.core.multiarray", "_reconstruct"): lambda *_: Array(),
-            ("numpy._core.multiarray", "_reconstruct"): lambda *_: Array(),
-            ("numpy", "ndarray"): None,
-            ("numpy", "dtype"): lambda name, *_: _Dtype(),
-            ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
-        }
-        if (module, name) not in known:
-            raise UserError(f"{self.path}: refused to load {module}.{name}: only arrays and plain values are read")
-        return known[module, name]
-
-
-class _Dtype:
-    """The stand-in of a numpy dtype; those of CIFAR are uint8."""
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
 def _unpickle(data: bytes, path: Path) -> dict[str, Any]:
-    """The dict in a pickle, its keys as text and its arrays as numpy arrays uint8."""
-    try:
-        found = _Unpickler(data, path).load()
-        texts = {key.decode() if isinstance(key, bytes) else key: value for key, value in found.items()}
-        return {key: _array(value) if isinstance(value, Array) else value for key, value in texts.items()}
-    except UserError:
-        raise
-    except Exception as error:  # a damaged or crafted pickle can break the parser in any way
-        raise UserError(f"{path}: a damaged pickle ({type(error).__name__}: {error})") from error
-
-
-def _array(found: Array) -> np.ndarray:
-    flat = np.frombuffer(found.data, np.uint8)
-    return flat.reshape(found.shape[::-1]).T if found.fortran else flat.reshape(found.shape)
+    """The dict in a pickle; bytes as text, arrays as numpy arrays."""
+    found = numpy_pickle.load(data, str(path))
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a pickle of a {type(found).__name__}; valid: of a dict")
+    return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in found.items()}

