@@ -60,7 +60,7 @@ class Block(nn.Module):
         side, stride, features = self.size
         inner = x.shape[-1] * self.expansion
         h = ConvNorm(inner, (1, 1), activation=nn.relu6, name="expand")(x) if self.expansion > 1 else x
-        h = ConvNorm(inner, (side, side), stride, groups=inner, activation=nn.relu6, name="depthwise")(h)
+        h = ConvNorm(inner, (side, side), stride, depthwise=True, activation=nn.relu6, name="depthwise")(h)
         h = ConvNorm(features, (1, 1), activation=None, name="project")(h)
         return x + h if h.shape == x.shape else h
 

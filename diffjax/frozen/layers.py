@@ -10,6 +10,7 @@ from einops import rearrange, repeat
 
 from diffjax.errors import UserError
 from diffjax.frozen.strips import Inside, Layer, in_strips
+from diffjax.ops.depthwise import depthwise_conv
 from diffjax.ops.dtypes import DTYPES
 from diffjax.parallel.rules import constrain
 
@@ -40,13 +41,31 @@ def conv(features: int, side: int, bias: bool, dtype: Any, name: str) -> nn.Conv
     return nn.Conv(features, (side, side), use_bias=bias, dtype=dtype, name=name)
 
 
+class Depthwise(nn.Module):
+    """One kernel per channel of a map [b, h, w, c], zero padding "SAME" as TensorFlow means it, float32.
+
+    Of stride 2 it takes from a map of even sides the odd rows and columns, of odd sides the even ones.
+    """
+
+    side: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.side, self.side, 1, x.shape[-1]))
+        with jax.default_matmul_precision("highest"):
+            y = depthwise_conv(x, [kernel])
+        top, left = ((side + 1) % self.stride for side in x.shape[1:3])
+        return y[:, top :: self.stride, left :: self.stride]
+
+
 class ConvNorm(nn.Module):
     """activation(norm(conv(x))) of a map, with the given statistics of batches that the network was trained on.
 
     Attributes:
         taps: rows and columns of the kernel.
         padding: "SAME" as TensorFlow means it, or "VALID".
-        groups: of channels that are convolved apart.
+        depthwise: every channel apart, with square kernels of odd sides and padding "SAME".
         activation: None for none.
     """
 
@@ -54,21 +73,18 @@ class ConvNorm(nn.Module):
     taps: tuple[int, int]
     stride: int = 1
     padding: str = "SAME"
-    groups: int = 1
+    depthwise: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = nn.relu
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        conv = nn.Conv(
-            self.features,
-            self.taps,
-            self.stride,
-            self.padding,
-            feature_group_count=self.groups,
-            use_bias=False,
-            precision=HIGHEST,
-            name="conv",
-        )
+        conv: nn.Module
+        if self.depthwise:
+            conv = Depthwise(self.taps[0], self.stride, name="conv")
+        else:
+            conv = nn.Conv(
+                self.features, self.taps, self.stride, self.padding, use_bias=False, precision=HIGHEST, name="conv"
+            )
         x = conv(constrain(x, "batch"))
         zeros, ones, shape = nn.initializers.zeros, nn.initializers.ones, (self.features,)
         scale, bias = self.param("scale", ones, shape), self.param("bias", zeros, shape)
