@@ -327,10 +327,10 @@ MISTAKES = {
     # evaluation
     "evaluate-nothing": (("evaluate",), "give --reference with either --samples or --workdir, or --compare"),
     "evaluate-missing": (("evaluate", "--samples=no.npz", "--reference=digits"), "no.npz: no such file or folder"),
-    "evaluate-text": (("evaluate", "--samples=text.npz", "--reference=digits"), "text.npz: cannot be read"),
+    "evaluate-text": (("evaluate", "--samples=text.npz", "--reference=digits"), "text.npz cannot be read"),
     "evaluate-layout": (
         ("evaluate", "--samples=other.npz", "--reference=digits"),
-        "other.npz: holds no images, an array arr_0",
+        "other.npz holds no images, an array arr_0",
     ),
     "evaluate-altered": (("evaluate", "--samples=altered.npz", "--reference=digits"), "does not describe altered.npz"),
     "compare-text": (("evaluate", "--compare", "text.json", "text.json"), "text.json"),
