@@ -82,7 +82,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 @dataclass(frozen=True)
 class Request(Scoring):
-    """How images are scored, and the result file; `overwrite`: whatever it holds."""
+    """How images are scored, and where the result goes. overwrite: replace the file, even that of another request."""
 
     out: Path = Path()
     overwrite: bool = False
@@ -322,7 +322,7 @@ def write_report(
 
 
 def show(request: Request, name: str, made: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    """Print the table of a result, on the process that speaks for all."""
+    """Print the table of a result, on the lead process."""
     values, num, network = result["values"], result["protocol"]["num"], request.network
     form = f", model {made['form']}" if "form" in made else ""
     held_out = f"{request.source.identity['held_out_count'] or ''} held-out real"

@@ -60,7 +60,7 @@ class Scoring:
             self.network.check_size(shape)
 
     def caveat(self, num: int) -> str:
-        """What is to be said of few images, one line; "" for nothing."""
+        """A warning about too few images, one line; "" where there are enough."""
         return metrics.caveat(num, self.standard, self.network)
 
 

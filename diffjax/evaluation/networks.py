@@ -222,6 +222,11 @@ def _inception(weights: Path | None = None, resize: str = TENSORFLOW) -> Network
     found = read("inception", path)
     module = found.module.clone(inputs=PYTORCH_FID if resize == PYTORCH_FID else TENSORFLOW)
     published = found.origin["checkpoint_sha256"] in KNOWN
+    if weights is None and not published:
+        raise UserError(
+            f"{path} is not the published file, its sha256 is {found.origin['checkpoint_sha256'][:12]}...; fetch it "
+            "again, or give it as --weights to use it under another name"
+        )
     return Network(
         name="inception",
         features="Inception-v3 of 2015-12-05" if published else "Inception-v3, weights of an unknown file",

@@ -38,7 +38,7 @@ def page(
         result: as `protocol.result` makes it.
         pictures: uint8 [h, w, 3] under their headings, in order.
         size: side of the images, of which published scores are shown.
-        caveat: what is to be said of the scores, one line; "" for nothing.
+        caveat: a warning about the scores, one line; "" for none.
     """
     parts = [f"<h1>{_text(title)}</h1>"]
     parts += [f'<p class="caveat">{_text(caveat)}</p>'] if caveat else []

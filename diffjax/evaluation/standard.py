@@ -28,7 +28,7 @@ class Images:
 
     Attributes:
         features: float32 [n, width] by kind.
-        labels: integers [n] where they mean something.
+        labels: integers [n]; None for images without classes.
     """
 
     features: Features

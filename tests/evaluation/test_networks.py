@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -100,6 +101,21 @@ def test_networks_that_cannot_be_loaded(given, words, monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFJAX_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=re.escape(words)):
         networks.load(**given)
+
+
+def test_a_fetched_file_of_another_hash_is_refused(monkeypatch, tmp_path):
+    """One that is named is used, but never called FID."""
+    found = SimpleNamespace(
+        module=SimpleNamespace(clone=lambda **_: None), params={}, origin={"checkpoint_sha256": "0"}
+    )
+    monkeypatch.setattr(networks, "read", lambda *_: found)
+    monkeypatch.setattr(networks.public, "find", lambda _: tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth is not the published file, its sha256 is 0\.\.\.; fetch it again"):
+        networks.load("inception")
+    other = networks.load("inception", tmp_path / "a.pth")
+    assert (other.called("fd"), other.called("class_score")) == ("fd_inception", "class_score_inception")
+    monkeypatch.setattr(networks, "KNOWN", {"0"})
+    assert networks.load("inception", tmp_path / "a.pth").called("fd") == "fid"
 
 
 def test_images_that_are_none(network, emoji):
