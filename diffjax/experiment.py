@@ -31,7 +31,7 @@ from diffjax.inputs import data_spec, load_source, preparation
 from diffjax.methods import METHODS, diffusion, encoders
 from diffjax.ops.macs import count_macs
 from diffjax.options import Options
-from diffjax.parallel.mesh import BATCH_AXES, batch_sharding, check_batch, check_processes, make_mesh, replicated
+from diffjax.parallel.mesh import batch_sharding, check_batch, check_processes, make_mesh, replicated
 from diffjax.parallel.rules import LogicalAxes, on_mesh, parameters, shardings
 from diffjax.sampling import generate
 from diffjax.training import batches, ema, optimizer
@@ -314,17 +314,10 @@ class Experiment:
         """Height and width of the pictures that are drawn, or decoded of what is drawn; nothing is compiled."""
         if not self.method.decoder:
             return self.size, self.size
-        shards = int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
-        sampler = self._compiled_sampler
-        jitted: Any = sampler.func
-        with jax.set_mesh(self.mesh):
-            made = jitted.eval_shape(
-                self.abstract.params,
-                jax.ShapeDtypeStruct((shards,), np.int32),
-                self.conditions(0, shards),
-                **sampler.keywords,
-            )
-        return made.shape[1], made.shape[2]
+        height, width, _ = generate.shape_of(
+            self._compiled_sampler, self.abstract.params, self.conditions(0, 1), self.mesh
+        )
+        return height, width
 
     def sampled_by(self, sampler: str, steps: int) -> "Experiment":
         """The same with another sampler ("": the same) and number of steps (0: the same).

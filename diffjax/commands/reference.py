@@ -19,14 +19,15 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from diffjax.commands import define_overwrite, define_path, make_folder, refuse_other
+from diffjax.commands import define_overwrite, define_path, make_folder
+from diffjax.commands.sample import is_finished
 from diffjax.data import image_sets
 from diffjax.data.image_sets import ImageSet
 from diffjax.errors import UserError
 from diffjax.evaluation import networks, protocol, references, statistics
 from diffjax.evaluation.networks import NETWORKS, RESIZES, Network
 from diffjax.evaluation.statistics import Statistics
-from diffjax.files import NO_LABELS, Blocks, local_path, read_protocol
+from diffjax.files import NO_LABELS, Blocks, local_path
 from diffjax.parallel import hosts
 
 REQUIRED = ("data", "out")
@@ -67,7 +68,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     kept = np.arange(count) * images.count // max(count, 1)
     made = describe(images, network, len(kept))
     make_folder(out)
-    if not values.overwrite and _is_finished(out, made):
+    if not values.overwrite and is_finished(out, made):
         print(f"{out} is finished: {images.count:,} images of {images.name}; --overwrite makes it again")
         return
     write(out, images, measure(images, network), made, kept)
@@ -114,18 +115,3 @@ def write(out: Path, images: ImageSet, found: dict[str, Statistics], made: dict[
     blocks = Blocks((len(kept), *images.shape), np.dtype(np.uint8), images.blocks(kept)) if len(kept) else None
     labels = images.labels[kept] if len(kept) and images.labels is not None else None
     references.write(out, found, made, blocks, labels)
-
-
-def _is_finished(out: Path, made: dict[str, Any]) -> bool:
-    """Whether the reference `out` is there, as described. UserError where something else is in its place."""
-    beside = out.with_suffix(".json")
-    if not out.exists():
-        if beside.exists():  # of something else: it would be replaced
-            refuse_other(beside, None, made)
-        return False
-    try:
-        stored = read_protocol(out)
-    except UserError:
-        stored = {}
-    refuse_other(out, stored, made)
-    return True

@@ -128,7 +128,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     }
     refuse_other_result(out, {"request": request}, values.overwrite)
     make_folder(out)
-    done = {} if values.overwrite else rows_of(out)
+    done = {} if values.overwrite else rows_of(out, {metric, *scoring.scores})
     without_plot = plot.missing()
     caveats = [f"left out: {line}" for line in left_out] + [run.caveat for run in runs]
     for line in filter(None, [*caveats, without_plot]):
@@ -149,7 +149,7 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
                 continue
             with hosts.together():
                 results.append(row_of(cell, found, labels, seconds, values.seed, scoring))
-            if hosts.is_lead():  # so that an interrupted sweep goes on with the next cell
+            if hosts.is_lead():  # an interrupted sweep continues with the next cell
                 protocol.write(out, {"request": request, "results": results, "left_out": left_out})
             scores = ", ".join(f"{score} {columns['value']:.4f}" for score, columns in results[-1]["values"].items())
             hosts.say(f"{cell.name}: {scores}")
@@ -168,11 +168,12 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         print(f"wrote {out}" + ("" if without_plot else f" and {drawn_to}"))
 
 
-def rows_of(out: Path) -> dict[Key, dict[str, Any]]:
-    """The rows that an earlier command with the same request wrote, by their cells."""
+def rows_of(out: Path, scores: set[str]) -> dict[Key, dict[str, Any]]:
+    """The rows with all these scores that an earlier command with the same request wrote, by their cells."""
     rows = json.loads(out.read_text())["results"] if out.exists() else []
     keys = ("run", "average", "sampler", "steps", "guidance")
-    return {tuple(row[key] for key in keys): row for row in rows if "average" in row}
+    complete = [row for row in rows if "average" in row and scores <= row["values"].keys()]
+    return {tuple(row[key] for key in keys): row for row in complete}
 
 
 def metric_of(name: str | None, scoring: Scoring) -> str:

@@ -63,7 +63,7 @@ def membership(
 
     Args:
         features: [n, d] of generated images, radii [n] of their balls, squared; None leaves these balls out (zeros).
-        reference: [m, d] of reference images, reference_radii [m] likewise.
+        reference: [m, d] of reference images, reference_radii [m] of their balls, squared.
         strict: points on the surface are outside.
     """
     found = Membership(*(np.zeros(n, np.int64) for n in (len(features), len(reference), len(reference))))

@@ -175,6 +175,7 @@ METRICS = (
         "moments",
         "linear in 1 / n of 15 random subsets, seed 0",
         usual=False,
+        least=3,
         falls=True,
     ),
 )

@@ -64,6 +64,16 @@ def compile_sampler(
     )
 
 
+def shape_of(sampler: functools.partial, params: Tree, condition: np.ndarray, mesh: Mesh) -> tuple[int, ...]:
+    """The shape of one sample; nothing is compiled. sampler: from `compile_sampler`. condition: [1, ...]."""
+    shards = _shards(mesh)
+    jitted: Any = sampler.func
+    numbers, conditions = np.arange(shards, dtype=np.int32), np.repeat(condition, shards, axis=0)
+    with jax.set_mesh(mesh):
+        drawn = jitted.eval_shape(params, numbers, conditions, **sampler.keywords)
+    return tuple(drawn.shape[1:])
+
+
 def generate(
     sampler: Callable, params: Tree, conditions: np.ndarray, numbers: np.ndarray, mesh: Mesh, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -93,7 +103,7 @@ def _batches(
 
     The devices work on the next batch while the caller has this one.
     """
-    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    shards = _shards(mesh)
     batch_size = -(-batch_size // shards) * shards
     made: tuple[np.ndarray, int, jax.Array] | None = None
     for start in range(0, len(numbers), batch_size):
@@ -107,6 +117,11 @@ def _batches(
         made = numbers[chosen], real, drawn
     if made is not None:
         yield made
+
+
+def _shards(mesh: Mesh) -> int:
+    """How many parts of a batch there are."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def _own_part(numbers: np.ndarray, real: int, drawn: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
