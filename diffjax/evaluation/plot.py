@@ -77,6 +77,7 @@ def curve(points: Sequence[tuple[float, float]], title: str, x_name: str, y_name
     axes.plot(*zip(*points), "o-")
     x, y = min(points, key=lambda point: point[1])
     axes.plot([x], [y], "o", color="black", fillstyle="none", markersize=13)
+    axes.margins(0.1)  # room for the words at either end
     axes.annotate(f"{y:.4g} at {x:g}", (x, y), (0, 12), textcoords="offset points", ha="center", fontsize="small")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
