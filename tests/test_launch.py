@@ -3,7 +3,9 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 
 import pytest
 
@@ -38,3 +40,82 @@ def test_an_interrupted_quickstart_ends_there(tmp_path):
     done = subprocess.run(["bash", tmp_path / "launch/quickstart.sh"], env=variables, capture_output=True, timeout=60)
     assert done.returncode == 130
     assert (tmp_path / "calls").read_text().split() == ["train"]
+
+
+FAULTY = """
+echo "$*" >> "$CALLS"
+[ "$(wc -l < "$CALLS")" -ge "$1" ] && exit "$2"
+kill -s KILL $$
+"""
+
+
+def supervise(tmp_path, *command, **variables):
+    """launch/supervise.sh, waiting no time between restarts; (process, file of calls)."""
+    given = {**os.environ, "DIFFJAX_WAIT": "0", "CALLS": str(tmp_path / "calls"), **variables}
+    arguments = ["bash", ROOT / "launch/supervise.sh", *command]
+    return subprocess.Popen(arguments, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def faulty(*arguments):
+    return ("bash", "-c", FAULTY, "faulty", *map(str, arguments))
+
+
+@pytest.mark.parametrize("code", [0, 2, 130, 141, 143])
+def test_a_supervised_command_runs_until_it_ends_without_a_fault(tmp_path, code):
+    process = supervise(tmp_path, *faulty(3, code))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert len((tmp_path / "calls").read_text().splitlines()) == 3
+    lines = [line for line in said.splitlines() if line.startswith("supervise:")]
+    assert lines == [f"supervise: ended with 137; restart {n} of at most 20 in a row, in 0 s" for n in (1, 2)]
+
+
+def test_a_supervised_command_is_given_up_after_so_many_restarts(tmp_path):
+    process = supervise(tmp_path, *faulty(3, 1), DIFFJAX_RESTARTS="3")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert len((tmp_path / "calls").read_text().splitlines()) == 4
+    assert said.splitlines()[-1] == "supervise: ended with 1 after 3 restarts in a row; giving up"
+
+
+SAVING = """
+trap 'sleep 0.3; echo saved >> "$CALLS"; exit $0' INT TERM
+touch "$CALLS"
+while true; do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_reach_the_supervised_command_which_ends_in_its_own_time(tmp_path, number, code):
+    """As `train`, which writes a checkpoint first."""
+    saving = (
+        'trap \'sleep 0.3; echo saved >> "$CALLS"; exit $0\' INT TERM; touch "$CALLS"; while true; do sleep 0.1; done'
+    )
+    process = supervise(tmp_path, "bash", "-c", saving, str(code))
+    wait_until((tmp_path / "calls").exists)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert (tmp_path / "calls").read_text() == "saved\n"
+
+
+def test_a_signal_ends_the_wait_for_a_restart(tmp_path):
+    process = supervise(tmp_path, *faulty(9, 0), DIFFJAX_WAIT="600")
+    assert any("in 600 s" in line for line in process.stderr)  # reads no further
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
+@pytest.mark.parametrize("command, variables", [((), {}), (("true",), {"DIFFJAX_RESTARTS": "many"})])
+def test_a_supervisor_without_a_command_or_with_other_numbers_ends_with_2(tmp_path, command, variables):
+    process = supervise(tmp_path, *command, **variables)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, len(said.splitlines())) == (2, 1)
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
