@@ -44,15 +44,17 @@ SAMPLE_BATCH = 128  # samples at a time, of evaluators
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a run does what, in steps."""
+    """When a run does what, in steps or minutes."""
 
     total_steps: int
     checkpoint_every: int
+    checkpoint_minutes: float
     keep: int
     keep_every: int
     keep_best: str  # an evaluator, or ""
     snapshot_every: int
     report_every: int
+    hang_minutes: float
     evaluate_every: Mapping[str, int]  # by evaluator; those that run at all
 
 
@@ -472,11 +474,13 @@ def schedule(config: Config) -> Schedule:
     return Schedule(
         total_steps=config.total_steps,
         checkpoint_every=config.checkpoint.every_steps,
+        checkpoint_minutes=config.checkpoint.every_minutes,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every_steps,
         keep_best=config.checkpoint.keep_best,
         snapshot_every=config.ema.snapshot_every_steps,
         report_every=config.log.every_steps,
+        hang_minutes=config.log.hang_minutes,
         evaluate_every=every,
     )
 

@@ -67,7 +67,7 @@ def test_a_supervised_command_runs_until_it_ends_without_a_fault(tmp_path, code)
     assert process.returncode == code
     assert len((tmp_path / "calls").read_text().splitlines()) == 3
     lines = [line for line in said.splitlines() if line.startswith("supervise:")]
-    assert lines == [f"supervise: ended with 137; restart {n} of at most 20 in a row, in 0 s" for n in (1, 2)]
+    assert lines == [f"supervise: ended with 137; restart {n} of at most 20 without progress, in 0 s" for n in (1, 2)]
 
 
 def test_a_supervised_command_is_given_up_after_so_many_restarts(tmp_path):
@@ -75,23 +75,35 @@ def test_a_supervised_command_is_given_up_after_so_many_restarts(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert len((tmp_path / "calls").read_text().splitlines()) == 4
-    assert said.splitlines()[-1] == "supervise: ended with 1 after 3 restarts in a row; giving up"
+    assert said.splitlines()[-1] == "supervise: ended with 1 after 3 restarts without progress; giving up"
+
+
+def test_a_new_checkpoint_is_progress(tmp_path):
+    """After every second call."""
+    checkpointing = FAULTY.replace("kill", 'mkdir -p "$RUN/checkpoints/$(($(wc -l < "$CALLS") / 2 * 50))"; kill')
+    command = ("bash", "-c", checkpointing, "faulty", "7", "0", f"--workdir={tmp_path}/run")
+    process = supervise(tmp_path, *command, RUN=f"{tmp_path}/run", DIFFJAX_RESTARTS="2")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    counts = re.findall("restart (.) of at most 2", said)
+    assert counts == ["1", "1", "2", "1", "2", "1"]  # checkpoints 0, 50, 50, 100, 100, 150
 
 
 SAVING = """
-trap 'sleep 0.3; echo saved >> "$CALLS"; exit $0' INT TERM
+trap 'sleep $1; echo saved >> "$CALLS"; exit $0' INT TERM
 touch "$CALLS"
 while true; do sleep 0.1; done
 """
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_reach_the_supervised_command_which_ends_in_its_own_time(tmp_path, number, code):
-    """As `train`, which writes a checkpoint first."""
-    saving = (
-        'trap \'sleep 0.3; echo saved >> "$CALLS"; exit $0\' INT TERM; touch "$CALLS"; while true; do sleep 0.1; done'
-    )
-    process = supervise(tmp_path, "bash", "-c", saving, str(code))
+@pytest.mark.parametrize("seconds", ["0", "0.3"])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGTERM, 0), (signal.SIGTERM, 7), (signal.SIGHUP, 143)],
+)
+def test_signals_reach_the_supervised_command_whose_code_counts(tmp_path, number, code, seconds):
+    """As `train`, which writes a checkpoint first; it may also finish just then, or fail."""
+    process = supervise(tmp_path, "bash", "-c", SAVING, str(code), seconds)
     wait_until((tmp_path / "calls").exists)
     process.send_signal(number)
     process.communicate(timeout=60)

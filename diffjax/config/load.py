@@ -6,7 +6,7 @@ import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -325,6 +325,26 @@ def argument(leaf: str, value: Value) -> str:
     else:
         text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
     return f"--config.{leaf}={shlex.quote(text) if text else ''}"
+
+
+def check_same_on_all(texts: Sequence[str]) -> None:
+    """Raise UserError where a process has another config than the first; the same files may lie elsewhere.
+
+    Args:
+        texts: by process, `stored` as json.
+    """
+    first, *others = texts
+    for number, other in enumerate(others, start=1):
+        if other == first:
+            continue
+        a, b = (stored_values(json.loads(text)) for text in (first, other))
+        places = {name for name, spec in leaves(a.model.name).items() if spec.kind == "place"}
+        moved = {name for name in places if a.values.get(name) and b.values.get(name)}
+        if wrong := [line for name, line in differences(a, b).items() if name not in moved]:
+            raise UserError(
+                f"process {number} was given another config than process 0: {'; '.join(wrong)} (0 -> {number}); start "
+                "all processes with the same command"
+            )
 
 
 def same_values(config: Config, changed: Iterable[str]) -> bool:

@@ -142,6 +142,10 @@ class Checkpoint:
     """What of a run is kept."""
 
     every_steps: Annotated[int, Leaf("steps between checkpoints", "watch", COUNT)] = 10_000
+    every_minutes: Annotated[
+        float,
+        Leaf("also after so many minutes without one, at the next step that is reported", "watch", at_least(0, "none")),
+    ] = 0.0
     keep: Annotated[int, Leaf("how many of the latest stay", "watch", COUNT)] = 3
     keep_every_steps: Annotated[int, Leaf("multiples of it stay for good", "watch", at_least(0, "none"))] = 0
     keep_best: Annotated[
@@ -155,6 +159,14 @@ class Log:
 
     every_steps: Annotated[int, Leaf("steps that a report averages over", "watch", COUNT)] = 100
     tensorboard: Annotated[bool, Leaf("also write events for TensorBoard", "watch")] = True
+    hang_minutes: Annotated[
+        float,
+        Leaf(
+            "a step that takes longer ends the process, with the stacks of its threads",
+            "watch",
+            between(0, 10_000, "never"),
+        ),
+    ] = 30.0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ per example; Grain does the reading ahead, in threads and in worker processes.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -106,6 +107,19 @@ class Batches:
         self.close()
         self._open(state["next_batch"])
 
+    def examples(self, number: int) -> list[int]:
+        """The numbers of the examples of the global batch `number`, as the source counts them."""
+        return self._stream.numbers(number)
+
+    def not_finite(self, number: int) -> list[int]:
+        """Those examples of the global batch `number` that hold values which are not finite; reads all of them."""
+        batch = dataclasses.replace(self._stream, process_index=0, process_count=1)[number]
+        finite = np.ones(self._stream.batch_size, bool)
+        for values in (batch.raw, batch.condition, *batch.aux.values()):
+            if np.issubdtype(values.dtype, np.inexact):
+                finite &= np.isfinite(values.reshape(len(values), -1)).all(1)
+        return [example for example, good in zip(self.examples(number), finite) if not good]
+
     def close(self) -> None:
         """Stop the threads and workers."""
         self._iterator.close()
@@ -174,18 +188,24 @@ class Stream:
     def __len__(self) -> int:
         return 2**40  # batches; never reached
 
+    @property
+    def rows(self) -> np.ndarray:
+        """This host's part of a global batch."""
+        return np.arange(self.process_index, self.batch_size, self.process_count)
+
     def __getitem__(self, number: int) -> Stored:
-        rows = np.arange(self.process_index, self.batch_size, self.process_count)
-        first = number * self.batch_size
+        rows = self.rows
         mirrored = np.zeros(len(rows), bool)
         if self.flip:
-            mirrored = draws.coins(self.seed, "flip", first, self.batch_size)[rows]
-        examples = [self.source.examples[i] for i in self._example_numbers(first + rows)]
+            mirrored = draws.coins(self.seed, "flip", number * self.batch_size, self.batch_size)[rows]
+        examples = [self.source.examples[i] for i in self.numbers(number, rows)]
         return collate(self.source, examples, rows, mirrored, number)
 
-    def _example_numbers(self, positions: np.ndarray) -> list[int]:
+    def numbers(self, number: int, rows: np.ndarray | None = None) -> list[int]:
+        """The numbers of the examples in the rows of global batch `number`; by default in all of them."""
         length = len(self.source.examples)
-        epochs, places = np.divmod(positions, length)
+        rows = np.arange(self.batch_size) if rows is None else rows
+        epochs, places = np.divmod(number * self.batch_size + rows, length)
         return [int(_order(self.seed, int(epoch), length)[place]) for epoch, place in zip(epochs, places)]
 
 

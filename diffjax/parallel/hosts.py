@@ -12,8 +12,6 @@ from jax.experimental import multihost_utils
 
 from diffjax.errors import UserError
 
-LINE = 1024  # bytes of an error that are sent to the other processes
-
 # What a launcher sets for every process of a job with more than one process.
 _LAUNCHERS = {
     "JAX_COORDINATOR_ADDRESS": lambda value: True,
@@ -97,14 +95,22 @@ def together() -> Iterator[None]:
         yield
     except UserError as own:
         error = own
-    if jax.process_count() > 1:
-        own_text = np.frombuffer(str(error or "").encode()[:LINE].ljust(LINE), np.uint8)
-        said = [bytes(text).decode(errors="ignore").strip() for text in multihost_utils.process_allgather(own_text)]
-        if error is None and any(said):
-            first = next(number for number, text in enumerate(said) if text)
-            raise UserError(f"process {first}: {said[first]}")
+    said = texts(str(error or ""))
     if error is not None:
         raise error
+    if any(said):
+        first = next(number for number, text in enumerate(said) if text)
+        raise UserError(f"process {first}: {said[first]}")
+
+
+def texts(own: str) -> list[str]:
+    """What every process gives, by process; all of them call it."""
+    if jax.process_count() == 1:
+        return [own]
+    data = np.frombuffer(own.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(data.size))
+    padded = np.pad(data, (0, lengths.max() - data.size))
+    return [bytes(row[:n]).decode() for row, n in zip(multihost_utils.process_allgather(padded), lengths)]
 
 
 def leads(values: np.ndarray) -> np.ndarray:

@@ -1,11 +1,18 @@
 """Stop requests by SIGTERM or Ctrl-C, honoured between two steps."""
 
 import signal
+import time
 from types import FrameType
+
+REPEATED = (
+    5.0  # seconds; schedulers send SIGTERM to a supervisor and its command alike, and the supervisor passes it on
+)
 
 
 class StopRequest:
     """Handles signals once created: the first SIGTERM or SIGINT only sets `asked`; a second one ends the program.
+
+    A SIGTERM within `REPEATED` of the first is the same request.
 
     number: of the signal; None for a preemption, which jax detects by SIGTERM.
 
@@ -16,13 +23,18 @@ class StopRequest:
     def __init__(self, alone: bool = True):
         self.asked = False
         self.number = int(signal.SIGTERM)
+        self._since = 0.0
         self._previous = {}
         for number in (signal.SIGINT, signal.SIGTERM) if alone else ():
             self._previous[number] = signal.signal(number, self._take)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self.asked, self.number = True, number
-        signal.signal(number, signal.SIG_DFL)
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self.number, self._since = True, number, now
+        elif number == signal.SIGINT or now - self._since > REPEATED:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     @property
     def reason(self) -> str:

@@ -13,6 +13,7 @@ left out, the last one too, is made up for when the run goes on.
 """
 
 import contextlib
+import json
 import platform
 import time
 from dataclasses import dataclass
@@ -20,39 +21,47 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from absl import logging
 from clu import parameter_overview
 
 import diffjax
 from diffjax import archive
 from diffjax.config import Config, check_same_run, read, write
-from diffjax.config.load import differences, same_values
+from diffjax.config.load import check_same_on_all, differences, same_values, stored
 from diffjax.data import pipeline
 from diffjax.errors import Interrupted, UserError
 from diffjax.experiment import Experiment, build
 from diffjax.files import only_writer
 from diffjax.parallel import hosts
-from diffjax.training import ema, finetune
+from diffjax.training import ema, finetune, nonfinite
 from diffjax.training.checkpoint import Checkpoints, Snapshots, latest_step
 from diffjax.training.evaluations import Evaluations
 from diffjax.training.interrupt import StopRequest
-from diffjax.training.metrics import NonFiniteError, Reporter
+from diffjax.training.metrics import NonFiniteError, Reporter, Spent
 from diffjax.training.profile import Profile
 from diffjax.training.state import TrainState
+from diffjax.training.step import SQUARED_NORMS
+from diffjax.training.watchdog import Watchdog
 
 
 @dataclass
 class Pending:
-    """The scalars of the last dispatched step, not fetched yet, and the seconds that it waited for its batch."""
+    """The metrics of the last dispatched step, not fetched yet.
+
+    asked: when it asked for its batch, by `time.perf_counter`. waited: the seconds that it waited for it.
+    """
 
     step: int = 0
     values: dict[str, jax.Array] | None = None
+    asked: float = 0.0
     waited: float = 0.0
 
     def flush(self, reporter: Reporter) -> None:
         if self.values is not None:
             reporter.waited(self.waited)
-            reporter.step(self.step, self.values)
+            scalars = {name: value for name, value in self.values.items() if name not in SQUARED_NORMS}
+            reporter.step(self.step, scalars, self.asked)
         self.values = None
 
 
@@ -73,6 +82,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(contextlib.closing(StopRequest(alone=jax.process_count() == 1)))
         archive.check_place(workdir)
+        check_same_on_all(hosts.texts(json.dumps(stored(config))))
         changed = _check_folder(config, workdir, accepted)
         latest = latest_step(workdir)
         experiment = build(config)
@@ -96,14 +106,15 @@ def train(
         _keep_first_config(config, workdir)
         checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(experiment, workdir, evaluations)))
         stack.enter_context(jax.set_mesh(experiment.mesh))
-        state, start, seconds = _initial_or_restored(experiment, checkpoints, batches, begin)
+        state, start, spent = _initial_or_restored(experiment, checkpoints, batches, begin)
         if checkpoints.snapshots and not same_values(config, changed):
             checkpoints.snapshots.refuse_after(start)
         _keep_config(config, workdir)
         missing = evaluations.missing(start)
-        reporter = stack.enter_context(contextlib.closing(_reporter(experiment, workdir, start, seconds, missing)))
+        reporter = stack.enter_context(contextlib.closing(_reporter(experiment, workdir, start, spent, missing)))
         _announce(experiment, reporter, start, {} if latest is None else changed)
-        run = Run(experiment, checkpoints, batches, evaluations, reporter, stop, tracer, workdir)
+        watchdog = stack.enter_context(contextlib.closing(Watchdog(experiment.schedule.hang_minutes)))
+        run = Run(experiment, checkpoints, batches, evaluations, reporter, stop, tracer, watchdog, workdir)
         run.loop(state, start, missing, keep_start=begin is not None)
 
 
@@ -121,11 +132,11 @@ def _check_folder(config: Config, workdir: Path, accepted: tuple[str, ...]) -> d
     """Return the differences of a folder's config that may be. UserError for others, once there is a checkpoint."""
     path = workdir / "config.json"
     if path.is_file():
-        stored = read(path)
+        old = read(path)
         if latest_step(workdir) is None:  # no step was kept: as if the folder were new
             check_same_run(config, config, accepted)
-            return differences(stored, config)
-        return check_same_run(stored, config, accepted, lambda: _misfit(stored, config))
+            return differences(old, config)
+        return check_same_run(old, config, accepted, lambda: _misfit(old, config))
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} has checkpoints but no config.json: not a run folder; use another --workdir")
     return check_same_run(config, config, accepted)
@@ -134,8 +145,8 @@ def _check_folder(config: Config, workdir: Path, accepted: tuple[str, ...]) -> d
 def _misfit(a: Config, b: Config) -> str:
     """In which arrays the state of a run of one config is not like that of another; "" where they are alike."""
     given = build(b, training=False)
-    stored = build(a, given.mesh, training=False)  # whose own mesh the devices here may not make
-    return archive.differing(archive.shapes(stored.abstract), archive.shapes(given.abstract))
+    kept = build(a, given.mesh, training=False)  # whose own mesh the devices here may not make
+    return archive.differing(archive.shapes(kept.abstract), archive.shapes(given.abstract))
 
 
 def _make_folder(workdir: Path) -> None:
@@ -158,7 +169,7 @@ def _keep_config(config: Config, workdir: Path) -> None:
         write(config, workdir / "config.json")
 
 
-def _reporter(experiment: Experiment, workdir: Path, start: int, seconds: float, missing: list[str]) -> Reporter:
+def _reporter(experiment: Experiment, workdir: Path, start: int, spent: Spent, missing: list[str]) -> Reporter:
     return Reporter(
         workdir,
         total_steps=experiment.schedule.total_steps,
@@ -167,7 +178,7 @@ def _reporter(experiment: Experiment, workdir: Path, start: int, seconds: float,
         flops_per_step=experiment.step_flops(),
         tensorboard=experiment.tensorboard,
         start=start,
-        seconds_before=seconds,
+        before=spent,
         again=missing,
         lead=hosts.is_lead(),
     )
@@ -175,11 +186,11 @@ def _reporter(experiment: Experiment, workdir: Path, start: int, seconds: float,
 
 def _initial_or_restored(
     experiment: Experiment, checkpoints: Checkpoints, batches: pipeline.Batches, begin: finetune.Start | None
-) -> tuple[TrainState, int, float]:
-    """The state, its step, and the seconds that the run has taken so far."""
+) -> tuple[TrainState, int, Spent]:
+    """The state, its step, and the time that the run has taken so far."""
     latest = checkpoints.latest()
     if latest is None:
-        return finetune.initial_state(experiment, begin), 0, 0.0
+        return finetune.initial_state(experiment, begin), 0, Spent()
     state, position = checkpoints.restore_or_advise(experiment.abstract, latest)
     batches.set_state(position)
     meta = checkpoints.meta(latest)
@@ -189,7 +200,7 @@ def _initial_or_restored(
             f"the frozen networks of this run had hashes {meta['frozen_sha256']}, and those that the config names have "
             f"{frozen}; give the same weights"
         )
-    return state, latest, float(meta.get("seconds", 0.0))
+    return state, latest, Spent.of_meta(meta)
 
 
 def _announce(experiment: Experiment, reporter: Reporter, start: int, changed: dict[str, str]) -> None:
@@ -218,11 +229,12 @@ class Run:
     reporter: Reporter
     stop: StopRequest
     profile: Profile
+    watchdog: Watchdog
     workdir: Path
 
     def __post_init__(self) -> None:
         self._pending = Pending()
-        self._saved = self.checkpoints.latest()
+        self._saved, self._saved_at = self.checkpoints.latest(), time.monotonic()
         self._meta = _meta(self.experiment)
 
     def loop(self, state: TrainState, start: int, missing: list[str], keep_start: bool) -> None:
@@ -244,9 +256,12 @@ class Run:
                     if self.stop.asked or self.checkpoints.reached_preemption(step):
                         self._stop(state, step)
                     self.checkpoints.check_for_errors()
+                    self.watchdog.pause()
                     self.profile.before(step, state)
                     if step == start:
                         self.reporter.say("compiling the step (once); the first one waits for it")
+                    else:
+                        self.watchdog.restart()
                     state, self._pending = advance(
                         self.experiment, state, step, self.batches, self._pending, self.reporter
                     )
@@ -256,10 +271,11 @@ class Run:
                     self._evaluate(state, total, self.evaluations.due(total))
             self.checkpoints.wait()
         except NonFiniteError as error:
+            self._pause()
             self.checkpoints.wait()
             last = self.checkpoints.latest()
             kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint was written"
-            raise NonFiniteError(f"{error}; {kept}; nothing was written after it") from error
+            raise NonFiniteError(f"{error}; {kept}; nothing was written after it; {self._explain()}") from error
         self.reporter.say(f"finished: step {total} of {total} in {self.workdir}")
         if caveat := ema.initial_share_caveat(self.experiment.averages.ema, total):
             self.reporter.say(caveat)
@@ -269,29 +285,53 @@ class Run:
         schedule = self.experiment.schedule
         if is_due(step, schedule.snapshot_every):
             self._snapshot(state, step)
-        if is_due(step, schedule.checkpoint_every):
+        if is_due(step, schedule.checkpoint_every) or self._minutes_passed(step):
             self._save(state, step)
         self._evaluate(state, step, self.evaluations.due(step))
+
+    def _minutes_passed(self, step: int) -> bool:
+        """Whether the last checkpoint is old enough by the lead's clock, read only at steps that report."""
+        schedule = self.experiment.schedule
+        if not schedule.checkpoint_minutes or not is_due(step, schedule.report_every):
+            return False
+        passed = time.monotonic() - self._saved_at >= 60 * schedule.checkpoint_minutes
+        with jax.transfer_guard("allow"):
+            return bool(hosts.leads(np.array(passed)))
+
+    def _pause(self) -> None:
+        """What follows is no part of a step."""
+        self.reporter.pause()
+        self.watchdog.pause()
+
+    def _explain(self) -> str:
+        squares = {
+            name: jax.device_get(value) for name, value in (self._pending.values or {}).items() if name in SQUARED_NORMS
+        }
+        params = self.experiment.abstract.params
+        try:
+            return nonfinite.explain(self.workdir, self._pending.step, squares, params, self.batches)
+        except Exception as error:  # reading the examples again can fail in any way, and must not hide the fault
+            return f"what was not finite could not be found out: {' '.join(str(error).split())[:200]}"
 
     def _snapshot(self, state: TrainState, step: int) -> None:
         if self.checkpoints.snapshots:
             self._pending.flush(self.reporter)
-            self.reporter.pause()
+            self._pause()
             meta = {"sigma_rel": dict(self.experiment.sigma_rel), **self._progress(step)}
             self.checkpoints.snapshots.save(state.power_emas, step, meta)
 
     def _save(self, state: TrainState, step: int) -> None:
         self._pending.flush(self.reporter)
         if step != self._saved:
-            self.reporter.pause()
-            meta = {**self._meta, **self._progress(step), "seconds": self.reporter.seconds()}
+            self._pause()
+            meta = {**self._meta, **self._progress(step), **self.reporter.spent().to_meta()}
             self.checkpoints.save(state, step, self.batches.get_state(), meta)
-            self._saved = step
+            self._saved, self._saved_at = step, time.monotonic()
 
     def _evaluate(self, state: TrainState, step: int, names: list[str]) -> None:
         if names:
             self._pending.flush(self.reporter)
-            self.reporter.pause()
+            self._pause()
             with jax.transfer_guard("allow"):
                 self.evaluations.run(names, step, state.ema, self.reporter)
 
@@ -319,7 +359,7 @@ def advance(
     waited = time.perf_counter() - asked
     state, metrics = experiment.step(state, experiment.frozen, experiment.put(batch), experiment.key)
     pending.flush(reporter)
-    return state, Pending(step + 1, metrics, waited)
+    return state, Pending(step + 1, metrics, asked, waited)
 
 
 def is_due(step: int, every: int) -> bool:

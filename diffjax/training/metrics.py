@@ -4,7 +4,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from diffjax.errors import UserError, writing
 from diffjax.files import write_text
 
 # Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets, by the start of jax's device_kind.
-LAST = ("learning_rate",)  # of a window the last value is reported, of all others the mean
+LAST = ("learning_rate", "skipped_steps")  # of a window the last value is reported, of all others the mean
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -36,6 +37,53 @@ def peak_flops(device: jax.Device) -> float | None:
     return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
+@dataclass(frozen=True)
+class Spent:
+    """The time that a run has taken up to a step, in seconds, as its checkpoints keep it.
+
+    Attributes:
+        seconds: of the processes that made the steps up to this one, without what was lost or stood still.
+        useful: of these steps themselves, without start-up, compiling, saving, evaluating and skipped steps.
+        elapsed: since the run began to train, with lost steps and the time between starts.
+        starts: how often it began or went on; those that ended before the first checkpoint are forgotten.
+    """
+
+    seconds: float = 0.0
+    useful: float = 0.0
+    elapsed: float = 0.0
+    starts: int = 0
+
+    @classmethod
+    def of_meta(cls, meta: Mapping[str, Any]) -> "Spent":
+        """From a checkpoint; the time since it was written has passed, unless the clock went back."""
+        if "elapsed_seconds" not in meta:  # of an earlier version: goodput counts from now on
+            return cls(seconds=float(meta.get("seconds", 0.0)))
+        since = max(0.0, time.time() - meta["saved_at"])
+        return cls(meta["seconds"], meta["useful_seconds"], meta["elapsed_seconds"] + since, meta["starts"])
+
+    def to_meta(self) -> dict[str, float]:
+        return {
+            "seconds": self.seconds,
+            "useful_seconds": self.useful,
+            "elapsed_seconds": self.elapsed,
+            "starts": self.starts,
+            "goodput": self.goodput,
+            "saved_at": time.time(),
+        }
+
+    @property
+    def goodput(self) -> float:
+        """The part of the elapsed time that went into steps that were kept."""
+        return self.useful / self.elapsed if self.elapsed else 0.0
+
+
+def memory(devices: Sequence[jax.Device]) -> dict[str, float]:
+    """GiB in use on the fullest of these devices, now and at most so far; {} where they do not say (a CPU)."""
+    found = [stats for device in devices if (stats := device.memory_stats())]
+    names = {"memory_gib": "bytes_in_use", "memory_peak_gib": "peak_bytes_in_use"}
+    return {name: max(stats[key] for stats in found) / 2**30 for name, key in names.items() if found}
+
+
 class NonFiniteError(RuntimeError):
     """A loss, gradient or parameter that is not a number; names the step."""
 
@@ -47,7 +95,7 @@ class Reporter:
         flops_per_step: model FLOPs of a training step on all devices (3 x forward, 2 per multiply-accumulate, no
             recomputation: PaLM, arXiv 2204.02311, appendix B), for the MFU.
         start: the step that the run resumes from; rows of later ones are dropped, they will be written again.
-        seconds_before: what the run has taken before this start. again: evaluators that run again at `start`.
+        before: what the run has taken before this start. again: evaluators that run again at `start`.
         lead: False on the processes that stay silent.
     """
 
@@ -61,12 +109,13 @@ class Reporter:
         flops_per_step: float,
         tensorboard: bool,
         start: int = 0,
-        seconds_before: float = 0.0,
+        before: Spent = Spent(),  # frozen
         again: Collection[str] = (),
         lead: bool = True,
     ):
         self._workdir = workdir
-        self._started, self._seconds_before = time.monotonic(), seconds_before
+        self._started, self._before = time.monotonic(), before
+        self._useful, self._steps = before.useful, 0
         self._total_steps, self._batch_size, self._every_steps = total_steps, batch_size, every_steps
         self._lead, self._flops = lead, flops_per_step
         peak = peak_flops(jax.devices()[0])
@@ -85,20 +134,31 @@ class Reporter:
             else None
         )
 
-    def step(self, step: int, values: Mapping[str, jax.Array]) -> None:
+    def step(self, step: int, values: Mapping[str, jax.Array], asked: float | None = None) -> None:
         """Take the scalars of the update that led to `step`; blocks until they are there.
+
+        asked: when the step began, by `time.perf_counter`, where it did not follow another one at once. The first step
+        of a start, which compiles, counts as no useful time.
 
         Raises:
             NonFiniteError: one of them is infinite or not a number.
         """
         fetched = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
+        skipped = bool(fetched.pop("skipped", 0.0))
+        if skipped:
+            fetched = {name: fetched[name] for name in LAST}
+            total = fetched["skipped_steps"]
+            self.say(f"step {step}: the gradient is not finite, the update is left out ({total:.0f} so far)")
         for name, value in fetched.items():
             if not math.isfinite(value):
                 raise NonFiniteError(f"{name} is {value} at step {step}")
         now = time.perf_counter()
         if self._last_time is not None:
             self._durations.append(now - self._last_time)
+        if self._steps and not skipped:
+            self._useful += now - (self._last_time or asked or now)
         self._last_time = now
+        self._steps += 1
         for name, value in fetched.items():
             new = clu_metrics.Average(total=np.float64(value), count=np.int64(1))
             mean = name in self._window and name not in LAST
@@ -112,9 +172,10 @@ class Reporter:
         """Take the time that a step waited for its batch."""
         self._waits.append(seconds)
 
-    def seconds(self) -> float:
-        """Wall time of the run, this start and those before it."""
-        return self._seconds_before + time.monotonic() - self._started
+    def spent(self) -> Spent:
+        """The time that the run has taken so far, this start and those before it."""
+        now, before = time.monotonic() - self._started, self._before
+        return Spent(before.seconds + now, self._useful, before.elapsed + now, before.starts + 1)
 
     def pause(self) -> None:
         """Leave out of the step time what happens until the next step (a checkpoint, a grid of samples)."""
@@ -153,7 +214,9 @@ class Reporter:
         values = {name: float(average.compute()) for name, average in self._window.items()}
         if self._durations:
             values |= self._speed()
-        values |= {"images_seen": step * self._batch_size, "seconds": self.seconds()}
+        spent = self.spent()
+        values |= {"images_seen": step * self._batch_size, "seconds": spent.seconds, "goodput": spent.goodput}
+        values |= memory(jax.local_devices())
         if self._waits:
             values["input_wait_seconds"] = float(np.mean(self._waits))
         self._window, self._durations, self._waits = {}, [], []

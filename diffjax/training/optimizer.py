@@ -279,7 +279,10 @@ def _factored_axes(path: str, shape: tuple[int, ...], parameter: Parameter) -> N
     return parameter.axes[:rows] if "v_row" in path.split("/") else parameter.axes[rows:]
 
 
-ALL_READ = ("name", "schedule", "lr", "weight_decay", "decayed", "warmup_steps", "warmup_from", "clip", "accumulate")
+ALL_READ = (
+    *("name", "lr", "schedule", "warmup_steps", "warmup_from", "weight_decay", "decayed"),
+    *("clip", "accumulate", "skip_nonfinite"),
+)
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(_adamw, (*ALL_READ, "b1", "b2", "eps"), _parameter_axes),
@@ -289,6 +292,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 NAME = "fairseq_adam: fairseq's Adam and clipping, which differ in where epsilons stand"
 SCHEDULE = "after the warm-up; cosine ends at zero at total_steps, cosine_to_hundredth at lr / 100"
+SKIPPED = "steps in a row whose gradient is not finite that are left out; one more of them ends the run"
 DECAYED = "parameters with weight decay; matrices: without biases, scales and tables"
 
 
@@ -311,6 +315,7 @@ class Optim:
     ] = 0
     clip: Annotated[float, Leaf("global gradient norm", valid=at_least(0, zero="none"))] = 0.0
     accumulate: Annotated[int, Leaf("micro-batches per step", valid=at_least(1))] = 1
+    skip_nonfinite: Annotated[int, Leaf(SKIPPED, valid=at_least(0, zero="none"))] = 0
 
     def unread(self) -> dict[str, str]:
         """The leaves that the chosen optimizer and schedule do not read, and why."""
@@ -340,7 +345,10 @@ def make(
     for name, value in vars(optim).items():
         check(f"optim.{name}", options(Optim)[name], value)
     learning_rate = schedule(optim, total_steps)
-    return OPTIMIZERS[optim.name].build(learning_rate, leaves, optim), learning_rate
+    optimizer = OPTIMIZERS[optim.name].build(learning_rate, leaves, optim)
+    if optim.skip_nonfinite:
+        optimizer = optax.apply_if_finite(optimizer, optim.skip_nonfinite)
+    return optimizer, learning_rate
 
 
 def schedule(optim: Optim, total_steps: int) -> optax.Schedule:

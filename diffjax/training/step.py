@@ -14,6 +14,7 @@ from diffjax.parallel.rules import constrain
 from diffjax.training import ema
 from diffjax.training.state import TrainState
 
+SQUARED_NORMS = {"grad_squares": "grad_norm", "param_squares": "param_norm"}  # of every array; the norm of all
 Loss = Callable[[Tree, Tree, Batch, jax.Array], tuple[jax.Array, Metrics]]  # params, frozen, batch, key
 
 
@@ -29,7 +30,11 @@ def train_step(
     rates: ema.Rates,
     microbatches: int,
 ) -> tuple[TrainState, Metrics]:
-    """(state, frozen, batch, root key) -> (next state, float32 scalars); jitted by the caller, with `state` donated.
+    """(state, frozen, batch, root key) -> (next state, metrics); jitted by the caller, with `state` donated.
+
+    Metrics are float32 scalars (`skipped`, 0 or 1: whether the update was left out), and under the names of
+    `SQUARED_NORMS` the squared norm of every array of the gradient and of the new parameters, in the order of the
+    tree's leaves.
 
     Args:
         frozen: parameters that the loss uses and nothing changes.
@@ -40,6 +45,9 @@ def train_step(
         rates: how the averages move; `rates.power_emas` has the names of `state.power_emas`.
     """
     gradients, metrics = accumulate(loss, state.params, frozen, batch, rng.fold(key, state.step), microbatches)
+    updates_made = state.step
+    if isinstance(state.opt_state, optax.ApplyIfFiniteState):
+        updates_made -= state.opt_state.total_notfinite
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     number = state.step + 1
@@ -47,8 +55,14 @@ def train_step(
     power_emas = {
         name: ema.update(each, params, rates.power_emas[name](number)) for name, each in state.power_emas.items()
     }
-    metrics["grad_norm"], metrics["param_norm"] = optax.tree.norm(gradients), optax.tree.norm(params)
-    metrics["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
+    for (per_array, norm), tree in zip(SQUARED_NORMS.items(), (gradients, params)):
+        squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
+        metrics[per_array], metrics[norm] = jnp.stack(squares), jnp.sqrt(sum(squares))
+    if isinstance(opt_state, optax.ApplyIfFiniteState):
+        # One skipped step too many, and the parameters take over what is not finite.
+        metrics["skipped"] = jnp.float32(~opt_state.last_finite & jnp.isfinite(metrics["param_norm"]))
+        metrics["skipped_steps"] = jnp.float32(opt_state.total_notfinite)
+    metrics["learning_rate"] = jnp.asarray(learning_rate(updates_made), jnp.float32)
     return TrainState(number, params, opt_state, average, power_emas), metrics
 
 

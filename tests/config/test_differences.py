@@ -1,5 +1,6 @@
 """Differences between a run's config and the given one: how they are reported and undone."""
 
+import json
 import re
 import shlex
 
@@ -7,6 +8,7 @@ import pytest
 
 from diffjax import commands
 from diffjax.config import check_same_run
+from diffjax.config.load import check_same_on_all, stored
 from diffjax.errors import UserError
 from tests.programs import tiny_config
 
@@ -32,3 +34,18 @@ def test_a_moved_run_asks_for_the_same(tmp_path):
     commands.refuse_other(tmp_path, old, new)
     with pytest.raises(UserError, match=r'labels \("2", now "1"\); choose'):
         commands.refuse_other(tmp_path, old, new | {"labels": "1"})
+
+
+def test_processes_may_differ_in_where_files_lie_alone():
+    def text(*overrides, model="dit"):
+        return json.dumps(stored(tiny_config(*overrides, model=model)))
+
+    check_same_on_all([text()] * 3)
+    elsewhere = [text(f"init.from={place}") for place in ("/mnt/a", "/mnt/b")]
+    check_same_on_all(elsewhere)
+    with pytest.raises(UserError, match=r"process 2 .* process 0: optim.lr: 0.1 -> 0.2; seed: 0 -> 3 \(0 -> 2\); "):
+        check_same_on_all([text("optim.lr=0.1")] * 2 + [text("optim.lr=0.2", "seed=3")])
+    with pytest.raises(UserError, match="process 1 .*init.from: '' -> '/mnt/a'"):
+        check_same_on_all([text(), elsewhere[0]])
+    with pytest.raises(UserError, match="process 1 .*model.name: 'DiT' -> 'DiS'"):
+        check_same_on_all([text(), text(model="dis")])

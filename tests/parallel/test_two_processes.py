@@ -51,7 +51,13 @@ TRACKS = ("ema.sigma_rel=0.05,0.1", "ema.snapshot_every_steps=2")
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    arguments = ("total_steps=6", "log.every_steps=1", "checkpoint.every_steps=3", *TRACKS)
+    arguments = (
+        "total_steps=6",
+        "log.every_steps=1",
+        "checkpoint.every_steps=100",
+        "checkpoint.every_minutes=1e-6",
+        *TRACKS,
+    )
     alone = start(train_arguments(tmp_path / "alone", *arguments), tmp_path / "alone.log")
     assert alone.wait(timeout=300) == 0, (tmp_path / "alone.log").read_text()
 
@@ -63,7 +69,7 @@ def test_two_processes_train_as_one(tmp_path):
 
     np.testing.assert_allclose(losses(tmp_path / "together"), losses(tmp_path / "alone"), rtol=1e-5)
     report = inspect(tmp_path / "together")
-    assert (report["steps"], report["snapshots"]) == ([3, 6], [2, 4, 6])
+    assert (report["steps"], report["snapshots"]) == ([4, 5, 6], [2, 4, 6])
     assert report["meta"]["processes"] == 2
     assert "step 6/6" not in (tmp_path / "1.log").read_text(), "only the first process speaks"
 
@@ -152,3 +158,15 @@ def test_what_stops_the_first_process_stops_both(encoding, tmp_path):
     for process, log in zip(*begin([encoding(tmp_path / "out")] * 2, tmp_path, "stopped")):
         assert process.wait(timeout=300) == 2, log.read_text()
         assert "already holds latents.json" in log.read_text()
+
+
+@pytest.mark.slow
+def test_processes_that_were_given_different_configs_say_so(tmp_path):
+    shared = ("total_steps=4", "data.threads=1")
+    each = [train_arguments(tmp_path / "run", *shared, f"optim.lr={rate}") for rate in (0.1, 0.2)]
+    processes, logs = begin(each, tmp_path, "different")
+    for process, log in zip(processes, logs):
+        assert process.wait(timeout=300) == 2, log.read_text()
+        words = "process 1 was given another config than process 0: optim.lr: 0.1 -> 0.2 (0 -> 1); start all processes"
+        assert words in log.read_text().splitlines()[-1]
+    assert not (tmp_path / "run").exists()

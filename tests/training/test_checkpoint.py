@@ -17,6 +17,7 @@ from diffjax.__main__ import main
 from diffjax.commands.inspect import inspect
 from diffjax.config import read
 from diffjax.experiment import build
+from diffjax.training import loop
 from diffjax.training.checkpoint import Checkpoints
 from tests import slow
 from tests.programs import ROOT, complete_steps, train_arguments
@@ -54,6 +55,20 @@ def test_the_latest_and_every_mth_are_kept(tmp_path):
     options = ("checkpoint.every_steps=1", "checkpoint.keep=2", "checkpoint.keep_every_steps=5", "total_steps=12")
     assert main(train_arguments(tmp_path, *options)) == 0
     assert complete_steps(tmp_path) == [5, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    "minutes, of_lead, complete",
+    slow.but([(1e-6, None, [3, 6, 8])], [(1e-6, None, [3, 6, 8]), (60.0, None, [8]), (60.0, True, [3, 6, 8])]),
+)
+def test_a_checkpoint_after_so_many_minutes_at_the_next_report(tmp_path, monkeypatch, run, minutes, of_lead, complete):
+    """By the clock of the lead, whatever the own one says."""
+    if of_lead is not None:
+        monkeypatch.setattr(loop.hosts, "leads", lambda own: np.array(of_lead))
+    watching = ("checkpoint.every_steps=100", f"checkpoint.every_minutes={minutes}", "log.every_steps=3")
+    assert main(train_arguments(tmp_path, *watching, "total_steps=8")) == 0
+    assert complete_steps(tmp_path) == complete
+    assert inspect(tmp_path)["sha256"] == run[1]
 
 
 def largest(folder, pattern):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from diffjax.training.metrics import Board, NonFiniteError, Reporter, peak_flops
+from diffjax.training import metrics
+from diffjax.training.metrics import Board, NonFiniteError, Reporter, Spent, memory, peak_flops
 
 
 class FakeDevice:
@@ -103,3 +104,59 @@ def records(data):
         size = int.from_bytes(data[:8], "little")
         yield Event.FromString(data[12 : 12 + size])
         data = data[16 + size :]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test sets, for all that the reporter asks."""
+
+    class Clock:
+        now = 1000.0
+
+    for name in ("perf_counter", "monotonic", "time"):
+        monkeypatch.setattr(metrics.time, name, lambda: Clock.now)
+    return Clock
+
+
+def test_goodput_is_the_time_of_kept_steps_over_that_since_the_first_start(tmp_path, clock):
+    report = reporter(tmp_path / "..", every_steps=10, total_steps=100, lead=False)
+    clock.now += 30
+    report.step(1, scalars(1.0), asked=clock.now - 25)  # compiles: not useful
+    for step in (2, 3):
+        clock.now += 2
+        report.step(step, scalars(1.0), asked=clock.now - 1)
+    report.pause()
+    clock.now += 6  # a checkpoint
+    clock.now += 3
+    report.step(4, scalars(1.0), asked=clock.now - 3)
+    assert report.spent() == Spent(seconds=43, useful=7, elapsed=43, starts=1)
+    meta = report.spent().to_meta()
+    assert meta["goodput"] == 7 / 43
+
+    clock.now += 57  # lost steps, and nobody there
+    again = reporter(tmp_path / "..", before=Spent.of_meta(meta), lead=False)
+    clock.now += 10
+    assert again.spent() == Spent(seconds=53, useful=7, elapsed=110, starts=2)
+
+
+def test_a_clock_that_went_back_takes_no_time_away(clock):
+    meta = Spent(seconds=5, useful=4, elapsed=5, starts=1).to_meta()
+    clock.now -= 500
+    assert Spent.of_meta(meta) == Spent(seconds=5, useful=4, elapsed=5, starts=1)
+
+
+def test_a_run_of_an_earlier_version_counts_its_goodput_from_now_on():
+    assert Spent.of_meta({"seconds": 77.0}) == Spent(seconds=77.0)
+    assert Spent.of_meta({}) == Spent()
+
+
+def test_memory_is_that_of_the_fullest_device():
+    class Device:
+        def __init__(self, used, peak):
+            self.stats = {"bytes_in_use": used * 2**30, "peak_bytes_in_use": peak * 2**30, "num_allocs": 3}
+
+        def memory_stats(self):
+            return self.stats
+
+    assert memory([Device(3, 8), Device(5, 7)]) == {"memory_gib": 5, "memory_peak_gib": 8}
+    assert memory([type("Silent", (), {"memory_stats": lambda self: None})()]) == {}
