@@ -335,6 +335,7 @@ class Experiment:
         options = own.options if sampler in ("", own.sampler) else {}  # those of the other sampler have defaults
         sampling = dataclasses.replace(own, sampler=sampler or own.sampler, options=options, steps=steps or own.steps)
         other = with_sampling(self, sampling)
+        vars(other).update(source=self.source, decode=self.decode)  # opened and on the devices once
         _ = other.sampler  # says what cannot be
         return other
 

@@ -126,7 +126,8 @@ def _open_parameters(folder: Path, overrides: list[str], config: Config | None, 
     config = with_model(config, folder, made)
     experiment = build(config, mesh or devices_mesh(config), training=False)
     params = store.load_params(folder, experiment.abstract.params)
-    return Run(experiment, params, {"params": str(folder), "sha256": store.tree_sha256(params)})
+    averaged = {"weights": f"ema {made['sigma_rel']:g}"} if "sigma_rel" in made else {}
+    return Run(experiment, params, {"params": str(folder), **averaged, "sha256": store.tree_sha256(params)})
 
 
 def open_checkpoint(

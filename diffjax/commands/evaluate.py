@@ -42,7 +42,7 @@ from diffjax.commands.sample import describe, describe_form, identity_of, is_fin
 from diffjax.commands.scoring import Scoring, define_scoring, scoring_of
 from diffjax.commands.trained import NAMES as OF_TRAINED
 from diffjax.commands.trained import define_trained, open_trained
-from diffjax.data.image_sets import ImageSet, open_image_set
+from diffjax.data.image_sets import ImageSet, check_range, open_image_set
 from diffjax.errors import UserError
 from diffjax.evaluation import metrics, protocol, report, standard
 from diffjax.evaluation.standard import Images
@@ -88,6 +88,10 @@ class Request(Scoring):
     overwrite: bool = False
     report: Path | None = None  # html file besides
 
+    @property
+    def single(self) -> bool:
+        return self.report is not None or super().single  # a report shows the nearest
+
     def stored(self, made: Mapping[str, Any], num: int) -> dict[str, Any] | None:
         """The result of the same request that `out` holds, perhaps with other scores; None where there is none.
 
@@ -99,11 +103,7 @@ class Request(Scoring):
 
     def is_done(self, stored: Mapping[str, Any] | None, labels: bool, num: int) -> bool:
         """Whether a result has all the scores, and nothing else is to be written. labels: see `Scoring.check`."""
-        if stored is None or self.report:
-            return False
-        available = self.source.available(self.network, labels)
-        computable = metrics.computable(self.network, num, available, self.scores)
-        return all(self.network.called(score) in stored["values"] for metric in computable for score in metric.scores)
+        return stored is not None and not self.report and self.has_all(stored["values"], num, labels)
 
     def identity(self, what: Mapping[str, Any]) -> dict[str, Any]:
         """What row i of the folder of features is. what: the image."""
@@ -162,6 +162,7 @@ def evaluate_file(request: Request, path: Path, num: int | None = None) -> None:
     """
     with hosts.together():
         images = open_image_set(path)
+        check_range(images)
         count = num or images.count
         if count > images.count:
             raise UserError(f"--num={count}: {path} has {images.count} images")
@@ -175,8 +176,7 @@ def evaluate_file(request: Request, path: Path, num: int | None = None) -> None:
         return
     identity = request.identity({"file_sha256": images.fingerprint["sha256"]})
     with parts.opened(request.features_file, identity, count) as (file, missing):
-        own = missing[jax.process_index() :: jax.process_count()]
-        drawn = ((numbers, images.read(numbers)) for numbers in standard.blocks(own))
+        drawn = read_samples(images, missing)
         with hosts.together():
             watch(features.write(drawn, request.network, file, missing), count, count - len(missing))
         with hosts.together():
@@ -246,7 +246,10 @@ def draw_and_score(
             wanted = np.union1d(missing, absent)
         with hosts.together():
             if len(wanted):
-                drawn = drawn_samples(run, asked, wanted, made["seed"], min(batch_size, num))
+                if saved and kept:
+                    drawn = read_samples(open_image_set(saved), wanted)
+                else:
+                    drawn = drawn_samples(run, asked, wanted, made["seed"], min(batch_size, num))
                 watch(features.write(drawn, request.network, file, missing, images), num, num - len(wanted))
         with hosts.together():
             if not hosts.is_lead():
@@ -258,6 +261,12 @@ def draw_and_score(
             shown = open_image_set(saved) if request.report and saved else None
             finish(request, run.describe(), found, made, stored, shown)
             file.remove()
+
+
+def read_samples(images: ImageSet, numbers: np.ndarray) -> features.Drawn:
+    """This process's part of `numbers`, consecutive ones, and the images of these numbers, in pieces."""
+    own = np.array_split(numbers, jax.process_count())[jax.process_index()]
+    return ((block, images.read(block)) for block in standard.blocks(own))
 
 
 def drawn_samples(run: Run, asked: Conditions, numbers: np.ndarray, seed: int, batch_size: int) -> features.Drawn:
@@ -314,7 +323,7 @@ def write_report(
     workdir = result["subject"].get("origin", {}).get("workdir")
     if workdir and (curve := Path(workdir) / "evals" / "fid.png").is_file():
         pictures["In training"] = np.asarray(Image.open(curve).convert("RGB"))
-    title = metrics.title(images.count, network) or f"{network.title}, {images.count:,} images"
+    title = metrics.title(images.count, network, request.standard.count) or f"{network.title}, {images.count:,} images"
     caveat = request.caveat(images.count)
     text = report.page(f"{name}: {title}", result, pictures, size=shown.shape[0], caveat=caveat)
     make_folder(path)

@@ -38,8 +38,12 @@ class Scoring:
     @functools.cached_property
     def standard(self) -> Standard:
         """The reference as the network sees it; computed when it is first needed."""
-        single = metrics.needs_images(self.network, self.scores)
-        return standard.of_source(self.source, self.network, single=single)
+        return standard.of_source(self.source, self.network, single=self.single)
+
+    @property
+    def single(self) -> bool:
+        """Whether single images of the reference are needed."""
+        return metrics.needs_images(self.network, self.scores)
 
     def values(self, images: Images) -> Values:
         return metrics.score(images, self.standard, self.network, self.scores)
@@ -58,6 +62,12 @@ class Scoring:
             pixels.check_sizes(tuple(shape), self.source.shape)
         if shape:
             self.network.check_size(shape)
+
+    def has_all(self, values: Mapping[str, Any], num: int, labels: bool) -> bool:
+        """Whether these values of a result are all that can be computed. num, labels: see `check`."""
+        available = self.source.available(self.network, labels)
+        computable = metrics.computable(self.network, num, available, self.scores)
+        return all(self.network.called(score) in values for metric in computable for score in metric.scores)
 
     def caveat(self, num: int) -> str:
         """A warning about too few images, one line; "" where there are enough."""

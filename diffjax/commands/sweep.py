@@ -128,15 +128,13 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
     }
     refuse_other_result(out, {"request": request}, values.overwrite)
     make_folder(out)
-    done = {} if values.overwrite else rows_of(out, {metric, *scoring.scores})
+    rows = {} if values.overwrite else rows_of(out)
     without_plot = plot.missing()
     caveats = [f"left out: {line}" for line in left_out] + [run.caveat for run in runs]
     for line in filter(None, [*caveats, without_plot]):
         hosts.say(line)
-    results: list[dict[str, Any]] = []
     for cells in groups:
-        results += [done[cell.key] for cell in cells if cell.key in done]
-        cells = [cell for cell in cells if cell.key not in done]
+        cells = [cell for cell in cells if not is_done(rows.get(cell.key), cell, scoring, values.num)]
         if not cells:
             continue
         labels = generate.interleaved_labels(values.num, cells[0].run.experiment.num_classes)
@@ -144,15 +142,19 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         for cell in cells:
             found, seconds = drawn(cell, compiled, labels, values.batch_size, scoring.network)
             if isinstance(found, int):
+                rows.pop(cell.key, None)
                 left_out.append(f"{cell.name}: {found} sampled values are not finite")
                 hosts.say(f"left out: {left_out[-1]}")
                 continue
             with hosts.together():
-                results.append(row_of(cell, found, labels, seconds, values.seed, scoring))
+                row = row_of(cell, found, labels, seconds, values.seed, scoring)
+            # With the scores that an earlier command computed.
+            rows[cell.key] = {**row, "values": {**rows.get(cell.key, row)["values"], **row["values"]}}
             if hosts.is_lead():  # an interrupted sweep continues with the next cell
-                protocol.write(out, {"request": request, "results": results, "left_out": left_out})
-            scores = ", ".join(f"{score} {columns['value']:.4f}" for score, columns in results[-1]["values"].items())
+                protocol.write(out, {"request": request, "results": list(rows.values()), "left_out": left_out})
+            scores = ", ".join(f"{score} {columns['value']:.4f}" for score, columns in row["values"].items())
             hosts.say(f"{cell.name}: {scores}")
+    results = [rows[cell.key] for cells in groups for cell in cells if cell.key in rows]
     if not results:
         raise UserError(f"the sweep has no cell with a result: {'; '.join(left_out)}")
     if hosts.is_lead():
@@ -168,12 +170,17 @@ def run(values: flags.FlagValues, overrides: list[str]) -> None:
         print(f"wrote {out}" + ("" if without_plot else f" and {drawn_to}"))
 
 
-def rows_of(out: Path, scores: set[str]) -> dict[Key, dict[str, Any]]:
-    """The rows with all these scores that an earlier command with the same request wrote, by their cells."""
+def rows_of(out: Path) -> dict[Key, dict[str, Any]]:
+    """The rows that an earlier command with the same request wrote, by their cells."""
     rows = json.loads(out.read_text())["results"] if out.exists() else []
     keys = ("run", "average", "sampler", "steps", "guidance")
-    complete = [row for row in rows if "average" in row and scores <= row["values"].keys()]
-    return {tuple(row[key] for key in keys): row for row in complete}
+    return {tuple(row[key] for key in keys): row for row in rows if "average" in row}
+
+
+def is_done(row: dict[str, Any] | None, cell: Cell, scoring: Scoring, num: int) -> bool:
+    """Whether a row has all the scores of its cell."""
+    labelled = cell.run.experiment.num_classes > 0
+    return row is not None and scoring.has_all(row["values"], num, labelled)
 
 
 def metric_of(name: str | None, scoring: Scoring) -> str:
@@ -293,12 +300,22 @@ def drawn(
     cell: Cell, compiled: functools.partial, labels: np.ndarray, batch_size: int, network: Network
 ) -> tuple[Features | int, float]:
     """Features of the images of a cell, or how many of their values are not finite; and the seconds for all."""
-    started = time.perf_counter()
+    seconds = 0.0
+
+    def timed(batches: features.Drawn) -> features.Drawn:
+        """The same, with the time that the sampler takes: features and the loading of their network do not count."""
+        nonlocal seconds
+        started = time.perf_counter()
+        for batch in batches:
+            seconds += time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
+
     sampler = functools.partial(compiled, schedule=cell.sampler.schedule)
     numbers, rows, mesh = np.arange(len(labels)), min(batch_size, len(labels)), cell.run.experiment.mesh
     batches = generate.generate(sampler, cell.run.params, labels, numbers, mesh, rows)
-    found = features.collect(batches, network, len(labels))
-    return found, time.perf_counter() - started
+    found = features.collect(timed(batches), network, len(labels))
+    return found, seconds
 
 
 def nfe(schedule: samplers.SamplerSchedule) -> int:

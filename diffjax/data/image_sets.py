@@ -40,6 +40,7 @@ from diffjax.files import NO_LABELS, local_path, read_npz, read_protocol
 
 EMBEDDED = ("digits", "emoji32")
 VALID = "an .npz or .npy of images, a folder, .zip or .tar of image files, a folder that `prepare` wrote"
+FIRST = 16  # images of which the range is looked at
 HEADER = 2**14  # bytes that hold the header of an npy file
 PIECE = 2**20
 PREPARED = ("dataset", "split", "rule", "decode")  # what the manifest of records says of how they were made
@@ -95,6 +96,12 @@ def open_image_set(path: Path) -> ImageSet:
     if path.suffix.lower() not in kinds:
         raise UserError(f"{path}: valid: {VALID}")
     return kinds[path.suffix.lower()](path)
+
+
+def check_range(images: ImageSet) -> None:
+    """UserError where the first images hold 0 and 1 alone: floats from 0 to 1 that were cast without scaling."""
+    if images.read(np.arange(min(images.count, FIRST))).max() == 1:
+        raise UserError(f"{images.name}: the first images hold 0 and 1 alone; valid: uint8 pixels from 0 to 255")
 
 
 def _image_set(

@@ -191,7 +191,8 @@ def scorer(subject: Subject, network: Network, reference: str, num: int, wanted:
             return Result({"not_finite": float(found)})
         values = metrics.score(Images(found, labels), made, network, wanted)
         drawn = {"labels": "interleaved" if labels is not None else samples.NO_LABELS, "seed": subject.seed, "first": 0}
-        sampling = {**drawn, **subject.description(), "rounding": samples.ROUNDING}
+        origin = {"weights": "ema"}  # an evaluator gets averaged parameters
+        sampling = {**drawn, **subject.description(), "rounding": samples.ROUNDING, "origin": origin}
         described = protocol.result(values, **network.identity(), reference=source.identity, num=num, samples=sampling)[
             "protocol"
         ]

@@ -19,8 +19,10 @@ The distance of equal Gaussians is zero up to rounding of either sign, and is re
 import numpy as np
 import scipy.linalg
 
+from diffjax.errors import UserError
 from diffjax.evaluation import statistics
 
+INDEFINITE = 1e-3  # of the trace, which factors of a covariance give but for rounding, float32's too
 EPSILON = np.finfo(np.float64).eps
 
 
@@ -77,6 +79,9 @@ def _factor(covariance: np.ndarray) -> np.ndarray:
     packed, pivots, rank, _ = scipy.linalg.lapack.dpstrf(covariance, lower=1)  # pivots count from 1
     factor = np.empty((len(covariance), rank))
     factor[pivots - 1] = np.tril(packed)[:, :rank]
+    trace = np.trace(covariance)
+    if not abs(np.square(factor).sum() - trace) <= INDEFINITE * abs(trace):
+        raise UserError(f"a covariance of {len(covariance)} features is not positive semi-definite; it is damaged")
     return factor
 
 

@@ -60,11 +60,13 @@ class Metric:
         kind = self.kind or network.main
         if num < self.least:
             return f"{num} samples, and it takes {self.least}"
-        computed = available.images and not available.moments  # of its images
-        if self.needs == "moments" and not computed and kind not in available.moments:
+        of_moments = available.moments or available.kinds  # those of its images are computed where it has none
+        if self.needs == "moments" and kind not in of_moments:
             return f"the reference has no mean and covariance of {kind}"
         if self.needs in ("images", "labels") and not available.images:
             return "the reference has no images, only mean and covariance"
+        if self.needs in ("images", "labels") and kind not in available.kinds:
+            return f"the reference has no {kind} of single images"
         if self.needs == "images" and available.images < self.least:
             return f"{available.images} images of the reference, and it takes {self.least}"
         if self.needs == "labels" and not available.labels:
@@ -100,7 +102,7 @@ def _kernel(images: Images, standard: Standard, kind: str) -> tuple[Score, ...]:
 def _kernel_of_subsets(images: Images, standard: Standard, kind: str) -> tuple[Score, ...]:
     reference = _reference(standard)[kind]
     size = min(SUBSET, len(reference), images.count)
-    return (scores.kernel_distance_of_subsets(reference, images.features[kind], SUBSETS, size, SHUFFLE),)
+    return (scores.kernel_distance_of_subsets(images.features[kind], reference, SUBSETS, size, SHUFFLE),)
 
 
 def _precision_recall(images: Images, standard: Standard, kind: str) -> tuple[Score, ...]:
@@ -148,7 +150,7 @@ METRICS = (
         ("kd_subsets",),
         _kernel_of_subsets,
         "images",
-        f"{SUBSETS} subsets of at most {SUBSET:,}, seed {SHUFFLE}, those of the reference drawn first",
+        f"{SUBSETS} subsets of at most {SUBSET:,}, seed {SHUFFLE}, those of the samples drawn first",
         usual=False,
         falls=True,
     ),
@@ -242,7 +244,7 @@ def score(images: Images, standard: Standard, network: Network, wanted: Collecti
 def _available(images: Images, standard: Standard) -> Available:
     known = standard.images
     labels = images.labels is not None and known is not None and known.labels is not None
-    return Available(standard.moments, known.count if known else 0, labels)
+    return Available(standard.moments, known.count if known else 0, tuple(known.features) if known else (), labels)
 
 
 def _check_count(count: int, whose: str) -> None:
@@ -301,8 +303,11 @@ def caveat(count: int, standard: Standard, network: Network) -> str:
     )
 
 
-def title(count: int, network: Network) -> str:
-    """What the main score is called with its number of images: FID-50K; "" where they are too few or no such number."""
-    if network.called("fd") != "fid" or count < FEW or count % 1000:
+def title(count: int, network: Network, reference: int | None = None) -> str:
+    """What the main score is called with its number of images: FID-50K; "" where they are too few or no such number.
+
+    reference: how many images the reference is of; None: not stated.
+    """
+    if network.called("fd") != "fid" or min(count, reference or count) < FEW or count % 1000:
         return ""
     return f"FID-{count // 1000}K"

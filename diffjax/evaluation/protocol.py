@@ -44,7 +44,7 @@ def result(
     sampling = {field: samples.get(field) for field in SAMPLING_FIELDS}
     sampling |= {field: value for field, value in samples.items() if field.startswith(DECODER)}
     origin = samples.get("origin")
-    averaged = None if origin is None else origin.get("weights", "as converted")
+    averaged = None if origin is None else origin.get("weights") or origin.get("entry") or "as converted"
     subject = {field: value for field, value in samples.items() if field not in sampling}
     return {
         "values": dict(values),

@@ -106,7 +106,9 @@ def write(
     for kind, found in statistics.items():
         mean, covariance = ARRAYS.get(kind, (f"mu_{kind}", f"sigma_{kind}"))
         arrays |= {mean: found.mean, covariance: found.covariance}
-    arrays[MADE] = np.frombuffer(json.dumps(made).encode(), np.uint8)  # also where the json beside is left behind
+    # Also where the json beside is left behind; without the version of the code, so that equal statistics are equal.
+    kept = {name: value for name, value in made.items() if name != "code_version"}
+    arrays[MADE] = np.frombuffer(json.dumps(kept).encode(), np.uint8)
     write_npz(path, arrays)
     write_protocol(path, made)
 

@@ -44,12 +44,14 @@ class Available(NamedTuple):
 
     Attributes:
         moments: kinds of features that a file has mean and covariance of; (): those of its images are computed.
-        images: of the reference, how many; 0: it has none.
+        images: of the reference, how many, or how many have features in the file; 0: none.
+        kinds: of features that there are of single images of the reference.
         labels: whether both sides have labels.
     """
 
     moments: Collection[str]
     images: int
+    kinds: Collection[str]
     labels: bool
 
 
@@ -94,7 +96,8 @@ class Source:
         moments = [kind for kind in network.moments if kind in stored] if network.main in stored else []
         kept = self.file.features.get(network.main) if self.file else None
         count = len(kept) if kept is not None else self.images.count if self.images else 0
-        return Available(moments, count, labels and self.images is not None and self.images.labels is not None)
+        kinds = [network.main] if kept is not None else list(network.kinds) if self.images else []
+        return Available(moments, count, kinds, labels and self.images is not None and self.images.labels is not None)
 
     @property
     def described(self) -> str:
@@ -104,8 +107,11 @@ class Source:
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """Height and width of its images; None where it has none."""
-        return self.images.shape[:2] if self.images else None
+        """Height and width of its images, or of those that its statistics are of; None where it does not say."""
+        if self.images:
+            return self.images.shape[:2]
+        stated = self.file.made.get("size") if self.file else None
+        return (int(stated[0]), int(stated[1])) if stated else None
 
 
 def open_source(name: str) -> Source:
@@ -122,6 +128,8 @@ def open_source(name: str) -> Source:
         file = references.read(path)
     except UserError as error:
         raise UserError(f"--reference={name}: {error}") from error
+    if file.images:
+        image_sets.check_range(file.images)
     count = UNKNOWN if file.count is None else file.count
     return Source(
         {"name": file.name, "sha256": file.sha256, "count": count, "held_out_count": 0}, file.images, None, file
@@ -176,6 +184,8 @@ def of_source(
     count = (source.file.count if source.file else None) if moments or images is None else images.count
     if not moments and images:
         moments = {kind: moments_of(images.features[kind]) for kind in network.moments if kind in images.features}
+    if moments and not single:
+        images = None  # 400 MB of 50,000 images
     held_out = features_of(source.held_out, "held-out images") if source.held_out else None
     return Standard(source.identity, moments, images, count, held_out)
 

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from diffjax.errors import UserError
 from diffjax.evaluation.networks import Features, Network
 from diffjax.evaluation.pixels import to_rgb
+from diffjax.parallel import hosts
 from diffjax.sampling import samples
 from diffjax.sampling.parts import Parts
 
@@ -38,27 +40,27 @@ def write(
     where `images` lacks those. images: where the images themselves are kept, too.
 
     Raises:
-        NotFiniteError: samples that are not finite: at once, or of several processes after the last batch, since the
-            others wait for this one's part of it.
+        UserError: samples that are not finite, or files that cannot be written: at once, or of several processes after
+            the last batch, since the others wait for this one's part of it.
     """
     compute = network.loaded()
     lacks = np.zeros(file.num, bool)
     lacks[missing] = True
-    refused: samples.NotFiniteError | None = None
+    refused: UserError | None = None
     for numbers, values in drawn:
         try:
             pictures = as_pictures(values, numbers)
-        except samples.NotFiniteError as error:
-            refused = refused or error
+            if images:  # first: with its features an image counts as done
+                images.write(numbers, pictures)
+            needed = lacks[numbers]
+            if needed.any():
+                file.write(numbers[needed], joined(compute(pictures[needed])))
+        except UserError as error:
             if jax.process_count() == 1:
                 raise
-            continue
-        if images:  # first: with its features an image counts as done
-            images.write(numbers, pictures)
-        needed = lacks[numbers]
-        if needed.any():
-            file.write(numbers[needed], joined(compute(pictures[needed])))
-        yield len(numbers)
+            refused = refused or error
+        else:
+            yield len(numbers)
     if refused:
         raise refused
 
@@ -73,19 +75,26 @@ def collect(drawn: Drawn, network: Network, num: int, kinds: Collection[str] = (
 
     kinds: those that are wanted; none: all. Where samples are not finite: how many of them.
     """
-    compute = network.loaded()
     widths = {kind: width for kind, width in network.kinds.items() if not kinds or kind in kinds}
+    with hosts.together():  # images may be read here, and one of them be damaged
+        numbers, rows, bad = _computed(drawn, network, widths)
+    gathered = _gathered(numbers, rows, num, bad)
+    return gathered if isinstance(gathered, int) else parted(gathered, widths)
+
+
+def _computed(drawn: Drawn, network: Network, kinds: Collection[str]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Numbers and `joined` features of what is drawn, as far as all is finite; and how many samples are not."""
+    compute = network.loaded()
     found: list[tuple[np.ndarray, np.ndarray]] = []
     bad = 0
     for numbers, values in drawn:
         bad += int(np.sum(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))) if len(values) else 0
         if len(values) and not bad:
             features = compute(as_pictures(values, numbers))
-            found.append((numbers, joined({kind: features[kind] for kind in widths})))
+            found.append((numbers, joined({kind: features[kind] for kind in kinds})))
     numbers = np.concatenate([numbers for numbers, _ in found]) if found else np.zeros(0, np.int64)
     rows = np.concatenate([rows for _, rows in found]) if found else np.zeros((0, 0), np.float32)
-    gathered = _gathered(numbers, rows, num, bad)
-    return gathered if isinstance(gathered, int) else parted(gathered, widths)
+    return numbers, rows, bad
 
 
 def as_pictures(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:

@@ -59,8 +59,11 @@ def opened(out: Path, identity: Mapping[str, Any], num: int) -> Iterator[tuple["
     The lead holds the folder against other commands. The numbers are those that the lead finds: the processes list the
     folder at different times. For arguments and errors see `open_parts`.
     """
-    with files.only_writer(make_folder(out)) if hosts.is_lead() else contextlib.nullcontext():
-        parts = open_parts(out, identity, num, jax.process_index())
+    with contextlib.ExitStack() as stack:
+        with hosts.together():
+            if hosts.is_lead():
+                stack.enter_context(files.only_writer(make_folder(out)))
+            parts = open_parts(out, identity, num, jax.process_index())
         absent = hosts.leads(np.isin(np.arange(num), parts.missing()))
         yield parts, np.flatnonzero(absent)
 

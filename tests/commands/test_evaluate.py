@@ -197,7 +197,7 @@ def test_one_score_alone(samples, tmp_path):
 
 
 @pytest.mark.slow
-def test_kept_images_are_those_of_sample_and_are_in_the_report(tmp_path, capsys):
+def test_kept_images_are_those_of_sample_and_are_in_the_report(tmp_path, capsys, monkeypatch):
     """`sample` finds them finished, and another request refused; and they give the same scores by themselves."""
     run, kept, report = tmp_path / "run", tmp_path / "kept", tmp_path / "report.html"
     assert (
@@ -215,6 +215,10 @@ def test_kept_images_are_those_of_sample_and_are_in_the_report(tmp_path, capsys)
     for heading in ("Samples", "nearest by pixels", "In training"):
         assert heading in text
     assert text.count("data:image/png;base64,") == 3
+    with monkeypatch.context() as patched:  # what is kept is not drawn again, for a further report or network
+        patched.setattr(evaluate, "drawn_samples", None)
+        assert main(["evaluate", *flags, f"--report={report}"]) == 0
+    assert json.loads((run / "scores.json").read_text())["values"] == result["values"]
     assert not list(tmp_path.rglob("*.parts"))
     capsys.readouterr()
     same = ["sample", f"--workdir={run}", f"--out={kept / 'samples.npz'}", "--num=70", "--labels=uniform", "--seed=3"]

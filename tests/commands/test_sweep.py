@@ -204,6 +204,22 @@ def test_scores_that_some_rows_lack(capsys):
 
 
 @pytest.mark.slow
+def test_further_scores_join_those_that_are_there(runs, swept, capsys, monkeypatch):
+    out = runs / "further.json"
+    flags = ["sweep", f"--workdir={runs / 'gaussian'}", *GRID, f"--out={out}"]
+    assert main([*flags, "--scores=frechet_distance_pixels"]) == 0
+    rows = json.loads(out.read_text())["results"]
+    assert {tuple(row["values"]) for row in rows} == {("frechet_distance_pixels",)}
+    assert main(flags) == 0  # all the usual scores
+    assert [row["values"] for row in json.loads(out.read_text())["results"]] == [
+        row["values"] for row in swept[0]["results"]
+    ]
+    monkeypatch.setattr(sweep, "drawn", None)  # nothing is drawn again
+    assert main([*flags, "--scores=label_agreement_pixels,frechet_distance_pixels"]) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.slow
 def test_averages_of_several_lengths(runs, capsys, monkeypatch):
     """Each with its own weights in one compilation, by the metric that is asked for."""
     drawn, compiled = [], []

@@ -151,3 +151,9 @@ def test_both_ways_to_the_distance_agree():
     np.testing.assert_allclose(
         frechet.distance_of_features(a[:15], b[:10]), frechet.distance_of_samples(a[:15], b[:10])
     )
+
+
+@pytest.mark.parametrize("covariance", [[[1.0, 2.0], [2.0, 1.0]], [[-1.0, 0.0], [0.0, 1.0]]])
+def test_what_is_no_covariance_is_refused(covariance):
+    with pytest.raises(UserError, match="a covariance of 2 features is not positive semi-definite"):
+        frechet.distance(np.zeros(2), np.eye(2), np.zeros(2), np.array(covariance))

@@ -195,6 +195,8 @@ def test_a_title_of_published_names_and_many_images(inception):
     titles = {count: metrics.title(count, network) for count in (500, 9_000, 10_000, 10_500, 50_000)}
     named = {10_000: "FID-10K", 50_000: "FID-50K"} if published else {}
     assert titles == {count: named.get(count, "") for count in titles}
+    assert metrics.title(50_000, network, 200) == ""
+    assert metrics.title(50_000, network, 10_000) == titles[50_000]
     assert metrics.title(50_000, PIXELS) == metrics.title(50_000, projection.network()) == ""
     statistics = Standard({}, moments(reference, ("pool3",)), None, 50_000)
     few = f"warning: of fewer than 10,000 images {network.called('fd')} is biased upwards"
@@ -209,3 +211,15 @@ def test_which_scores_take_images_of_the_reference(inception):
     assert metrics.needs_images(network)
     assert metrics.needs_images(network, [network.called("kd")])
     assert not metrics.needs_images(network, [network.called(score) for score in ("fd", "sfd", "class_score")])
+
+
+def test_the_kernel_distance_of_subsets_draws_of_the_samples_first_as_torch_fidelity_does(inception):
+    network, _, images, reference = inception
+    known = Standard({}, images=reference)
+    found = metrics.score(images, known, network, [network.called("kd_subsets")])[network.called("kd_subsets")]
+    size = min(images.count, reference.count)
+    pair = images.features["pool3"], reference.features["pool3"]
+    expected = scores.kernel_distance_of_subsets(*pair, subsets=100, size=size, seed=2020)
+    assert (found["value"], found["spread"]) == (expected.value, expected.spread)
+    if images.count != reference.count:
+        assert expected != scores.kernel_distance_of_subsets(*pair[::-1], subsets=100, size=size, seed=2020)

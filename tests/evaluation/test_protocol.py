@@ -39,6 +39,8 @@ def test_parts():
     assert made["subject"] == {"model": SAMPLES["model"], "origin": SAMPLES["origin"]}
     converted = result(samples=SAMPLES | {"origin": {"params": "params/x", "sha256": "abc"}})
     assert converted["protocol"]["ema"] == "as converted"
+    entry = result(samples=SAMPLES | {"origin": {"checkpoint": "x.pt", "entry": "model", "sha256": "abc"}})
+    assert entry["protocol"]["ema"] == "model"
 
 
 def test_other_models_compare():

@@ -37,6 +37,46 @@ def npz(path, **arrays):
     return standard.open_source(str(path))
 
 
+def test_scores_that_stored_features_do_not_give_are_refused_before_any_sample(tmp_path):
+    """clean-fid and torch-fidelity keep the means of the images, not what sFID is of."""
+    network = projection.inception()
+    available = npz(tmp_path / "a_kid.npz", feats=FEATS).available(network, labels=False)
+    assert (available.images, list(available.kinds)) == (5, ["pool3"])
+    usual = metrics.computable(network, 50, available)
+    assert "sfd" not in [score for metric in usual for score in metric.scores]
+    assert {"fd", "precision"} <= {score for metric in usual for score in metric.scores}
+    with pytest.raises(UserError, match="sfid cannot be computed: the reference has no mean and covariance of spatial"):
+        metrics.computable(network, 50, available, ["fid", "sfid"])
+
+
+def test_the_size_of_images_that_a_reference_does_not_keep(tmp_path, network):
+    found = {"tiny": statistics.of(network.compute(IMAGES)["tiny"])}
+    references.write(tmp_path / "ref.npz", found, {"count": 6, "network": network.identity(), "size": [8, 8]})
+    assert standard.open_source(str(tmp_path / "ref.npz")).shape == (8, 8)
+
+
+def test_statistics_of_two_commits_are_one_file(tmp_path, network):
+    found = {"tiny": statistics.of(network.compute(IMAGES)["tiny"])}
+    for version in ("a", "b"):
+        made = {"count": 6, "network": network.identity(), "code_version": version}
+        (tmp_path / version).mkdir()
+        references.write(tmp_path / version / "ref.npz", found, made)
+    assert (tmp_path / "a/ref.npz").read_bytes() == (tmp_path / "b/ref.npz").read_bytes()
+
+
+def test_single_images_are_not_kept_where_no_score_takes_them(network):
+    source = standard.open_source("digits")
+    assert standard.of_source(source, network, single=False).images is None
+    assert standard.of_source(source, network, single=True).images.count == 1500
+
+
+@pytest.mark.parametrize("values", [(0, 1), (1, 1)])
+def test_zeros_and_ones_are_no_pixels(tmp_path, values):
+    images = np.random.default_rng(0).choice(np.array(values, np.uint8), (20, 8, 8, 3))
+    with pytest.raises(UserError, match="a.npz: the first images hold 0 and 1 alone; valid: uint8 pixels from 0 to"):
+        npz(tmp_path / "a.npz", arr_0=images)
+
+
 def test_a_reference_of_the_network_itself(made, network):
     source = standard.open_source(str(made))
     found = standard.of_source(source, network, single=False)
@@ -97,7 +137,7 @@ def test_features_of_others_serve_their_network_alone(tmp_path):
 
 
 def test_an_embedded_set(network):
-    found = standard.of_source(standard.open_source("digits"), network, single=False)
+    found = standard.of_source(standard.open_source("digits"), network, single=True)
     assert (found.count, found.images.count, found.held_out.count) == (1500, 1500, 297)
     assert found.identity["held_out_count"] == 297
     assert list(found.moments) == ["tiny"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
+from diffjax.errors import UserError
 from diffjax.evaluation import networks
 from diffjax.sampling import features
 from diffjax.sampling.parts import open_parts
@@ -187,3 +188,25 @@ def test_both_processes_know_what_is_not_finite(on_two, bad):
     assert on_two(drawn, counted()[0], NUM) == [len(bad)] * 2
     drawn = [[(numbers, np.nan * values[numbers]) for numbers, _ in batches(part)] for part in SPLITS["turns"]]
     assert on_two(drawn, counted()[0], NUM) == [NUM] * 2
+
+
+def test_a_write_that_is_refused_leaves_no_other_process_waiting(tmp_path, network, monkeypatch):
+    """The others wait for this one's part of every batch: it draws on, and says it at the end."""
+    drawn = []
+
+    def watched():
+        for numbers, values in batches(np.arange(NUM)):
+            drawn.extend(numbers)
+            yield numbers, values
+
+    def refuse(self, *_):
+        raise UserError("no space")
+
+    file = open_parts(tmp_path / "a.npz", {}, NUM)
+    monkeypatch.setattr(type(file), "write", refuse)
+    for processes, seen in ((1, 4), (2, NUM)):
+        monkeypatch.setattr(jax, "process_count", lambda n=processes: n)
+        drawn.clear()
+        with pytest.raises(UserError, match="no space"):
+            list(features.write(watched(), network, file, np.arange(NUM)))
+        assert len(drawn) == seen
