@@ -1,4 +1,4 @@
-"""Memory of device and host before and after ten runs of the evaluator `fid`, which should leave nothing behind.
+"""Memory of device and host before and after ten runs of the evaluator `fid`, which must leave nothing behind.
 
     JAX_PLATFORMS=cpu python -m tests.benchmarks.evaluator [--network=lite0] [--num=64]
 
@@ -31,6 +31,8 @@ def main() -> None:
         evaluate(params)
     for name, old, new in zip(("device arrays", "resident host memory"), before, memory()):
         print(f"{name}: {old / 2**20:,.1f} MiB before, {new / 2**20:,.1f} after {RUNS} evaluations: {new / old:.4f}")
+        if new > 1.01 * old:
+            raise SystemExit(f"{name}: more than one percent was left behind")
 
 
 def memory() -> tuple[int, int]:
