@@ -4,9 +4,8 @@ import signal
 import time
 from types import FrameType
 
-REPEATED = (
-    5.0  # seconds; schedulers send SIGTERM to a supervisor and its command alike, and the supervisor passes it on
-)
+# Seconds. Schedulers send SIGTERM to a supervisor and to its command, and the supervisor passes it on as well.
+REPEATED = 5.0
 
 
 class StopRequest:
